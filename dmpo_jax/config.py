@@ -1,0 +1,299 @@
+"""Every leaf of a run's config once, with its default and its meaning; and the checks on
+them that need no device. Only `jobs` reads a config; all else takes plain arguments.
+
+A file in configs/ starts from `defaults()`, changes a few leaves and returns it:
+
+    def get_config(variant=""):
+        config = defaults()
+        config.model.folder = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        return config
+"""
+
+import copy
+import difflib
+import itertools
+from typing import TYPE_CHECKING, Any
+
+from ml_collections import ConfigDict, config_dict
+
+# To a type checker every leaf of a ConfigDict is a union of all that could be one.
+if TYPE_CHECKING:
+    Config = Any
+else:
+    Config = ConfigDict
+
+JOBS = ("collect", "encode", "train", "evaluate")
+DTYPES = ("bfloat16", "float32")
+# Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
+OPTIMIZERS = ("adamw", "adafactor")
+SCHEDULES = ("constant", "cosine", "linear")
+
+# dotted path: (default, what it means). A placeholder is unset and has a type.
+LEAVES: dict[str, tuple[Any, str]] = {
+    "objective": ("dmpo", "the loss: a name in objectives.OBJECTIVES"),
+    "seed": (0, "of the data's order, noise, timesteps and prompt dropout"),
+    "jobs": (("train",), f"what to do, in order; of {', '.join(JOBS)}"),
+    # One subsection per objective: its hyperparameters, by their names as arguments.
+    "objectives.dmpo.beta": (2000.0, "inverse temperature; as published for SD1.5 (SDXL: 6000)"),
+    "objectives.dmpo.alpha": (
+        0.01,
+        "label noise, in (0, 0.5]: preferences are clipped to 1 - alpha",
+    ),
+    "objectives.diffusion_dpo.beta": (5000.0, "inverse temperature, as published"),
+    "objectives.diffusion_dpo.label_smoothing": (
+        0.0,
+        "probability that a label is wrong, [0, 0.5)",
+    ),
+    "objectives.sft": (ConfigDict(), "fine-tuning on the chosen images: nothing to set"),
+    "model.folder": ("", "diffusers pipeline folder or hub id; '' must be set"),
+    "model.variant": (
+        "",
+        "of the weight files: 'fp16' reads *.fp16.safetensors; '' reads the plain",
+    ),
+    "model.vae": ("", "another VAE's folder, such as SDXL's fp16 fix; '' takes the pipeline's"),
+    "model.compute_dtype": ("bfloat16", "of activations; parameters are always float32"),
+    "data.source": ("", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made"),
+    "data.encoded": ("", "folder of encoded pairs; '' is WORKDIR/encoded"),
+    "data.resolution": (config_dict.placeholder(int), "images' side in pixels; unset: the model's"),
+    "data.prompt_dropout": (0.2, "fraction of pairs trained with an empty prompt"),
+    "data.validation_fraction": (0.01, "of the pairs, held out and never trained on"),
+    "data.num_threads": (16, "that read and decode, on each host"),
+    "data.prefetch": (2, "batches made ready ahead of the step"),
+    "train.steps": (2000, "updates in all, those before a resume included"),
+    "train.batch_size": (2048, "pairs an update, over all devices"),
+    "train.accumulation": (1, "microbatches an update is cut into, to save memory"),
+    "train.skip_limit": (0, "updates with a non-finite loss to skip before giving up"),
+    "optimizer.name": ("adamw", f"one of {', '.join(OPTIMIZERS)}"),
+    "optimizer.learning_rate": (2.048e-5, "peak, for the whole batch: published 1e-8 x 2048 pairs"),
+    "optimizer.warmup_steps": (500, "updates of linear warmup"),
+    "optimizer.schedule": ("constant", f"after the warmup; one of {', '.join(SCHEDULES)}"),
+    "optimizer.b1": (0.9, "decay of the first moment (AdamW)"),
+    "optimizer.b2": (0.999, "decay of the second moment (AdamW)"),
+    "optimizer.eps": (1e-8, "added to the denominator (AdamW)"),
+    "optimizer.weight_decay": (0.01, "times the learning rate, on every parameter"),
+    "optimizer.clip_norm": (1.0, "largest global gradient norm; 0 does not clip"),
+    "mesh.data": (-1, "devices that share the batch only; -1: all that fsdp leaves"),
+    "mesh.fsdp": (1, "devices that share the batch, the parameters and the optimizer's state"),
+    "log.every": (10, "updates between two lines of metrics"),
+    "log.validate_every": (200, "updates between two validations; 0 never"),
+    "log.sample_every": (500, "updates between two image grids; 0 never"),
+    "log.checkpoint_every": (200, "updates between two checkpoints"),
+    "log.keep": (3, "newest checkpoints kept; with 2 or more there is one to fall back on"),
+    "log.tensorboard": (True, "write WORKDIR/tensorboard"),
+    "log.wandb": ("", "Weights & Biases project; '' none"),
+    "sample.steps": (50, "sampler steps an image"),
+    "sample.guidance_scale": (7.5, "classifier-free guidance; 1 is none"),
+    "sample.batch_size": (8, "images at a time, over all devices"),
+    "sample.prompts": ("", "text file, one prompt a line; '' takes captions of the data"),
+    "sample.count": (8, "prompts in an image grid"),
+    "collect.prompts": ("", "text file, one prompt a line; '' takes sample.prompts"),
+    "collect.pairs": (1024, "pairs to make"),
+    "collect.scorer": ("", "what judges the two images; '' must be set for the collect job"),
+    "collect.temperature": (1.0, "Bradley-Terry: preference = sigmoid(score difference / this)"),
+    "collect.tie_margin": (0.0, "score differences below this are ties, preference 0.5"),
+    "evaluate.seeds": (256, "held-out images a judge sees of each model"),
+    "evaluate.judges": (config_dict.placeholder(tuple), "names of scorers; unset: collect.scorer"),
+    "debug.enabled": (False, "a tiny random model, synthetic pairs, 3 steps, whatever else is set"),
+}
+
+
+def defaults() -> Config:
+    """A new config with every leaf at its default; locked, so that a misspelt one raises."""
+    config = ConfigDict()
+    for path, (default, _) in LEAVES.items():
+        *sections, name = path.split(".")
+        section: Any = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        # Each config its own: placeholders and empty sections are objects that can change.
+        section[name] = copy.deepcopy(default)
+    return config.lock()
+
+
+def leaves(config: Config) -> dict[str, Any]:
+    """{dotted path: value} of every leaf; empty sections have none, unset leaves are None."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{name}.{path}": leaf for path, leaf in leaves(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def describe(config: Config | None = None) -> str:
+    """One line a leaf: its path, value (the default where no config is given) and meaning."""
+    flat, lines, last = leaves(defaults() if config is None else config), [], None
+    # In the table's order, which goes from what everyone sets to what few do.
+    for path in sorted(flat, key=lambda p: list(LEAVES).index(p) if p in LEAVES else len(LEAVES)):
+        section = path.rpartition(".")[0]
+        if lines and section != last:
+            lines.append("")
+        last = section
+        shown = "unset" if flat[path] is None else repr(flat[path])
+        lines.append(f"{path + '=' + shown:<46}{LEAVES.get(path, ('', ''))[1]}".rstrip())
+    return "\n".join(lines)
+
+
+def nearest(path: str, known: list[str]) -> str:
+    """The known dotted path that `path` most likely meant."""
+
+    def ratio(a, b):
+        return difflib.SequenceMatcher(None, a, b).ratio()
+
+    def last(p):
+        return p.rpartition(".")[2]
+
+    # The last part counts by itself: people forget sections more often than names.
+    return max(known, key=lambda k: ratio(path, k) + ratio(last(path), last(k)))
+
+
+def validate(config: Config, *, objective_names: set[str]) -> None:
+    """Raises ValueError in words, one line a fault, for what no device is needed to refuse.
+
+    Args:
+        config: a whole config, overrides applied.
+        objective_names: those that `objectives.OBJECTIVES` knows.
+    """
+    faults = list(
+        itertools.chain(
+            _check_names(config, objective_names), _check_numbers(config), _check_jobs(config)
+        )
+    )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _check_names(config: Config, objective_names: set[str]):
+    name = config.objective
+    if name not in objective_names:
+        near = nearest(name, sorted(objective_names))
+        known = ", ".join(sorted(objective_names))
+        yield f"objective must be one of {known}, but got {name!r}: did you mean {near!r}?"
+    elif name not in config.objectives:
+        yield (
+            f"objective {name!r} has no section objectives.{name}: add its hyperparameters to "
+            "config.LEAVES"
+        )
+    choices = {
+        "model.compute_dtype": DTYPES,
+        "optimizer.name": OPTIMIZERS,
+        "optimizer.schedule": SCHEDULES,
+    }
+    flat = leaves(config)
+    for path, allowed in choices.items():
+        if flat[path] not in allowed:
+            yield f"{path} must be one of {', '.join(allowed)}, but got {flat[path]!r}"
+
+
+_AT_LEAST_ONE = [
+    "data.num_threads",
+    "train.steps",
+    "train.batch_size",
+    "train.accumulation",
+    "mesh.fsdp",
+    "log.every",
+    "log.checkpoint_every",
+    "log.keep",
+    "sample.steps",
+    "sample.batch_size",
+    "sample.count",
+    "collect.pairs",
+    "evaluate.seeds",
+]
+_AT_LEAST_ZERO = [
+    "seed",
+    "objectives.dmpo.beta",
+    "objectives.diffusion_dpo.beta",
+    "data.prefetch",
+    "train.skip_limit",
+    "optimizer.learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "log.validate_every",
+    "log.sample_every",
+    "sample.guidance_scale",
+    "collect.tie_margin",
+]
+# path: (predicate, the range in words)
+_RANGES = {
+    "objectives.dmpo.alpha": (lambda x: 0 < x <= 0.5, "in (0, 0.5]"),
+    "objectives.diffusion_dpo.label_smoothing": (lambda x: 0 <= x < 0.5, "in [0, 0.5)"),
+    "data.prompt_dropout": (lambda x: 0 <= x <= 1, "in [0, 1]"),
+    "data.validation_fraction": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "data.resolution": (lambda x: x is None or (x > 0 and x % 8 == 0), "a positive multiple of 8"),
+    "optimizer.b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "optimizer.b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "mesh.data": (lambda x: x == -1 or x > 0, "a number of devices, or -1 for all that are left"),
+    "collect.temperature": (lambda x: x > 0, "above 0"),
+    **{path: (lambda x: x >= 1, "at least 1") for path in _AT_LEAST_ONE},
+    **{path: (lambda x: 0 <= x < float("inf"), "at least 0 and finite") for path in _AT_LEAST_ZERO},
+}
+
+
+def _check_numbers(config: Config):
+    flat = leaves(config)
+    for path, (fits, words) in _RANGES.items():
+        if path in flat and not fits(flat[path]):
+            yield f"{path} must be {words}, but got {flat[path]}"
+    batch, parts = config.train.batch_size, config.train.accumulation
+    if parts >= 1 and batch % parts:
+        yield (
+            f"train.batch_size must be a multiple of train.accumulation, but got {batch} and "
+            f"{parts}: change either"
+        )
+    if config.optimizer.schedule != "constant":
+        warmup, steps = config.optimizer.warmup_steps, config.train.steps
+        if steps <= warmup:
+            yield (
+                f"the {config.optimizer.schedule} schedule needs train.steps above "
+                f"optimizer.warmup_steps, but got {steps} and {warmup}"
+            )
+
+
+def _check_jobs(config: Config):
+    jobs = config.jobs
+    unknown = [job for job in jobs if job not in JOBS]
+    if unknown or not jobs:
+        yield f"jobs must be some of {', '.join(JOBS)}, but got {jobs!r}"
+    elif [JOBS.index(job) for job in jobs] != sorted({JOBS.index(job) for job in jobs}):
+        yield f"jobs must come once each, in the order {', '.join(JOBS)}, but got {jobs!r}"
+    if not all(isinstance(judge, str) for judge in config.evaluate.judges or ()):
+        yield f"evaluate.judges must be names of scorers, but got {config.evaluate.judges!r}"
+    if not config.model.folder and not config.debug.enabled:
+        yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"
+    if "collect" in jobs and not config.collect.scorer and not config.debug.enabled:
+        yield "the collect job needs collect.scorer, but got '': set it, or drop collect from jobs"
+    source = config.data.source
+    if source and not all(source.partition(":")):
+        yield f"data.source must be KIND:PATH, but got {source!r}"
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What a run's checkpoints may not outlive a change of, as JSON can hold it.
+
+    Left out is all that changes rounding at most (mesh, accumulation, threads), how long
+    or how chattily the run goes on (train.steps, log, sample), and the other jobs. Where
+    the learning rate decays towards train.steps, that is part of it.
+    """
+
+    def pick(section, names):
+        return {name: section[name] for name in names.split()}
+
+    found = {
+        "objective": config.objective,
+        "objectives": {config.objective: config.objectives[config.objective].to_dict()},
+        "seed": config.seed,
+        "model": pick(config.model, "folder variant compute_dtype"),
+        "data": pick(config.data, "source encoded resolution prompt_dropout validation_fraction"),
+        "train": pick(config.train, "batch_size"),
+        "optimizer": config.optimizer.to_dict(),
+        "debug": pick(config.debug, "enabled"),
+    }
+    if config.optimizer.schedule != "constant":
+        found["train"]["steps"] = config.train.steps
+    return found

@@ -1,0 +1,45 @@
+"""A PyTorch diffusers folder <-> our modules: `weights` one model, `pipeline` a whole folder."""
+
+from dmpo_jax.diffusers_io.pipeline import (
+    Pipeline,
+    embed_prompts,
+    load_pipeline,
+    make_index,
+    save_pipeline,
+)
+from dmpo_jax.diffusers_io.weights import (
+    find_folder,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    read_json,
+    save_text_encoder,
+    save_unet,
+    save_vae,
+    state_dict,
+    to_jax,
+    to_torch,
+    torch_name,
+    write_json,
+)
+
+__all__ = [
+    "Pipeline",
+    "embed_prompts",
+    "find_folder",
+    "load_pipeline",
+    "load_text_encoder",
+    "load_unet",
+    "load_vae",
+    "make_index",
+    "read_json",
+    "save_pipeline",
+    "save_text_encoder",
+    "save_unet",
+    "save_vae",
+    "state_dict",
+    "to_jax",
+    "to_torch",
+    "torch_name",
+    "write_json",
+]

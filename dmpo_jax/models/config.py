@@ -1,0 +1,86 @@
+"""Architectures as config.json states them: every key is honoured or refused by name."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+# What libraries write into every config.json; none of it reaches the computation.
+BOOKKEEPING = frozenset(
+    "_class_name _diffusers_version _name_or_path architectures dtype model_type torch_dtype "
+    "transformers_version".split()
+)
+
+
+class Only:
+    """A key that our code does not implement: its default, and other values that mean the same."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+
+class ModelConfig(Mapping[str, Any]):
+    """An immutable, hashable config whose keys are also attributes.
+
+    Args:
+        given: what config.json holds.
+        keys: key -> default where the code honours the key, `Only(...)` where it
+            accepts just those values (the first is the default).
+        dead: keys that old or foreign configs carry and that never change the result.
+
+    Raises:
+        ValueError: naming every key whose value asks for something unsupported.
+
+    Unknown keys are accepted while unset (None or False): libraries add switches
+    over the years, and an unset switch leaves the computation as it was.
+    """
+
+    def __init__(self, given: Mapping[str, Any], keys: Mapping[str, Any], dead: frozenset[str]):
+        refused = []
+        for key, value in given.items():
+            if key in BOOKKEEPING or key in dead:
+                continue
+            rule = keys.get(key, Only(None, False))
+            if isinstance(rule, Only) and not any(_same(value, v) for v in rule.values):
+                allowed = " or ".join(repr(v) for v in rule.values)
+                refused.append(f"{key}={value!r} (supported: {allowed})")
+        if refused:
+            name = given.get("_class_name") or given.get("architectures") or "this model"
+            raise ValueError(f"config.json of {name} asks for {'; '.join(refused)}")
+        defaults = {k: v.values[0] if isinstance(v, Only) else v for k, v in keys.items()}
+        self._values = {**defaults, **given}
+        self.given = dict(given)
+        self._hash = hash(json.dumps(self._values, sort_keys=True, default=str))
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self.__dict__["_values"][key]
+        except KeyError:
+            raise AttributeError(key) from None
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelConfig) and self._values == other._values
+
+
+def _same(a: Any, b: Any) -> bool:
+    """1 and 1.0 are the same setting; True and 1 are not."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def per_block(value: Any, blocks: int, key: str) -> list[Any]:
+    """A setting given once or once a block, as one value a block."""
+    values = list(value) if isinstance(value, list | tuple) else [value] * blocks
+    if len(values) != blocks:
+        raise ValueError(f"{key} needs one value or {blocks} (one a block), got {value!r}")
+    return values

@@ -1,0 +1,180 @@
+"""Tests for dmpo_jax/mesh.py, on eight fake devices."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dmpo_jax import mesh as mesh_lib
+from dmpo_jax.types import Conditioning, PairBatch
+
+ROOT = pathlib.Path(__file__).parents[1]
+PERMUTED = [3, 0, 6, 5, 1, 7, 2, 4]
+
+
+def permuted_mesh(data=8, fsdp=1):
+    devices = np.array(jax.devices())[PERMUTED].reshape(data, fsdp)
+    return Mesh(devices, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def pretend_process(sharding, devices):
+    """The sharding as a process sees it that holds only some of the devices."""
+    view = mock.Mock(spec=NamedSharding)
+    view.addressable_devices_indices_map.side_effect = lambda shape: {
+        d: i for d, i in sharding.devices_indices_map(shape).items() if d in devices
+    }
+    return view
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ({}, (8, 1)),
+        ({"fsdp": 4}, (2, 4)),
+        ({"data": 2, "fsdp": -1}, (2, 4)),
+        ({"data": 1, "fsdp": 8}, (1, 8)),
+    ],
+)
+def test_make_mesh(asked, shape):
+    mesh = mesh_lib.make_mesh(**asked)
+    assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"data": -1, "fsdp": -1},
+        {"fsdp": 3},
+        {"data": 4, "fsdp": 4},
+        {"data": 0},
+        {"fsdp": 0},
+        {"data": -1, "fsdp": -2},
+    ],
+)
+def test_make_mesh_refuses_and_names_legal_shapes(asked):
+    with pytest.raises(ValueError, match=r"8 devices.*\(8, 1\), \(4, 2\), \(2, 4\), \(1, 8\)"):
+        mesh_lib.make_mesh(**asked)
+
+
+def test_parameter_sharding():
+    mesh = mesh_lib.make_mesh(data=2, fsdp=4)
+    large, odd = jax.ShapeDtypeStruct((3, 256, 256), jnp.float32), np.zeros((65536, 3))
+    state = {"a.kernel": large, "opt": (odd, np.zeros((255, 256)), jnp.zeros(())), "none": None}
+    specs = jax.tree.map(lambda s: s.spec, mesh_lib.parameter_sharding(mesh, state))
+    whole = PartitionSpec()
+    assert specs == {
+        "a.kernel": PartitionSpec(None, None, "fsdp"),
+        "opt": (whole, whole, whole),
+        "none": None,
+    }
+    alone = mesh_lib.parameter_sharding(mesh_lib.make_mesh(), state)
+    assert all(s.is_fully_replicated for s in jax.tree.leaves(alone))
+    assert mesh_lib.replicated(mesh).is_fully_replicated
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
+def test_shard_batch_puts_row_r_in_global_row_r(shape):
+    sharding = mesh_lib.batch_sharding(permuted_mesh(*shape))
+    rows = mesh_lib.local_rows(sharding, 16)
+    np.testing.assert_array_equal(rows, np.arange(16))
+    moments = np.random.default_rng(0).normal(size=(16, 2, 4, 4, 8)).astype(np.float16)
+    context = rows[:, None, None] * np.ones((1, 3, 5), np.float32)
+    batch = PairBatch(moments, rows.astype(np.float32), Conditioning(context))
+    with jax.transfer_guard("disallow"):
+        out = mesh_lib.shard_batch(batch, sharding, 16)
+    assert out.conditioning.pooled is None
+    assert out.moments.sharding.is_equivalent_to(sharding, 5)
+    assert out.moments.dtype == jnp.float16
+    jax.tree.map(np.testing.assert_array_equal, out, batch)
+    for shard in out.preference.addressable_shards:  # on the very device the mesh names
+        np.testing.assert_array_equal(shard.data, np.arange(16.0)[shard.index])
+    first = next(s for s in out.preference.addressable_shards if s.index[0].start in (0, None))
+    assert first.device.id == PERMUTED[0]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_rows_of_a_permuted_mesh(processes):
+    sharding = mesh_lib.batch_sharding(permuted_mesh())
+    held = []
+    for devices in np.array_split(np.array(jax.devices()), processes):
+        rows = mesh_lib.local_rows(pretend_process(sharding, list(devices)), 16)
+        assert (np.diff(rows) > 0).all()
+        held.append(rows)
+    np.testing.assert_array_equal(np.sort(np.concatenate(held)), np.arange(16))
+    if processes == 4:  # devices 0 and 1 stand at places 1 and 4 of the mesh
+        np.testing.assert_array_equal(held[0], [2, 3, 8, 9])
+
+
+def test_replicated_rows_are_held_once():
+    sharding = NamedSharding(permuted_mesh(2, 4), PartitionSpec("data"))
+    np.testing.assert_array_equal(mesh_lib.local_rows(sharding, 6), np.arange(6))
+    rows = np.arange(6)
+    out = mesh_lib.shard_batch(rows, sharding, 6)
+    np.testing.assert_array_equal(out, rows)
+
+
+@pytest.mark.parametrize("leaf", [np.zeros((7, 2)), np.zeros(())])
+def test_shard_batch_refuses_wrong_rows(leaf):
+    sharding = mesh_lib.batch_sharding(mesh_lib.make_mesh())
+    with pytest.raises(ValueError, match="must have 8 rows"):
+        mesh_lib.shard_batch({"x": leaf}, sharding, 8)
+
+
+def test_check_batch():
+    mesh = mesh_lib.make_mesh()
+    mesh_lib.check_batch(32, 4, mesh)
+    with pytest.raises(ValueError, match=r"multiple of 32 .*got 40; nearest: 32 or 64"):
+        mesh_lib.check_batch(40, 4, mesh)
+    with pytest.raises(ValueError, match=r"nearest: 32$"):
+        mesh_lib.check_batch(8, 4, mesh)
+    with pytest.raises(ValueError, match="at least 1"):
+        mesh_lib.check_batch(8, 0, mesh)
+
+
+TWO_PROCESSES = """
+import sys, jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from dmpo_jax import mesh as m
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+devices = sorted(jax.devices(), key=lambda d: d.id)
+mesh = Mesh(np.array([devices[i] for i in (2, 0, 1, 3)]).reshape(2, 2), m.AXES,
+            axis_types=(AxisType.Auto,) * 2)
+sharding = m.batch_sharding(mesh)
+rows = m.local_rows(sharding, 8)
+assert rows.tolist() == ([2, 3, 4, 5] if int(sys.argv[2]) == 0 else [0, 1, 6, 7]), rows
+x = m.shard_batch(np.stack([rows, rows * 10], 1).astype(np.float32), sharding, 8)
+whole = jax.jit(lambda a: a + 0, out_shardings=m.replicated(mesh))(x)
+want = np.stack([np.arange(8), 10 * np.arange(8)], 1)
+np.testing.assert_array_equal(whole.addressable_data(0), want)
+"""
+
+
+def test_two_real_processes_on_a_permuted_mesh():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", TWO_PROCESSES, address]
+    children = [
+        subprocess.Popen(
+            [*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for i in range(2)
+    ]
+    try:
+        outs = [child.communicate(timeout=120)[0].decode() for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert [child.returncode for child in children] == [0, 0], "\n".join(outs)

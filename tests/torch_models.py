@@ -1,0 +1,114 @@
+"""PyTorch diffusers and transformers models with random weights, off their initialisation."""
+
+import torch
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": [32, 64],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 24,
+    "attention_head_dim": 4,
+}
+SDXL = {
+    "block_out_channels": [32, 64, 64],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 3],
+    "attention_head_dim": [2, 4, 8],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 16,
+    "projection_class_embeddings_input_dim": 20 + 6 * 16,
+}
+SD15 = {
+    "block_out_channels": [32, 64, 64, 64],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+}
+SD2 = {**SD15, "attention_head_dim": [2, 4, 8, 8], "use_linear_projection": True}
+# name -> (config, latent height and width)
+UNETS = {
+    "sd15": (SD15, (16, 16)),
+    "sd15_odd_size": (SD15, (13, 11)),
+    "sd2": ({**SD2, "upcast_attention": True}, (16, 16)),
+    "sdxl": (SDXL, (8, 8)),
+    "sdxl_odd_size": (SDXL, (9, 14)),
+    "sdxl_refiner_like": ({**SDXL, "transformer_layers_per_block": 4}, (8, 8)),
+    "inpainting": ({**SD15, "in_channels": 9}, (8, 16)),
+    "edit": ({**SD15, "in_channels": 8}, (8, 8)),
+    "small": ({}, (8, 8)),
+    "layers_by_block": ({"layers_per_block": [1, 2]}, (8, 8)),
+    "context_by_block": ({"cross_attention_dim": [24, 12]}, (8, 8)),
+    "sine_first": ({"flip_sin_to_cos": False, "freq_shift": 1, "act_fn": "mish"}, (8, 8)),
+    "asymmetric_pad": ({"downsample_padding": 0, "time_embedding_dim": 48}, (8, 8)),
+    "wide_kernels": ({"conv_in_kernel": 5, "conv_out_kernel": 1}, (8, 8)),
+}
+VAE = {
+    "block_out_channels": [16, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 2,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+}
+VAES = {
+    "sd": (VAE, (32, 32)),
+    "sdxl": ({**VAE, "scaling_factor": 0.13025, "force_upcast": True}, (16, 48)),
+    "no_mid_attention": ({**VAE, "mid_block_add_attention": False}, (32, 32)),
+    "no_quant": ({**VAE, "use_quant_conv": False, "use_post_quant_conv": False}, (16, 16)),
+    "one_layer_16_channels": ({**VAE, "layers_per_block": 1, "latent_channels": 16}, (20, 28)),
+}
+CLIP = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+    "projection_dim": 20,
+    "bos_token_id": 97,
+    "eos_token_id": 98,
+    "pad_token_id": 1,
+}
+CLIPS = {
+    "clip_l": (CLIP, False),
+    "openclip_h": ({**CLIP, "hidden_act": "gelu"}, False),
+    "bigg": ({**CLIP, "hidden_act": "gelu"}, True),
+    "legacy_eos": ({**CLIP, "eos_token_id": 2}, False),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter moved off its initialisation, norms and biases too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.1 * parameter.std().nan_to_num(0.0) + 0.03))
+    return model.eval()
+
+
+def unet(name: str, seed: int = 0):
+    from diffusers import UNet2DConditionModel
+
+    return randomise(UNet2DConditionModel(**{**UNET, **UNETS[name][0]}), seed)
+
+
+def vae(name: str, seed: int = 0):
+    from diffusers import AutoencoderKL
+
+    return randomise(AutoencoderKL(**VAES[name][0]), seed)
+
+
+def clip(name: str, seed: int = 0):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config, projection = CLIPS[name]
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return randomise(kind(CLIPTextConfig(**config)), seed)
