@@ -5,12 +5,13 @@ grows, while the chosen error grows too; `chosen_gain` then turns positive.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dmpo_jax.types import PerPair
 
 Images = Float[Array, "B n H W C"]
 Scalar = Float[Array, ""]
+PerImage = Float[Array, "B n"]
 
 
 def preference_health(
@@ -46,23 +47,11 @@ def preference_health(
     """
     policy, target = policy.astype(jnp.float32), target.astype(jnp.float32)
     error = jnp.square(policy - target).mean((2, 3, 4))
-    if reference is None:
-        gain = error
-    else:
-        reference = reference.astype(jnp.float32)
-        # As one product, as the objectives have it: a difference of two means loses the
-        # small gains of early steps to rounding.
-        gain = ((policy - reference) * (policy + reference - 2 * target)).mean((2, 3, 4))
-    tied = jnp.zeros(policy.shape[0], bool) if preference is None else preference == 0.5
-    if policy.shape[1] == 2:
-        margin = gain[:, 1] - gain[:, 0]
-    else:
-        margin = jnp.full(policy.shape[0], jnp.nan, jnp.float32)
-    # (1 + sign) / 2 carries NaN through, where a comparison would make it a wrong answer.
-    right = jnp.where(tied & ~jnp.isnan(margin), 0.5, 0.5 + 0.5 * jnp.sign(margin))
+    gain = error if reference is None else _gain(policy, reference, target)
+    margin = _margin(gain)
     metrics = {
-        "implicit_accuracy": right.mean(),
-        "ties": tied.astype(jnp.float32).mean(),
+        "implicit_accuracy": _correct(margin, preference).mean(),
+        "ties": _tied(margin, preference).astype(jnp.float32).mean(),
         "margin": margin.mean(),
         "margin_abs_max": jnp.abs(margin).max(),
     }
@@ -71,3 +60,38 @@ def preference_health(
         if reference is not None:
             metrics[f"{side}_gain"] = gain[:, i].mean()
     return metrics
+
+
+def correct(
+    policy: Images, reference: Images | None, target: Images, preference: PerPair | None
+) -> PerPair:
+    """What each pair adds to `implicit_accuracy`: 1, 0, or 1/2; arguments as above."""
+    policy, target = policy.astype(jnp.float32), target.astype(jnp.float32)
+    if reference is None:
+        gain = jnp.square(policy - target).mean((2, 3, 4))
+    else:
+        gain = _gain(policy, reference, target)
+    return _correct(_margin(gain), preference)
+
+
+def _gain(policy: Images, reference: Images, target: Images) -> PerImage:
+    # As one product, as the objectives have it: a difference of two means loses the
+    # small gains of early steps to rounding.
+    reference = reference.astype(jnp.float32)
+    return ((policy - reference) * (policy + reference - 2 * target)).mean((2, 3, 4))
+
+
+def _margin(gain: PerImage) -> PerPair:
+    if gain.shape[1] == 2:
+        return gain[:, 1] - gain[:, 0]
+    return jnp.full(gain.shape[0], jnp.nan, jnp.float32)
+
+
+def _tied(margin: PerPair, preference: PerPair | None) -> Bool[Array, "B"]:
+    return jnp.zeros(margin.shape, bool) if preference is None else preference == 0.5
+
+
+def _correct(margin: PerPair, preference: PerPair | None) -> PerPair:
+    # (1 + sign) / 2 carries NaN through, where a comparison would make it a wrong answer.
+    half = _tied(margin, preference) & ~jnp.isnan(margin)
+    return jnp.where(half, 0.5, 0.5 + 0.5 * jnp.sign(margin))

@@ -141,9 +141,7 @@ def microbatches(tree: Any, count: int) -> Any:
     Row b goes to microbatch b % A: the reshape to (B/A, A) splits no device's block,
     where (A, B/A) would gather the batch.
     """
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree
-    )
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
 
 
 def accumulate(gradient: Callable, parts: Any, count: int) -> tuple[Any, dict[str, jax.Array]]:
@@ -170,9 +168,7 @@ def validate_batch(
     noised = noise_batch(key, batch, setup)
     reference_prediction = None
     if setup.needs_reference:
-        reference_prediction = predict_pairs(
-            setup.predict, reference, noised, batch.conditioning
-        )
+        reference_prediction = predict_pairs(setup.predict, reference, noised, batch.conditioning)
     policy_prediction = predict_pairs(setup.predict, params, noised, batch.conditioning)
     compared = (policy_prediction, reference_prediction, noised.target)
     losses = setup.objective(*compared, batch.preference)

@@ -70,13 +70,17 @@ def test_unet_gradients(name, tmp_path):
     )(params, *args)
     want = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
     assert {diffusers_io.torch_name(path) for path in got} == set(want)
-    ours = {diffusers_io.torch_name(p): diffusers_io.to_torch(p, np.asarray(g)) for p, g in got.items()}
+    ours = {
+        diffusers_io.torch_name(p): diffusers_io.to_torch(p, np.asarray(g)) for p, g in got.items()
+    }
     order = sorted(want)
     flat = [np.concatenate([side[n].ravel() for n in order]) for side in (ours, want)]
     assert relative_error(*flat) <= 1e-4
     scale = np.linalg.norm(flat[1])
     for n in order:  # no single tensor may hide behind the large ones
-        assert np.linalg.norm(ours[n] - want[n]) <= 1e-4 * max(np.linalg.norm(want[n]), 1e-3 * scale)
+        assert np.linalg.norm(ours[n] - want[n]) <= 1e-4 * max(
+            np.linalg.norm(want[n]), 1e-3 * scale
+        )
 
 
 @pytest.mark.parametrize("name", torch_models.VAES)
@@ -84,7 +88,9 @@ def test_vae(name, tmp_path):
     theirs = torch_models.vae(name)
     theirs.save_pretrained(tmp_path)
     ours = diffusers_io.load_vae(tmp_path)
-    images = torch.randn(2, 3, *torch_models.VAES[name][1], generator=torch.Generator().manual_seed(3))
+    images = torch.randn(
+        2, 3, *torch_models.VAES[name][1], generator=torch.Generator().manual_seed(3)
+    )
     with torch.no_grad():
         distribution = theirs.encode(images).latent_dist
         decoded = theirs.decode(distribution.mean).sample

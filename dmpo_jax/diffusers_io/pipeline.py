@@ -70,9 +70,7 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
 
 def load_schedule(folder: epath.PathLike) -> tuple[NoiseSchedule, dict[str, Any]]:
     """The noise schedule and DDIM's settings of a pipeline's scheduler_config.json."""
-    config = weights.read_json(
-        weights.find_folder(folder) / "scheduler" / "scheduler_config.json"
-    )
+    config = weights.read_json(weights.find_folder(folder) / "scheduler" / "scheduler_config.json")
     given = {key: config[key] for key in SCHEDULE_KEYS if key in config}
     if config.get("thresholding"):
         raise ValueError("scheduler_config.json asks for thresholding=True; supported: False")
@@ -137,9 +135,9 @@ def embed_prompts(
         for tokenizer in pipeline.tokenizers:
             limit = tokenizer.model_max_length
             ids.append(
-                tokenizer(
-                    padded, padding="max_length", max_length=limit, truncation=True
-                )["input_ids"]
+                tokenizer(padded, padding="max_length", max_length=limit, truncation=True)[
+                    "input_ids"
+                ]
             )
         limit = pipeline.tokenizers[0].model_max_length
         cut += sum(len(pipeline.tokenizers[0](p)["input_ids"]) > limit for p in batch)
@@ -168,9 +166,7 @@ def save_pipeline(unet: Any, source: epath.PathLike, out: epath.PathLike, **kw: 
             continue
         _copy_folder(part, out / part.name)
     weights.save_unet(unet, out / "unet", **kw)
-    weights.write_json(
-        out / "model_index.json", weights.read_json(source / "model_index.json")
-    )
+    weights.write_json(out / "model_index.json", weights.read_json(source / "model_index.json"))
 
 
 def _copy_folder(source: epath.Path, out: epath.Path) -> None:
@@ -187,5 +183,3 @@ def make_index(kind: str, parts: dict[str, tuple[str, str]]) -> dict[str, Any]:
     if kind not in FAMILIES:
         raise ValueError(f"{kind!r} is not supported; supported pipelines: {sorted(FAMILIES)}")
     return {"_class_name": kind, **{k: list(v) for k, v in parts.items()}}
-
-
