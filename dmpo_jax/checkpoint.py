@@ -108,7 +108,7 @@ class Checkpoints:
         if wait:
             self.wait()
 
-    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+    def restore(self, abstract: Any, *, step: int | None = None) -> tuple[int, Any] | None:
         """The newest whole checkpoint, or None where there is none at all.
 
         A checkpoint is whole if every file can be read and every array has the checksum
@@ -119,35 +119,39 @@ class Checkpoints:
             abstract: the state's shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`s
                 (arrays will do). The shardings are those wanted now; the checkpoint may
                 have been saved from another mesh or number of hosts.
+            step: this one and no other.
 
         Returns:
             (step, state), the state sharded as `abstract` says.
 
         Raises:
             ValueError: if a checkpoint is readable and is of another state: names, shapes
-                or dtypes differ.
+                or dtypes differ; or if there is no checkpoint `step`.
             RuntimeError: if there are checkpoints and none is whole. Nothing is renamed
                 then, so that the next start cannot take the folder for a new run's.
         """
         abstract = jax.tree.map(_abstract_leaf, abstract)
         self.wait()
         broken: dict[int, str] = {}
-        for step in reversed(self.steps()):
+        steps = self.steps() if step is None else [step]
+        if step is not None and step not in self.steps():
+            raise ValueError(f"no checkpoint {step} in {self._folder}; there are {self.steps()}")
+        for found in reversed(steps):
             try:
-                state = self._read(step, abstract)
+                state = self._read(found, abstract)
             except _Unreadable as error:
-                broken[step] = str(error)
+                broken[found] = str(error)
                 continue
             for bad in broken:
                 name = self._set_aside(bad)
                 self._warn(
                     f"checkpoint {bad} is not whole ({broken[bad]}): it is now {name}, and "
-                    f"the run goes on from checkpoint {step}"
+                    f"the run goes on from checkpoint {found}"
                 )
-            self._whole.add(step)
-            return step, state
+            self._whole.add(found)
+            return found, state
         if broken:
-            reasons = "; ".join(f"{step}: {reason}" for step, reason in broken.items())
+            reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
             raise RuntimeError(
                 f"no checkpoint in {self._folder} is whole ({reasons}). Put a good copy back, "
                 "or choose another --workdir to start afresh"

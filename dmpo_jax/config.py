@@ -93,7 +93,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "collect.tie_margin": (0.0, "score differences below this are ties, preference 0.5"),
     "evaluate.seeds": (256, "held-out images a judge sees of each model"),
     "evaluate.judges": (config_dict.placeholder(tuple), "names of scorers; unset: collect.scorer"),
-    "debug.enabled": (False, "a tiny random model, synthetic pairs, 3 steps, whatever else is set"),
+    "debug.family": ("", "'sd' or 'sdxl': a tiny random model of it and synthetic pairs; '' off"),
 }
 
 
@@ -112,6 +112,17 @@ def defaults() -> Config:
     return config.lock()
 
 
+def debug(config: Config, family: str) -> Config:
+    """The same run at tiny width: random weights, synthetic pairs, three steps, no files."""
+    config.debug.family = family
+    config.train.steps, config.train.batch_size = 3, 16
+    config.data.validation_fraction, config.data.num_threads = 0.25, 2
+    config.log.every = config.log.validate_every = 1
+    config.log.sample_every = config.log.checkpoint_every = 3
+    config.sample.steps, config.sample.count = 4, 2
+    return config
+
+
 def leaves(config: Config) -> dict[str, Any]:
     """{dotted path: value} of every leaf; empty sections have none, unset leaves are None."""
     flat = {}
@@ -121,6 +132,25 @@ def leaves(config: Config) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def from_leaves(values: dict[str, Any]) -> Config:
+    """The inverse of `leaves`, also after a round trip through JSON.
+
+    Raises:
+        ValueError: naming a leaf that this version does not have.
+    """
+    config = defaults()
+    for path, value in values.items():
+        *sections, name = path.split(".")
+        section: Any = config
+        try:
+            for part in sections:
+                section = section[part]
+            section[name] = tuple(value) if isinstance(value, list) else value
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"config leaf {path!r} is unknown to this version") from error
+    return config
 
 
 def describe(config: Config | None = None) -> str:
@@ -264,9 +294,9 @@ def _check_jobs(config: Config):
         yield f"jobs must come once each, in the order {', '.join(JOBS)}, but got {jobs!r}"
     if not all(isinstance(judge, str) for judge in config.evaluate.judges or ()):
         yield f"evaluate.judges must be names of scorers, but got {config.evaluate.judges!r}"
-    if not config.model.folder and not config.debug.enabled:
+    if not config.model.folder and not config.debug.family:
         yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"
-    if "collect" in jobs and not config.collect.scorer and not config.debug.enabled:
+    if "collect" in jobs and not config.collect.scorer and not config.debug.family:
         yield "the collect job needs collect.scorer, but got '': set it, or drop collect from jobs"
     source = config.data.source
     if source and not all(source.partition(":")):
@@ -292,7 +322,7 @@ def identity(config: Config) -> dict[str, Any]:
         "data": pick(config.data, "source encoded resolution prompt_dropout validation_fraction"),
         "train": pick(config.train, "batch_size"),
         "optimizer": config.optimizer.to_dict(),
-        "debug": pick(config.debug, "enabled"),
+        "debug": pick(config.debug, "family"),
     }
     if config.optimizer.schedule != "constant":
         found["train"]["steps"] = config.train.steps

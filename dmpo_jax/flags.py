@@ -9,6 +9,7 @@ and wants --config first; hence our own reading.
 """
 
 import ast
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -69,6 +70,12 @@ def run(
         main(config)
 
     app.run(with_config, flags_parser=parse)
+
+
+def log_to_console() -> None:
+    """Our own messages as plain lines, other libraries' from warnings up."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    logging.getLogger("dmpo_jax").setLevel(logging.INFO)
 
 
 def load(path: str) -> ConfigDict:

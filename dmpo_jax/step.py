@@ -46,8 +46,8 @@ class Setup(NamedTuple):
 
 def make_state(params: dict[str, jax.Array], tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step, float32 master parameters."""
-    params = {path: jnp.asarray(x, jnp.float32) for path, x in params.items()}
-    # Two buffers, not one twice: the state is donated.
+    # Copies: the state is donated, and what came in may be the reference too.
+    params = {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32))
 
 

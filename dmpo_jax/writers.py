@@ -16,6 +16,7 @@ import rich.progress
 from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 _OBJECT_STORAGE = ("gs://", "s3://", "az://")
 
@@ -353,12 +354,19 @@ def _shorten(text: str, font: Any, width: int, dots: bool) -> str:
     return text + "..."
 
 
-def save_png(path: epath.PathLike, image: Image.Image) -> None:
-    """Writes a PNG, whole or not at all, making its folder; on process 0 only."""
+def save_png(path: epath.PathLike, image: Image.Image, about: dict[str, Any] | None = None) -> None:
+    """Writes a PNG, whole or not at all, making its folder; on process 0 only.
+
+    Args:
+        about: settings kept inside the file, as JSON under the text key "parameters".
+    """
     if jax.process_index() != 0:
         return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    if about is not None:
+        info.add_text("parameters", json.dumps(about))
     content = io.BytesIO()
-    image.save(content, "PNG")
+    image.save(content, "PNG", pnginfo=info)
     _write_whole(path, content.getvalue())

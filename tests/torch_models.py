@@ -4,7 +4,7 @@ import torch
 
 UNET = {
     "sample_size": 8,
-    "block_out_channels": [32, 64],
+    "block_out_channels": [16, 32],
     "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
     "layers_per_block": 1,
@@ -12,57 +12,67 @@ UNET = {
     "cross_attention_dim": 24,
     "attention_head_dim": 4,
 }
+SD15 = {
+    "block_out_channels": [16, 32, 32],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2,
+    "attention_head_dim": 8,
+}
+SD2 = {**SD15, "attention_head_dim": [2, 4, 8], "use_linear_projection": True}
 SDXL = {
-    "block_out_channels": [32, 64, 64],
+    "block_out_channels": [16, 32, 32],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 2, 3],
+    "transformer_layers_per_block": [1, 1, 2],
     "attention_head_dim": [2, 4, 8],
     "use_linear_projection": True,
     "addition_embed_type": "text_time",
     "addition_time_embed_dim": 16,
     "projection_class_embeddings_input_dim": 20 + 6 * 16,
 }
-SD15 = {
-    "block_out_channels": [32, 64, 64, 64],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
+REFINER = {  # attention in the middle stage alone, one depth for all
+    **SDXL,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": 2,
 }
-SD2 = {**SD15, "attention_head_dim": [2, 4, 8, 8], "use_linear_projection": True}
-# name -> (config, latent height and width)
+# name -> (config, latent height and width). Small and shallow: compiling dominates.
 UNETS = {
-    "sd15": (SD15, (16, 16)),
-    "sd15_odd_size": (SD15, (13, 11)),
-    "sd2": ({**SD2, "upcast_attention": True}, (16, 16)),
-    "sdxl": (SDXL, (8, 8)),
-    "sdxl_odd_size": (SDXL, (9, 14)),
-    "sdxl_refiner_like": ({**SDXL, "transformer_layers_per_block": 4}, (8, 8)),
-    "inpainting": ({**SD15, "in_channels": 9}, (8, 16)),
-    "edit": ({**SD15, "in_channels": 8}, (8, 8)),
     "small": ({}, (8, 8)),
+    "sd15": (SD15, (8, 8)),
+    "sdxl": (SDXL, (8, 8)),
+    "sd15_odd_size": (SD15, (13, 11)),
+    "sd2": ({**SD2, "upcast_attention": True}, (8, 8)),
+    "sdxl_odd_size": (SDXL, (5, 7)),
+    "refiner": (REFINER, (8, 8)),
+    "inpainting": ({"in_channels": 9}, (8, 16)),
+    "edit": ({"in_channels": 8}, (8, 8)),
     "layers_by_block": ({"layers_per_block": [1, 2]}, (8, 8)),
-    "context_by_block": ({"cross_attention_dim": [24, 12]}, (8, 8)),
     "sine_first": ({"flip_sin_to_cos": False, "freq_shift": 1, "act_fn": "mish"}, (8, 8)),
     "asymmetric_pad": ({"downsample_padding": 0, "time_embedding_dim": 48}, (8, 8)),
     "wide_kernels": ({"conv_in_kernel": 5, "conv_out_kernel": 1}, (8, 8)),
 }
 VAE = {
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 16,
+}
+DEEP_VAE = {
+    **VAE,
     "block_out_channels": [16, 32, 32],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "layers_per_block": 2,
-    "norm_num_groups": 8,
-    "sample_size": 32,
 }
 VAES = {
-    "sd": (VAE, (32, 32)),
-    "sdxl": ({**VAE, "scaling_factor": 0.13025, "force_upcast": True}, (16, 48)),
-    "no_mid_attention": ({**VAE, "mid_block_add_attention": False}, (32, 32)),
+    "sd": (DEEP_VAE, (32, 32)),
+    "sdxl": ({**VAE, "scaling_factor": 0.13025, "force_upcast": True}, (16, 24)),
+    "no_mid_attention": ({**VAE, "mid_block_add_attention": False}, (16, 16)),
     "no_quant": ({**VAE, "use_quant_conv": False, "use_post_quant_conv": False}, (16, 16)),
-    "one_layer_16_channels": ({**VAE, "layers_per_block": 1, "latent_channels": 16}, (20, 28)),
+    "16_channels": ({**VAE, "latent_channels": 16}, (10, 14)),
 }
 CLIP = {
     "vocab_size": 99,

@@ -3,7 +3,9 @@
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     embed_prompts,
+    load_family,
     load_pipeline,
+    load_schedule,
     make_index,
     save_pipeline,
 )
@@ -27,7 +29,9 @@ __all__ = [
     "Pipeline",
     "embed_prompts",
     "find_folder",
+    "load_family",
     "load_pipeline",
+    "load_schedule",
     "load_text_encoder",
     "load_unet",
     "load_vae",

@@ -106,7 +106,7 @@ def find_folder(folder: epath.PathLike) -> epath.Path:
             return epath.Path(snapshot_download(str(folder), allow_patterns=patterns))
         except Exception as error:
             raise ValueError(
-                f"{str(folder)!r} is not a local folder, and fetching it as a hub id failed: {error}"
+                f"{str(folder)!r} is no local folder, and fetching it as a hub id failed: {error}"
             ) from error
     raise ValueError(f"model folder {str(folder)!r} does not exist")
 
@@ -144,7 +144,7 @@ def _weight_files(folder: epath.Path, stem: str, variant: str | None) -> list[ep
         return [folder / s for s in shards]
     found = sorted(p.name for p in folder.iterdir() if "json" not in p.suffix)
     hint = (
-        "; pickles (.bin, .ckpt) are never opened: save the model again with safe_serialization=True"
+        "; pickles (.bin, .ckpt) are never opened: save it again with safe_serialization=True"
         if any(name.endswith((".bin", ".ckpt", ".pt")) for name in found)
         else "; choose one of these with variant="
         if found

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
-from flax import nnx
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data import digits, sources
@@ -83,16 +82,18 @@ INDEX = {
 }
 
 
-def make_digits(out: epath.PathLike, *, seed: int = 0, vae_steps: int = 3000) -> None:
+def make_digits(out: epath.PathLike, *, seed: int = 0, vae_steps: int = 1000) -> None:
     """Writes the pipeline folder and the real digits' pairs into `out`; minutes on a CPU."""
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(out / "tokenizer")
     ids = {f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in SPECIAL.items()}
-    text = CLIPTextModel({**TEXT, "vocab_size": len(vocabulary), **ids}, rngs=nnx.Rngs(seed))
+    config = {**TEXT, "vocab_size": len(vocabulary), **ids}
+    text = parameters.initialise(CLIPTextModel, config, seed)
     diffusers_io.save_text_encoder(text, out / "text_encoder")
     diffusers_io.save_vae(train_vae(seed=seed, steps=vae_steps), out / "vae")
-    diffusers_io.save_unet(UNet2DConditionModel(UNET, rngs=nnx.Rngs(seed)), out / "unet")
+    unet = parameters.initialise(UNet2DConditionModel, UNET, seed)
+    diffusers_io.save_unet(unet, out / "unet")
     (out / "scheduler").mkdir(exist_ok=True)
     diffusers_io.write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     sources.write_pick_a_pic(out / "real_digits.parquet", real_pairs(seed))
@@ -120,7 +121,7 @@ def write_tokenizer(folder: epath.Path) -> dict[str, int]:
                 merges.append(f"{left} {right}")
                 tokens.append(left + right)
             parts = [left + right, *rest]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
@@ -139,7 +140,7 @@ def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
     Sets `scaling_factor` to the inverse deviation of the latents, as Stable Diffusion did.
     """
     images = digits.to_images(digits.load_digits()[0]).astype(np.float32) / 127.5 - 1
-    structure, params = parameters.split(AutoencoderKL(VAE, rngs=nnx.Rngs(seed)))
+    structure, params = parameters.split(parameters.initialise(AutoencoderKL, VAE, seed))
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
     def loss_fn(params, batch, key):
@@ -167,7 +168,7 @@ def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
     vae = parameters.merge(structure, params)
     means = jax.jit(lambda x: vae.encode(x)[..., : VAE["latent_channels"]])(images[:512])
     config: dict[str, Any] = {**VAE, "scaling_factor": float(1 / np.std(means))}
-    structure, _ = nnx.split(AutoencoderKL(config, rngs=nnx.Rngs(seed)))
+    structure, _ = parameters.split(parameters.initialise(AutoencoderKL, config, seed))
     return parameters.merge(structure, params)
 
 

@@ -1,8 +1,11 @@
 """A model as (structure, parameters): the functional form that a jitted step takes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]  # "down_blocks.0.resnets.0.conv1.kernel" -> array
@@ -30,3 +33,25 @@ def merge(structure: Any, params: Params) -> Any:
         for path, leaf in params.items()
     }
     return nnx.merge(structure, nnx.from_flat_state(keyed))
+
+
+def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> Any:
+    """`make(config, ...)` with random parameters, float32, drawn by NumPy.
+
+    Kernels are normal with deviation 1/sqrt(fan in), embeddings 0.02; norms start at
+    one, biases at zero. Drawing on the host compiles nothing, where a module's own
+    initialisers compile a program for every shape.
+    """
+    model = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0), **kw))
+    rng = np.random.default_rng(seed)
+    params = {}
+    for path, leaf in shapes(model).items():
+        kind = path.rpartition(".")[2]
+        if kind == "kernel":
+            value = rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        elif kind == "embedding":
+            value = 0.02 * rng.standard_normal(leaf.shape)
+        else:
+            value = np.full(leaf.shape, 1.0 if kind == "scale" else 0.0)
+        params[path] = jnp.asarray(value, leaf.dtype)
+    return merge(nnx.split(model)[0], params)

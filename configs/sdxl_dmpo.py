@@ -1,0 +1,25 @@
+"""Aligns SDXL with DMPO.
+
+    python launch/train.py --config=configs/sdxl_dmpo.py --workdir=DIR \\
+        --config.model.folder=stabilityai/stable-diffusion-xl-base-1.0 \\
+        --config.model.vae=madebyollin/sdxl-vae-fp16-fix \\
+        --config.data.encoded=ENCODED   # made by launch/encode.py
+        --config.mesh.fsdp=16           # shard parameters and optimizer
+
+Settings: AIDC-AI/Diffusion-SDPO's launcher for DMPO on SDXL, less its safeguard: beta
+6000, learning rate 1e-9 x 2048 pairs, 500 steps of warmup, 2,000 steps.
+`configs/sdxl_dmpo.py:debug` runs the same path at tiny width, without any file.
+"""
+
+from dmpo_jax import config as base
+
+
+def get_config(variant: str = ""):
+    config = base.defaults()
+    config.objective = "dmpo"
+    config.objectives.dmpo.beta = 6000.0
+    config.objectives.dmpo.alpha = 0.01
+    config.optimizer.learning_rate = 2.048e-6
+    if variant not in ("", "debug"):
+        raise ValueError(f"this config has the variant 'debug', but got {variant!r}")
+    return base.debug(config, "sdxl") if variant else config

@@ -1,0 +1,128 @@
+"""A real config at tiny width: random weights, synthetic pairs, three steps, no files needed."""
+
+import logging
+
+import jax
+import numpy as np
+from etils import epath
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.config import Config
+from dmpo_jax.data import digits, sources
+from dmpo_jax.jobs import make_digits
+from dmpo_jax.models import parameters
+from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.models.vae import AutoencoderKL
+
+LOG = logging.getLogger(__name__)
+
+SD = {
+    "kind": "StableDiffusionPipeline",
+    "unet": {
+        "block_out_channels": [16, 32, 32, 32],
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 4,
+    },
+    "text": {"text_encoder": 16},
+}
+SDXL = {
+    "kind": "StableDiffusionXLPipeline",
+    "unet": {
+        "block_out_channels": [16, 32, 32],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 2],
+        "attention_head_dim": [2, 4, 4],
+        "cross_attention_dim": 16 + 24,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 24 + 6 * 8,
+    },
+    "text": {"text_encoder": 16, "text_encoder_2": 24},
+}
+FAMILIES = {"sd": SD, "sdxl": SDXL}
+
+
+def make_debug(config: Config, workdir: epath.Path) -> Config:
+    """Writes a tiny pipeline and random pairs into workdir; a config that uses them.
+
+    The real jobs then run on them unchanged: encode, and train to `train.steps`.
+    """
+    family = FAMILIES[config.debug.family]
+    kind = jax.devices()[0].platform
+    LOG.info(
+        "debug run: a tiny random %s model, synthetic pairs, on %s",
+        config.debug.family,
+        "CPU, since JAX sees no GPU or TPU" if kind == "cpu" else kind.upper(),
+    )
+    model = workdir / "debug_model"
+    if not (model / "model_index.json").exists():
+        write_tiny_pipeline(model, family)
+    pairs = workdir / "debug_pairs.parquet"
+    if not pairs.exists():
+        sources.write_pick_a_pic(pairs, synthetic_pairs(64))
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.folder = str(model)
+        config.model.vae = ""
+        config.data.source = f"pickapic:{pairs}"
+        config.data.encoded = ""
+        config.jobs = ("encode", "train")
+    return config
+
+
+def write_tiny_pipeline(out: epath.Path, family: dict) -> None:
+    """A pipeline folder of the family's own parts, a few hundred thousand random parameters."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokens = make_digits.TOKENS
+    index = dict(make_digits.INDEX)
+    for i, (part, width) in enumerate(family["text"].items()):
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        vocabulary = make_digits.write_tokenizer(out / tokenizer)
+        projects = i == 1  # SDXL's second encoder
+        kind = "CLIPTextModelWithProjection" if projects else "CLIPTextModel"
+        text = {
+            **make_digits.TEXT,
+            "architectures": [kind],
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "projection_dim": width,
+            "max_position_embeddings": tokens,
+            "vocab_size": len(vocabulary),
+            **{f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in make_digits.SPECIAL.items()},
+        }
+        encoder = parameters.initialise(CLIPTextModel, text, i, projection=projects)
+        diffusers_io.save_text_encoder(encoder, out / part)
+        index |= {part: ("transformers", kind), tokenizer: ("transformers", "CLIPTokenizer")}
+    small = {**make_digits.VAE, "block_out_channels": [8, 8, 16]}
+    vae = parameters.initialise(AutoencoderKL, small, 2)
+    diffusers_io.save_vae(vae, out / "vae")
+    unet = {**make_digits.UNET, "sample_size": 8, **family["unet"]}
+    diffusers_io.save_unet(parameters.initialise(UNet2DConditionModel, unet, 3), out / "unet")
+    (out / "scheduler").mkdir(exist_ok=True)
+    diffusers_io.write_json(out / "scheduler" / "scheduler_config.json", make_digits.SCHEDULER)
+    diffusers_io.write_json(
+        out / "model_index.json", diffusers_io.make_index(family["kind"], index)
+    )
+
+
+def synthetic_pairs(count: int) -> list[dict]:
+    """Random images with the digits' captions, labels of all three kinds."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2 * count, 48, 40, 3), np.uint8)
+    return [
+        {
+            "caption": digits.CAPTIONS[i % 10],
+            "jpg_0": sources.encode_image(images[2 * i]),
+            "jpg_1": sources.encode_image(images[2 * i + 1]),
+            "label_0": (1.0, 0.0, 0.5)[i % 3],
+            "label_1": (0.0, 1.0, 0.5)[i % 3],
+            "has_label": True,
+            "are_different": True,
+        }
+        for i in range(count)
+    ]

@@ -1,0 +1,372 @@
+"""Trains a UNet on encoded pairs: the loop around `step.train_step`."""
+
+import functools
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
+from dmpo_jax import config as configs
+from dmpo_jax.data import pipeline, records
+from dmpo_jax.jobs.sample import load_prompts, make_sampler
+from dmpo_jax.models import families, parameters
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.types import PairBatch
+
+LOG = logging.getLogger(__name__)
+
+
+class NonFiniteError(RuntimeError):
+    """More updates than `train.skip_limit` had a loss or gradient that is not finite."""
+
+
+class Run(NamedTuple):
+    """Everything a run holds but its state."""
+
+    config: configs.Config
+    workdir: epath.Path
+    devices: jax.sharding.Mesh
+    pairs: records.EncodedPairs
+    unet: Any  # its structure and config; the parameters are in `reference` and the state
+    reference: dict[str, jax.Array] | None
+    setup: step.Setup
+    learning_rate: Callable[[Any], jax.Array]
+    key: jax.Array
+
+
+def train(config: configs.Config, workdir: epath.Path) -> None:
+    """Trains to `config.train.steps`, going on from the newest whole checkpoint in workdir.
+
+    Writes metrics, checkpoints and sample grids as it goes, and `workdir/export` at the end.
+
+    Raises:
+        ValueError: before compiling, where model, data, mesh or workdir do not fit.
+        NonFiniteError: naming the step; nothing of that update was kept or saved.
+        SystemExit: stopped by SIGTERM or Ctrl-C, after saving.
+    """
+    run, params = prepare(config, workdir)
+    identity = configs.identity(config)
+    folder = workdir / "checkpoints"
+    with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
+        state = make_state(run, params)
+        del params  # the reference, where one is needed, is held by `run`
+        if restored := checkpoints.restore(abstract(state)):
+            LOG.info("going on from step %d in %s", restored[0], folder)
+            state = restored[1]
+        state = loop(run, state, checkpoints)
+    export(run.unet, state.params, config.model.folder, workdir / "export")
+
+
+def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
+    """Opens and checks everything; compiles nothing. Returns the run and the UNet's parameters."""
+    devices = mesh.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    mesh.check_batch(config.train.batch_size, config.train.accumulation, devices)
+    pairs = records.open_pairs(config.data.encoded or workdir / "encoded")
+    folder, family = diffusers_io.load_family(config.model.folder)
+    schedule, _ = diffusers_io.load_schedule(folder)
+    unet = diffusers_io.load_unet(
+        folder, variant=config.model.variant or None, dtype=config.model.compute_dtype
+    )
+    check_fits(unet, family, pairs)
+    structure, params = parameters.split(unet)
+    params = jax.device_put(params, mesh.parameter_sharding(devices, params))
+    objective = OBJECTIVES[config.objective]
+    learning_rate, tx = make_optimizer(config)
+    setup = step.Setup(
+        predict=families.make_predict(functools.partial(parameters.merge, structure)),
+        objective=functools.partial(objective, **config.objectives[config.objective]),
+        needs_reference=objective.needs_reference,
+        needs_rejected=objective.needs_rejected,
+        schedule=schedule,
+        scaling_factor=pairs.meta["scaling_factor"],
+        shift_factor=pairs.meta["shift_factor"],
+        tx=tx,
+        accumulation=config.train.accumulation,
+    )
+    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
+    reference = params if objective.needs_reference else None
+    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
+    return run, params
+
+
+def make_optimizer(config: configs.Config) -> tuple[Callable[[Any], jax.Array], Any]:
+    """(learning rate by step, optax transformation) of a config."""
+    learning_rate = optim.make_learning_rate(
+        peak=config.optimizer.learning_rate,
+        warmup_steps=config.optimizer.warmup_steps,
+        total_steps=config.train.steps,
+        schedule=config.optimizer.schedule,
+    )
+    names = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
+    tx = optim.make_optimizer(learning_rate, **{k: config.optimizer[k] for k in names})
+    return learning_rate, tx
+
+
+def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs) -> None:
+    """ValueError where the encoded pairs were made for another model."""
+    shapes = pairs.meta["shapes"]
+    latent, width = shapes["moments"]["shape"][-1] // 2, shapes["context"]["shape"][-1]
+    wanted = unet.config.cross_attention_dim
+    if latent != unet.config.in_channels:
+        raise ValueError(
+            f"the UNet takes {unet.config.in_channels} channels, the encoded latents have "
+            f"{latent}: encode the pairs with this model's VAE"
+        )
+    if width != wanted:
+        raise ValueError(
+            f"the UNet takes context of width {wanted}, the encoded prompts have {width}: "
+            "encode the pairs with this model's text encoders"
+        )
+    if bool(shapes["pooled"]) != bool(unet.config.addition_embed_type):
+        raise ValueError(
+            f"the encoded pairs do not fit a {family.name} model (pooled prompt embeddings "
+            f"{'present' if shapes['pooled'] else 'absent'}): encode them with this model"
+        )
+
+
+def make_state(run: Run, params: dict[str, jax.Array]) -> step.TrainState:
+    """The first state, laid out on the mesh; its buffers are its own."""
+    make = functools.partial(step.make_state, tx=run.setup.tx)
+    shardings = mesh.parameter_sharding(run.devices, jax.eval_shape(make, params))
+    return jax.jit(make, out_shardings=shardings)(params)
+
+
+def abstract(state: step.TrainState) -> step.TrainState:
+    """Shapes and shardings to restore onto."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) -> step.TrainState:
+    """From the state's step to the last. Metrics are read one step after they were asked for."""
+    config, total, start = run.config, run.config.train.steps, int(state.step)
+    update = step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
+    validate, draw = make_validate(run), make_draw(run)
+    sharding = mesh.batch_sharding(run.devices)
+    batches = make_batches(run, start)
+    watch = Watch(run, start)
+    with (
+        writers.MetricsWriter(
+            run.workdir,
+            tensorboard=config.log.tensorboard,
+            wandb=config.log.wandb or None,
+            resume_step=start,
+        ) as writer,
+        writers.Progress(total, start, config.objective) as progress,
+        StopSignals() as stop,
+    ):
+        if start == 0:
+            draw(state.params, 0)
+        unread = None  # the last update's number and metrics
+        for number in range(start + 1, total + 1):
+            batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
+            with jax.transfer_guard("disallow"):
+                state, metrics = update(state, run.reference, batch, run.key)
+            if unread is not None:
+                watch.report(*unread, writer, progress)
+            unread = (number, metrics)
+            validating = due(number, config.log.validate_every)
+            saving = due(number, config.log.checkpoint_every) or number == total or stop.signal
+            drawing = due(number, config.log.sample_every) or number == total
+            if validating or saving or drawing:
+                watch.report(*unread, writer, progress)  # a bad update ends the job here
+                unread = None
+            if validating:
+                writer.write(number, validate(state.params))
+            if saving:
+                checkpoints.save(number, state)
+            if drawing and not stop.signal:
+                draw(state.params, number)
+            if validating or saving or drawing:
+                watch.restart()
+            if stop.signal and number < total:
+                checkpoints.wait()
+                stop.leave(number)
+    close = getattr(batches, "close", None)
+    if close is not None:
+        close()
+    return state
+
+
+def due(number: int, every: int) -> bool:
+    return every > 0 and number % every == 0
+
+
+def make_batches(run: Run, start: int) -> Iterator[PairBatch]:
+    config = run.config
+    sharding = mesh.batch_sharding(run.devices)
+    return pipeline.make_batches(
+        run.pairs,
+        "train",
+        global_batch=config.train.batch_size,
+        rows=mesh.local_rows(sharding, config.train.batch_size),
+        seed=config.seed,
+        start_step=start,
+        prompt_dropout=config.data.prompt_dropout,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+class Watch:
+    """Turns a step's metrics into a line, a bar and, where it went wrong, an end."""
+
+    def __init__(self, run: Run, start: int):
+        self._run, self._last, self._since = run, start, time.monotonic()
+
+    def restart(self) -> None:
+        """Leaves what happened since (a checkpoint, a validation) out of the speed."""
+        self._since, self._last = time.monotonic(), None
+
+    def report(self, number: int, metrics: Any, writer: Any, progress: Any) -> None:
+        """Reads the metrics of update `number`; NonFiniteError past the limit."""
+        config = self._run.config
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        skipped = int(values["skipped"])
+        if skipped > config.train.skip_limit:
+            raise NonFiniteError(
+                f"update {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is "
+                f"the non-finite update number {skipped}, above train.skip_limit="
+                f"{config.train.skip_limit}. Nothing of it was kept or saved. Look for broken "
+                "pairs, lower optimizer.learning_rate, or raise the limit."
+            )
+        if self._last is None:  # the first after a pause: nothing to measure from yet
+            self._last = number - 1
+        logged = due(number, config.log.every) or number == config.train.steps
+        now = time.monotonic()
+        speed = config.train.batch_size * (number - self._last) / max(now - self._since, 1e-9)
+        if logged:
+            values["learning_rate"] = float(self._run.learning_rate(number - 1))
+            writer.write(number, {**values, "pairs_per_second": speed})
+            self._last, self._since = number, now
+        progress.advance(
+            1,
+            loss=values["loss"],
+            implicit_accuracy=values["implicit_accuracy"],
+            pairs_per_second=speed,
+        )
+
+
+def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
+    """params -> loss and implicit accuracy on the validation split, always the same noise."""
+    if "validation" not in run.pairs.meta["counts"]:
+        if run.config.log.validate_every:
+            LOG.warning("the encoded pairs have no validation split: nothing is validated")
+        return lambda params: {}
+    size = run.config.train.batch_size // run.config.train.accumulation
+    sharding = mesh.batch_sharding(run.devices)
+    rows = mesh.local_rows(sharding, size)
+    one = jax.jit(
+        functools.partial(step.validate_batch, setup=run.setup),
+        compiler_options=step.COMPILER_OPTIONS,
+    )
+    # Far from every step's own key, so that validation never sees training's noise.
+    key = jax.random.fold_in(run.key, 2**31)
+
+    def validate(params: Any) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        epoch = pipeline.make_epoch(run.pairs, "validation", global_batch=size, rows=rows)
+        for i, local in enumerate(epoch):
+            batch, weights = mesh.shard_batch(local, sharding, size)
+            sums = one(params, run.reference, batch, weights, jax.random.fold_in(key, i))
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        weight = totals.pop("weight")
+        return {f"validation_{name}": value / weight for name, value in totals.items()}
+
+    return validate
+
+
+def make_draw(run: Run) -> Callable[[Any, int], None]:
+    """(params, step) -> samples/<step>.png, a row a prompt, the same seeds at every step."""
+    config = run.config
+    if not config.log.sample_every:
+        return lambda params, number: None
+    if jax.process_count() > 1:
+        LOG.warning("image grids are drawn by single-process runs only")
+        return lambda params, number: None
+    prompts = run_prompts(run)
+    columns = 4
+
+    @functools.cache
+    def sampler():
+        return make_sampler(
+            diffusers_io.load_pipeline(
+                config.model.folder,
+                vae=config.model.vae,
+                variant=config.model.variant or None,
+                dtype=config.model.compute_dtype,
+            ),
+            run.unet,
+            steps=config.sample.steps,
+            guidance_scale=config.sample.guidance_scale,
+            batch_size=config.sample.batch_size,
+        )
+
+    def draw(params: Any, number: int) -> None:
+        asked = [prompt for prompt in prompts for _ in range(columns)]
+        seeds = [2**30 + i for i in range(len(asked))]
+        images = sampler()(params, asked, seeds, f"samples at step {number}")
+        scale = max(1, 128 // images.shape[1])
+        picture = writers.image_grid(images, columns, labels=prompts, scale=scale)
+        writers.save_png(run.workdir / "samples" / f"{number}.png", picture)
+
+    return draw
+
+
+def run_prompts(run: Run) -> list[str]:
+    """The prompts of image grids: the config's, else the first captions of the data."""
+    count = run.config.sample.count
+    if run.config.sample.prompts:
+        return load_prompts(run.config.sample.prompts)[:count]
+    held = min(count, run.pairs.meta["counts"]["prompts"] - 1)
+    return [run.pairs.prompts[i + 1].text for i in range(held)]
+
+
+def export(unet: Any, params: dict[str, jax.Array], source: str, out: epath.Path) -> None:
+    """Writes the source pipeline with these parameters as its UNet, float32."""
+    structure, _ = parameters.split(unet)
+    everywhere = mesh.replicated(next(iter(params.values())).sharding.mesh)
+    gathered = jax.device_put(params, everywhere)
+    if jax.process_index() == 0:
+        tuned = parameters.merge(structure, gathered)
+        tuned.layout = unet.layout
+        diffusers_io.save_pipeline(tuned, source, out)
+    LOG.info("exported to %s", out)
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C does not wait."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: the embedding program decides
+                LOG.warning("%s is not handled outside the main thread", number.name)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+        print(f"\n{self.signal.name}: saving after this step ...", flush=True)
+
+    def leave(self, number: int) -> None:
+        """Ends the process with the status that shells give to a signal."""
+        print(f"stopped at step {number}, saved; run the same command again to go on", flush=True)
+        raise SystemExit(128 + int(self.signal or 0))

@@ -1,0 +1,75 @@
+"""Name, dependencies and extras; tool settings are in pyproject.toml."""
+
+import ast
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+
+def read_version() -> str:
+    """`__version__` of the package, without importing it and so JAX."""
+    for node in ast.parse((HERE / "dmpo_jax" / "__init__.py").read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return ast.literal_eval(node.value)
+    raise ValueError("dmpo_jax/__init__.py must assign __version__")
+
+
+# Lower bound: the oldest that should work. Upper bound: the first that nobody has tried.
+DEPENDENCIES = [
+    "absl-py>=2.1,<3",  # tested with 2.5.1
+    "array-record>=0.8.1,<0.9",  # tested with 0.8.6
+    "etils[epath]>=1.12,<2",  # tested with 1.15.0
+    "flax>=0.12.5,<0.13",  # tested with 0.12.8
+    "grain>=0.2.15,<0.3",  # tested with 0.2.18
+    "huggingface_hub>=1.0,<3",  # tested with 2.4.0
+    "importlib_resources>=6.4,<8",  # tested with 7.1.0; TFDS without TensorFlow asks for it
+    "jax>=0.10,<0.13",  # tested with 0.10.2
+    "jaxtyping>=0.3,<0.4",  # tested with 0.3.11
+    "ml_collections>=1.0,<2",  # tested with 1.1.0
+    "ml_dtypes>=0.5,<0.7",  # tested with 0.6.0
+    "numpy>=2.0,<3",  # tested with 2.4.6
+    "optax>=0.2.6,<0.3",  # tested with 0.2.8
+    "orbax-checkpoint>=0.11.30,<0.13",  # tested with 0.12.8
+    "pillow>=11,<14",  # tested with 13.0.0
+    "pyarrow>=20,<27",  # tested with 26.0.1
+    "rich>=13.7,<16",  # tested with 15.0.0
+    "safetensors>=0.6,<0.9",  # tested with 0.8.0
+    "scikit-learn>=1.5,<2",  # tested with 1.9.1; its digits are the embedded data set
+    "tensorboardX>=2.6.2,<3",  # tested with 2.6.5
+    "tensorflow-datasets>=4.9.9,<5",  # tested with 4.9.10
+    "transformers>=5.0,<6",  # tested with 5.23.0; tokenizers only
+]
+DIFFUSERS = "diffusers>=0.36,<0.43"  # tested with 0.42.1
+
+setup(
+    name="dmpo_jax",
+    version=read_version(),
+    description="Preference alignment for latent diffusion models in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["dmpo_jax", "dmpo_jax.*"]),
+    # The embedded digits pipeline.
+    package_data={
+        "dmpo_jax": [f"digits/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")]
+    },
+    install_requires=DEPENDENCIES,
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda13]>=0.10,<0.13"],  # for drivers of CUDA 12 install jax[cuda12]
+        # Scorers that exist in PyTorch only.
+        "eval": ["torch>=2.8,<3", DIFFUSERS],  # tested with 2.13.0
+        "wandb": ["wandb>=0.21,<1"],
+        "test": [
+            "accelerate>=1.10,<2",  # tested with 1.15.0; diffusers loads weights with it
+            "beartype>=0.22,<0.24",  # tested with 0.23.1
+            DIFFUSERS,
+            "pyright==1.1.414",
+            "pytest>=9,<10",  # tested with 9.2.0
+            "ruff==0.17.6",
+            "torch==2.13.0",
+        ],
+    },
+)

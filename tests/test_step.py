@@ -1,0 +1,272 @@
+"""The whole step, jitted, with a tiny real UNet: what it keeps, moves, counts and shares out."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dmpo_jax import mesh as meshes
+from dmpo_jax import step
+from dmpo_jax.models import families, parameters
+from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.noising import make_noise_schedule
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.types import Conditioning, PairBatch
+
+UNET = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}
+DMPO = functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01)
+SCHEDULE = make_noise_schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+# An optimizer that keeps the gradient for its state, where a test reads it unrounded.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+@functools.cache
+def unet(dtype=jnp.float32):
+    """(predict, parameters) of a UNet that computes in `dtype`."""
+    model = parameters.initialise(UNet2DConditionModel, UNET, 0, dtype=dtype)
+    structure, params = parameters.split(model)
+    return families.make_predict(functools.partial(parameters.merge, structure)), params
+
+
+@functools.cache
+def make_setup(dtype=jnp.float32, accumulation=1, tx=None):
+    return step.Setup(
+        predict=unet(dtype)[0],
+        objective=DMPO,
+        needs_reference=True,
+        needs_rejected=True,
+        schedule=SCHEDULE,
+        scaling_factor=0.18215,
+        tx=tx or optax.adamw(1e-3),
+        accumulation=accumulation,
+    )
+
+
+jit_step = functools.cache(step.jit_train_step)  # setups are compared by what they hold
+
+
+def make_batch(pairs: int, seed: int = 0) -> PairBatch:
+    rng = np.random.default_rng(seed)
+    moments = rng.normal(size=(pairs, 2, 4, 4, 8)).astype(np.float32)
+    preference = rng.uniform(0.5, 1, pairs).astype(np.float32)
+    context = rng.normal(size=(pairs, 5, 8)).astype(np.float32)
+    return PairBatch(moments, preference, Conditioning(context))
+
+
+def run_key():
+    return jax.random.key(7)
+
+
+def perturbed(params, scale=1e-4):
+    rng = np.random.default_rng(1)
+    return {
+        path: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
+        for path, x in params.items()
+    }
+
+
+def assert_same(a, b):
+    """The same trees, bit for bit."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """For tests of what is computed: LLVM's optimisation is most of the compile time."""
+    options = {**step.COMPILER_OPTIONS, "xla_backend_optimization_level": 0}
+    monkeypatch.setattr(step, "COMPILER_OPTIONS", options)
+
+
+@pytest.mark.parametrize(("pairs", "accumulation"), [(1, 1), (2, 1), (3, 1), (8, 1), (8, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_margins_are_exactly_zero_at_step_0(dtype, pairs, accumulation):
+    setup = make_setup(dtype, accumulation)
+    reference = unet(dtype)[1]
+    state = step.make_state(reference, setup.tx)
+    _, metrics = jit_step(setup)(state, reference, make_batch(pairs), run_key())
+    assert float(metrics["margin_abs_max"]) == 0.0
+    assert float(metrics["implicit_accuracy"]) == 0.5
+    assert float(metrics["chosen_gain"]) == float(metrics["rejected_gain"]) == 0.0
+    assert float(metrics["grad_norm"]) > 0
+
+
+def test_policy_moves_and_reference_does_not():
+    setup = make_setup()
+    reference = unet()[1]
+    before = jax.device_get(reference)
+    state = step.make_state(reference, setup.tx)
+    for i in range(3):
+        given = state
+        state, metrics = jit_step(setup)(state, reference, make_batch(2, seed=i), run_key())
+        assert all(x.is_deleted() for x in jax.tree.leaves(given))  # donated
+    assert (int(state.step), int(state.skipped)) == (3, 0)
+    assert {m.dtype for m in metrics.values()} == {jnp.dtype(jnp.float32)}
+    assert float(metrics["margin_abs_max"]) > 0
+    assert_same(reference, before)
+    for path, x in state.params.items():
+        assert not np.array_equal(x, before[path]), path
+
+
+def test_a_nonfinite_loss_changes_nothing_and_is_counted():
+    setup = make_setup()
+    reference = unet()[1]
+    fn = jit_step(setup)
+    state, _ = fn(step.make_state(reference, setup.tx), reference, make_batch(2), run_key())
+    before = jax.device_get(state)
+    bad = make_batch(2, seed=1)
+    bad.moments[1] = np.nan
+    state, metrics = fn(state, reference, bad, run_key())
+    assert not np.isfinite(float(metrics["loss"]))
+    assert float(metrics["skipped"]) == 1
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+    assert_same((state.params, state.opt_state), (before.params, before.opt_state))
+    state, metrics = fn(state, reference, make_batch(2, seed=2), run_key())
+    assert np.isfinite(float(metrics["loss"]))
+    assert (int(state.step), int(state.skipped)) == (3, 1)
+    assert not np.array_equal(state.params["conv_in.kernel"], before.params["conv_in.kernel"])
+
+
+def test_sft_needs_neither_reference_nor_rejected_image(quick_compile):
+    seen = []
+
+    def predict(params, latents, *rest):
+        seen.append(latents.shape[0])
+        return unet()[0](params, latents, *rest)
+
+    objective = OBJECTIVES["sft"]
+    setup = make_setup()._replace(
+        predict=predict,
+        objective=objective,
+        needs_reference=objective.needs_reference,
+        needs_rejected=objective.needs_rejected,
+    )
+    state = step.make_state(unet()[1], setup.tx)
+    state, metrics = step.jit_train_step(setup)(state, None, make_batch(3), run_key())
+    assert set(seen) == {3}  # one image a pair
+    assert np.isfinite(float(metrics["loss"]))
+    assert int(state.skipped) == 0
+    assert "rejected_error" not in metrics
+    assert "chosen_gain" not in metrics
+    assert not np.array_equal(state.params["conv_in.kernel"], unet()[1]["conv_in.kernel"])
+
+
+def on_mesh(mesh, setup, pairs):
+    """(state, reference, batch), the policy a little off the reference."""
+    reference = unet()[1]
+    state = step.make_state(perturbed(reference), setup.tx)
+    shardings = meshes.parameter_sharding(mesh, (state, reference))
+    state, reference = jax.device_put((state, reference), shardings)
+    batch = meshes.shard_batch(make_batch(pairs), meshes.batch_sharding(mesh), pairs)
+    return (state, reference, batch), shardings[0]
+
+
+def gradient_of(mesh, accumulation=1, pairs=8):
+    """The gradient that the whole step takes on a mesh, and its metrics."""
+    setup = make_setup(accumulation=accumulation, tx=KEEP_GRADIENT)
+    args, shardings = on_mesh(mesh, setup, pairs)
+    state, metrics = step.jit_train_step(setup, shardings)(*args, run_key())
+    return jax.device_get(state.opt_state), jax.device_get(metrics)
+
+
+def make_mesh(devices: int, **shape):
+    return meshes.make_mesh(devices=jax.devices()[:devices], **shape)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """The gradient of 8 pairs at beta 2000 on one device, in one piece."""
+    grads, metrics = gradient_of(make_mesh(1))
+    assert 0.01 < 1000 * metrics["margin_abs_max"] < 8  # |u|: off zero and not saturated
+    return grads, metrics
+
+
+def relative_error(got, want) -> float:
+    assert set(got) == set(want)
+    difference = {path: np.asarray(got[path], np.float64) - want[path] for path in want}
+    return float(optax.tree.norm(difference) / optax.tree.norm(want))
+
+
+@pytest.mark.parametrize(
+    ("devices", "fsdp", "accumulation"), [(8, 1, 1), (8, 2, 1), (1, 1, 4), (2, 1, 2)]
+)
+def test_gradient_does_not_depend_on_the_layout(
+    devices, fsdp, accumulation, one_device, quick_compile, monkeypatch
+):
+    monkeypatch.setattr(meshes, "SHARDED_FROM", 64)  # or a model this small is replicated
+    mesh = make_mesh(devices, fsdp=fsdp)
+    if fsdp > 1:
+        split = meshes.parameter_sharding(mesh, unet()[1])["mid_block.resnets.0.conv1.kernel"]
+        assert not split.is_fully_replicated
+    grads, metrics = gradient_of(mesh, accumulation)
+    assert relative_error(grads, one_device[0]) <= 1e-5
+    assert metrics == pytest.approx(one_device[1], rel=1e-4, abs=1e-7)
+
+
+def test_gradient_is_what_pmap_takes(one_device):
+    """`pmap`, one pair a device, `pmean` of the gradient: the meaning that our jit keeps."""
+    setup = make_setup(tx=KEEP_GRADIENT)
+    reference, batch = unet()[1], make_batch(8)
+    noised = step.noise_batch(jax.random.fold_in(run_key(), 0), batch, setup)
+    parts = jax.tree.map(
+        lambda x: np.asarray(x)[:, None], (noised, batch.preference, batch.conditioning)
+    )
+
+    def gradient(params, reference, part):
+        loss = functools.partial(step.pair_loss, reference=reference, part=part, setup=setup)
+        return jax.lax.pmean(jax.grad(loss, has_aux=True)(params)[0], "data")
+
+    taken = jax.pmap(gradient, "data", in_axes=(None, None, 0))
+    grads = taken(perturbed(reference), reference, parts)
+    assert relative_error({k: np.asarray(g)[0] for k, g in grads.items()}, one_device[0]) <= 1e-5
+
+
+def test_microbatches_keep_each_devices_rows(quick_compile):
+    """Compiled for 8 devices and 2 microbatches, the step only ever adds up over devices."""
+    mesh = make_mesh(8)
+    setup = make_setup(accumulation=2, tx=KEEP_GRADIENT)
+    args, shardings = on_mesh(mesh, setup, 16)
+    compiled = step.jit_train_step(setup, shardings).lower(*args, run_key()).compile()
+    collectives = re.findall(
+        r"\b(all-gather|all-to-all|collective-permute|all-reduce)", compiled.as_text()
+    )
+    assert set(collectives) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_noise_does_not_depend_on_the_mesh(fsdp):
+    setup = make_setup()
+    noise = jax.jit(functools.partial(step.noise_batch, setup=setup))
+    alone = noise(run_key(), make_batch(16))
+    mesh = make_mesh(8, fsdp=fsdp)
+    batch = meshes.shard_batch(make_batch(16), meshes.batch_sharding(mesh), 16)
+    shared = noise(run_key(), batch)
+    assert len(shared.latents.sharding.device_set) == 8
+    assert_same(shared, alone)
+
+
+def test_accumulation_reduces_means_and_maxima():
+    parts = {"x": jnp.arange(4.0).reshape(4, 1)}
+
+    def gradient(part):
+        return part["x"][0], {"loss": part["x"][0], "margin_abs_max": part["x"][0]}
+
+    grads, metrics = step.accumulate(gradient, parts, 4)
+    assert (float(grads), float(metrics["loss"])) == (1.5, 1.5)
+    assert float(metrics["margin_abs_max"]) == 3.0
+    cut = step.microbatches(jnp.arange(8), 4)
+    np.testing.assert_array_equal(cut, np.arange(8).reshape(2, 4).T)
