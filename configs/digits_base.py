@@ -3,7 +3,7 @@
     python launch/make_digits.py --out=runs/digits
     python launch/train.py --config=configs/digits_base.py --workdir=runs/digits_base
 
-About ten minutes on 2 cores. The base is left where its digits can be read but are
+Some minutes on 2 cores. The base is left where its digits can be read but are
 often untidy or wrong: that is what `configs/digits_dmpo.py` then aligns.
 """
 
@@ -22,13 +22,13 @@ def get_config():
     config.data.prompt_dropout = 0.1
     config.data.validation_fraction = 0.05
     config.data.num_threads = 1
-    config.train.steps = 1500
+    config.train.steps = 900
     config.train.batch_size = 64
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.schedule = "cosine"
-    config.log.sample_every = 500
-    config.log.checkpoint_every = 250
+    config.log.sample_every = 300
+    config.log.checkpoint_every = 300
     config.sample.steps = 20
     config.sample.guidance_scale = 1.0
     config.sample.batch_size = 80

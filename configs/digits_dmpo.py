@@ -8,13 +8,8 @@ seeds by that judge and by a second one. See `WORKDIR/samples/before_after.png` 
 `WORKDIR/result.json`.
 """
 
-import pathlib
-
-import dmpo_jax
 from dmpo_jax import config as base
-
-# The pipeline that the package ships; configs/digits_base.py says how it was made.
-PIPELINE = pathlib.Path(dmpo_jax.__file__).parent / "digits"
+from dmpo_jax.data.digits import PIPELINE  # configs/digits_base.py says how it was made
 
 
 def get_config():

@@ -102,7 +102,8 @@ class MetricsWriter:
                 self._write_part()
         if self._events is not None:
             for name, value in scalars.items():
-                self._events.add_scalar(name, value, step)
+                if math.isfinite(value):  # a curve has no place for the others
+                    self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(scalars, step=int(step))
 

@@ -7,10 +7,13 @@ scikit-learn ships; 8 x 8 pixels of 0..16, ink high.
 import functools
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
+# A pipeline folder that draws them, shipped with the package.
+PIPELINE = epath.Path(__file__).parents[1] / "digits"
 SIZE = 32  # pixels a side of the images that the VAE sees
 
 

@@ -159,19 +159,23 @@ def save_pipeline(unet: Any, source: epath.PathLike, out: epath.PathLike, **kw: 
     and shard_bytes of `save_unet`.
     """
     source, out = weights.find_folder(source), epath.Path(out)
+    index = weights.read_json(source / "model_index.json")
     out.mkdir(parents=True, exist_ok=True)
     (out / "model_index.json").unlink(missing_ok=True)
-    for part in source.iterdir():
-        if part.name in ("unet", "model_index.json") or not part.is_dir():
-            continue
-        _copy_folder(part, out / part.name)
+    for part in source.iterdir() if out.resolve() != source.resolve() else ():
+        if part.name != "unet" and part.is_dir():
+            _copy_folder(part, out / part.name)
     weights.save_unet(unet, out / "unet", **kw)
-    weights.write_json(out / "model_index.json", weights.read_json(source / "model_index.json"))
+    weights.write_json(out / "model_index.json", index)
 
 
 def _copy_folder(source: epath.Path, out: epath.Path) -> None:
+    """`out` becomes a copy of `source`; config.json goes first and comes last."""
+    (out / "config.json").unlink(missing_ok=True)
+    if out.exists():  # or another pipeline's files would stay, and be loaded before ours
+        out.rmtree()
     out.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
+    for file in sorted(source.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
         if file.is_dir():
             _copy_folder(file, out / file.name)
         else:

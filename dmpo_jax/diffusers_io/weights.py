@@ -5,9 +5,12 @@ linear, norm, embedding) and a short table of names that older folders carry. On
 safetensors are opened, never a pickle.
 """
 
+import contextlib
+import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -116,9 +119,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path} is missing: is {path.parent} a whole diffusers folder?")
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+    return value
 
 
 def _component(folder: epath.PathLike, subfolder: str) -> epath.Path:
@@ -153,26 +159,25 @@ def _weight_files(folder: epath.Path, stem: str, variant: str | None) -> list[ep
     raise ValueError(f"{single} (or its index) is missing in {folder}; found {found}{hint}")
 
 
-def _read_tensors(files: Iterable[epath.Path]) -> Iterable[tuple[str, np.ndarray]]:
-    """Tensors one at a time, so that a caller never holds the file twice."""
-    for file in files:
-        try:
-            with safe_open(_staged(file), framework="numpy") as handle:
-                for name in handle.keys():  # noqa: SIM118, a handle is no mapping
-                    yield name, handle.get_tensor(name)
-        except Exception as error:
-            raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+@contextlib.contextmanager
+def _opened(files: Iterable[epath.Path]) -> Iterator[dict[str, Any]]:
+    """Tensor name -> a function that reads it, so that a caller never holds a file twice.
 
-
-def _staged(file: epath.Path) -> str:
-    """A local path: safetensors maps files, which object storage cannot give."""
-    if "://" not in str(file):
-        return str(file)
-    import tempfile
-
-    local = epath.Path(tempfile.mkdtemp()) / file.name
-    file.copy(local)
-    return str(local)
+    Files on object storage are staged on the local disk: safetensors maps files.
+    """
+    with contextlib.ExitStack() as stack:
+        tensors = {}
+        for file in files:
+            local = file
+            if "://" in str(file):
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                local = file.copy(epath.Path(folder) / file.name)
+            try:
+                handle = stack.enter_context(safe_open(str(local), framework="numpy"))
+                tensors |= {k: functools.partial(handle.get_tensor, k) for k in handle.keys()}  # noqa: SIM118, a handle is no mapping
+            except Exception as error:
+                raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        yield tensors
 
 
 def load_model(
@@ -196,30 +201,27 @@ def load_model(
     )
     paths = {torch_name(path): path for path in parameters.shapes(model)}
     wanted = parameters.shapes(model)
-    files = _weight_files(folder, stem, variant)
-    names = set()
-    for file in files:
-        with safe_open(_staged(file), framework="numpy") as handle:
-            names |= set(handle.keys())
-    layout = tuple(rule for rule in LEGACY if rule.applies(names))
-    params, unexpected, misshapen = {}, [], []
-    for name, tensor in _read_tensors(files):
-        for rule in layout:
-            name = rule.load(name)
-        if name.endswith(BUFFERS):
-            continue
-        if name not in paths:
-            unexpected.append(name)
-            continue
-        path = paths[name]
-        if tensor.ndim == 4 and len(wanted[path].shape) == 2 and tensor.shape[2:] == (1, 1):
-            tensor = tensor[:, :, 0, 0]  # a linear layer that was once a 1x1 convolution
-        array = to_jax(path, tensor)
-        if array.shape != wanted[path].shape:
-            shape = to_torch(path, np.broadcast_to(0, wanted[path].shape)).shape
-            misshapen.append(f"{name} has {tensor.shape}, config.json says {shape}")
-            continue
-        params[path] = jnp.asarray(array, wanted[path].dtype)
+    params, unexpected, misshapen, pointwise = {}, [], [], []
+    with _opened(_weight_files(folder, stem, variant)) as tensors:
+        layout = tuple(rule for rule in LEGACY if rule.applies(set(tensors)))
+        for name, read in tensors.items():
+            for rule in layout:
+                name = rule.load(name)
+            if name.endswith(BUFFERS):
+                continue
+            if name not in paths:
+                unexpected.append(name)
+                continue
+            path, tensor = paths[name], read()
+            if tensor.ndim == 4 and len(wanted[path].shape) == 2 and tensor.shape[2:] == (1, 1):
+                tensor = tensor[:, :, 0, 0]  # a linear layer that was once a 1x1 convolution
+                pointwise.append(path)
+            array = to_jax(path, tensor)
+            if array.shape != wanted[path].shape:
+                shape = to_torch(path, np.broadcast_to(0, wanted[path].shape)).shape
+                misshapen.append(f"{name} has {tensor.shape}, config.json says {shape}")
+                continue
+            params[path] = jnp.asarray(array, wanted[path].dtype)
     missing = sorted(set(paths) - {torch_name(path) for path in params})
     missing = [m for m in missing if not any(x.startswith(f"{m} ") for x in misshapen)]
     if missing or unexpected or misshapen:
@@ -230,6 +232,7 @@ def load_model(
     structure, _ = nnx.split(model)
     model = parameters.merge(structure, params)
     model.layout = tuple(rule.name for rule in layout)
+    model.pointwise = tuple(pointwise)
     return model
 
 
@@ -292,7 +295,10 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
         name = torch_name(path)
         for rule in rules:
             name = rule.save(name)
-        tensors[name] = np.ascontiguousarray(to_torch(path, np.asarray(jax.device_get(array))))
+        tensor = to_torch(path, np.asarray(jax.device_get(array)))
+        if path in getattr(model, "pointwise", ()):
+            tensor = tensor[:, :, None, None]
+        tensors[name] = np.ascontiguousarray(tensor)
     return tensors
 
 
@@ -325,6 +331,8 @@ def save_model(
         if count == 1
         else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     )
+    for stale in folder.glob("*.part"):  # of a killed save
+        stale.unlink()
     for name, shard in zip(names, shards, strict=True):
         (folder / f"{name}.part").write_bytes(serialise(shard, metadata={"format": "pt"}))
 

@@ -1,6 +1,7 @@
 """What the launch scripts call. `run` does the jobs that a config names, in order."""
 
 import logging
+import os
 import time
 
 import jax
@@ -27,6 +28,7 @@ def run(config: Config, workdir: epath.PathLike) -> None:
     """
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    cache_compilations()
     if config.debug.family:
         config = make_debug(config, workdir)
     steps = {"collect": _collect, "encode": _encode, "train": _train, "evaluate": _evaluate}
@@ -35,6 +37,13 @@ def run(config: Config, workdir: epath.PathLike) -> None:
         began = time.monotonic()
         steps[job](config, workdir)
         LOG.info("%s took %.0f s", job, time.monotonic() - began)
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs in the user's cache, unless JAX was told of another place."""
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dmpo_jax", "xla"))
 
 
 def _sampling(config: Config) -> dict:

@@ -96,6 +96,7 @@ def make_digits(out: epath.PathLike, *, seed: int = 0, vae_steps: int = 1000) ->
     diffusers_io.save_unet(unet, out / "unet")
     (out / "scheduler").mkdir(exist_ok=True)
     diffusers_io.write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    (out / "prompts.txt").write_text("\n".join(digits.CAPTIONS) + "\n")
     sources.write_pick_a_pic(out / "real_digits.parquet", real_pairs(seed))
     index = diffusers_io.make_index("StableDiffusionPipeline", INDEX)
     diffusers_io.write_json(out / "model_index.json", index | {"requires_safety_checker": False})
