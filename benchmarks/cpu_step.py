@@ -32,6 +32,9 @@ RESULTS = pathlib.Path(__file__).parent / "results" / "cpu_step.json"
 def main() -> None:
     args = parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", args.threads)
     if args.memory_of:
         print(json.dumps(memory(args)))
         return
@@ -78,17 +81,18 @@ def write_models(folder: str) -> None:
 
 
 class Ours:
-    """`jit_train_step` on one CPU device; timed with everything that a real run does."""
+    """`jit_train_step` on one CPU device a thread; timed with all that a real run does."""
 
     def __init__(self, folder: str, batch_size: int):
         import jax
         import jax.numpy as jnp
 
-        from dmpo_jax import diffusers_io, noising, objectives, optim, step
+        from dmpo_jax import diffusers_io, mesh, noising, objectives, optim, step
         from dmpo_jax.models import families, parameters
         from dmpo_jax.types import Conditioning, PairBatch
 
         jax.config.update("jax_enable_compilation_cache", False)
+        devices = mesh.make_mesh()  # as many as main() asked for
         structure, params = parameters.split(diffusers_io.load_unet(f"{folder}/policy"))
         _, self.reference = parameters.split(diffusers_io.load_unet(f"{folder}/reference"))
         self.setup = step.Setup(
@@ -112,7 +116,10 @@ class Ours:
             conditioning=Conditioning(jnp.asarray(context, jnp.float32)),
         )
         self.key = jax.random.key(0)
-        self.state = step.make_state(params, self.setup.tx)
+        everywhere = mesh.replicated(devices)
+        self.batch = jax.device_put(self.batch, mesh.batch_sharding(devices))
+        self.key, self.reference = jax.device_put((self.key, self.reference), everywhere)
+        self.state = jax.device_put(step.make_state(params, self.setup.tx), everywhere)
         self.metrics: dict[str, Any] = {}
 
     def compile(self) -> float:

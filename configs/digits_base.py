@@ -27,6 +27,7 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 50
     config.optimizer.schedule = "cosine"
+    config.mesh.cpu_devices = 2
     config.log.sample_every = 300
     config.log.checkpoint_every = 300
     config.sample.steps = 20

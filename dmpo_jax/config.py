@@ -74,6 +74,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "optimizer.clip_norm": (1.0, "largest global gradient norm; 0 does not clip"),
     "mesh.data": (-1, "devices that share the batch only; -1: all that fsdp leaves"),
     "mesh.fsdp": (1, "devices that share the batch, the parameters and the optimizer's state"),
+    "mesh.cpu_devices": (1, "on a CPU alone: how many devices it is split into, say one a core"),
     "log.every": (10, "updates between two lines of metrics"),
     "log.validate_every": (200, "updates between two validations; 0 never"),
     "log.sample_every": (500, "updates between two image grids; 0 never"),
@@ -219,6 +220,7 @@ def _check_names(config: Config, objective_names: set[str]):
 
 
 _AT_LEAST_ONE = [
+    "mesh.cpu_devices",
     "data.num_threads",
     "train.steps",
     "train.batch_size",

@@ -57,7 +57,7 @@ def make_setup(dtype=jnp.float32, accumulation=1, tx=None):
     )
 
 
-jit_step = functools.cache(step.jit_train_step)  # setups are compared by what they hold
+jit_step = functools.cache(step.jit_train_step)
 
 
 def make_batch(pairs: int, seed: int = 0) -> PairBatch:
@@ -72,7 +72,7 @@ def run_key():
     return jax.random.key(7)
 
 
-def perturbed(params, scale=1e-4):
+def perturbed(params, scale):
     rng = np.random.default_rng(1)
     return {
         path: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
@@ -87,7 +87,8 @@ def assert_same(a, b):
 
 @pytest.fixture
 def quick_compile(monkeypatch):
-    """For tests of what is computed: LLVM's optimisation is most of the compile time."""
+    """LLVM's optimisation is half of the compile time. Not for what must be exactly zero:
+    unoptimised, the two forwards differ in their last bits."""
     options = {**step.COMPILER_OPTIONS, "xla_backend_optimization_level": 0}
     monkeypatch.setattr(step, "COMPILER_OPTIONS", options)
 
@@ -121,7 +122,7 @@ def test_margins_are_exactly_zero_at_step_0(dtype, pairs, accumulation):
     assert float(metrics["grad_norm"]) > 0
 
 
-def test_policy_moves_and_reference_does_not(quick_compile):
+def test_policy_moves_and_reference_does_not():
     setup = make_setup()
     reference = unet()[1]
     before = jax.device_get(reference)
@@ -138,7 +139,7 @@ def test_policy_moves_and_reference_does_not(quick_compile):
         assert not np.array_equal(x, before[path]), path
 
 
-def test_a_nonfinite_loss_changes_nothing_and_is_counted(quick_compile):
+def test_a_nonfinite_loss_changes_nothing_and_is_counted():
     setup = make_setup()
     reference = unet()[1]
     fn = jit_step(setup)
@@ -181,22 +182,30 @@ def test_sft_needs_neither_reference_nor_rejected_image(quick_compile):
     assert not np.array_equal(state.params["conv_in.kernel"], unet()[1]["conv_in.kernel"])
 
 
-def on_mesh(mesh, setup, pairs):
-    """(state, reference, batch), the policy a little off the reference."""
+def on_mesh(mesh, setup, pairs, moved=0.0):
+    """((state, reference, batch), the state's shardings); `moved`: the policy off the reference."""
     reference = unet()[1]
-    state = step.make_state(perturbed(reference), setup.tx)
+    state = step.make_state(perturbed(reference, moved), setup.tx)
     shardings = meshes.parameter_sharding(mesh, (state, reference))
     state, reference = jax.device_put((state, reference), shardings)
     batch = meshes.shard_batch(make_batch(pairs), meshes.batch_sharding(mesh), pairs)
     return (state, reference, batch), shardings[0]
 
 
-def gradient_of(mesh, accumulation=1, pairs=8):
-    """The gradient that the whole step takes on a mesh, and its metrics."""
+MOVED = 1e-4  # far enough for margins of order 1, near enough for slopes that are not 0
+
+
+def gradients_of(mesh, accumulation=1):
+    """(gradient, metrics) that the whole step has on a mesh, at step 0 and at a moved policy."""
     setup = make_setup(accumulation=accumulation, tx=KEEP_GRADIENT)
-    args, shardings = on_mesh(mesh, setup, pairs)
-    state, metrics = step.jit_train_step(setup, shardings)(*args, run_key())
-    return jax.device_get(state.opt_state), jax.device_get(metrics)
+    found = []
+    for moved in (0.0, MOVED):
+        args, shardings = on_mesh(mesh, setup, 8, moved)
+        if not found:
+            fn = step.jit_train_step(setup, shardings)
+        state, metrics = fn(*args, run_key())
+        found.append(jax.device_get((state.opt_state, metrics)))
+    return found
 
 
 def make_mesh(devices: int, **shape):
@@ -205,11 +214,11 @@ def make_mesh(devices: int, **shape):
 
 @pytest.fixture(scope="module")
 def one_device():
-    """The gradient of 8 pairs at beta 2000 on one device, in one piece."""
-    grads, metrics = gradient_of(make_mesh(1))
-    print("U", 1000 * metrics["margin_abs_max"])
-    assert 0.01 < 1000 * metrics["margin_abs_max"] < 8  # |u|: off zero and not saturated
-    return grads, metrics
+    """The gradients of 8 pairs at beta 2000 on one device, in one piece."""
+    start, moved = gradients_of(make_mesh(1))
+    assert start[1]["margin_abs_max"] == 0
+    assert 0.1 < 1000 * moved[1]["margin_abs_max"] < 8  # |u|: off zero and not saturated
+    return start, moved
 
 
 def relative_error(got, want) -> float:
@@ -222,16 +231,20 @@ def relative_error(got, want) -> float:
     ("devices", "fsdp", "accumulation"), [(8, 1, 1), (8, 2, 1), (1, 1, 4), (2, 1, 2)]
 )
 def test_gradient_does_not_depend_on_the_layout(
-    devices, fsdp, accumulation, one_device, quick_compile, monkeypatch
+    devices, fsdp, accumulation, one_device, monkeypatch
 ):
     monkeypatch.setattr(meshes, "SHARDED_FROM", 64)  # or a model this small is replicated
     mesh = make_mesh(devices, fsdp=fsdp)
     if fsdp > 1:
         split = meshes.parameter_sharding(mesh, unet()[1])["mid_block.resnets.0.conv1.kernel"]
         assert not split.is_fully_replicated
-    grads, metrics = gradient_of(mesh, accumulation)
-    assert relative_error(grads, one_device[0]) <= 1e-5
-    assert metrics == pytest.approx(one_device[1], rel=1e-4, abs=1e-7)
+    start, moved = gradients_of(mesh, accumulation)
+    assert start[1]["margin_abs_max"] == 0
+    assert relative_error(start[0], one_device[0][0]) <= 1e-5
+    # Off the reference beta / 2 multiplies the rounding of every prediction: an absolute
+    # error of some 1e-7 in a mean over 64 numbers becomes 1e-4 in the logit.
+    assert relative_error(moved[0], one_device[1][0]) <= 3e-4
+    assert moved[1] == pytest.approx(one_device[1][1], rel=1e-3, abs=1e-6)
 
 
 def test_gradient_is_what_pmap_takes(one_device):
@@ -248,8 +261,9 @@ def test_gradient_is_what_pmap_takes(one_device):
         return jax.lax.pmean(jax.grad(loss, has_aux=True)(params)[0], "data")
 
     taken = jax.pmap(gradient, "data", in_axes=(None, None, 0))
-    grads = taken(perturbed(reference), reference, parts)
-    assert relative_error({k: np.asarray(g)[0] for k, g in grads.items()}, one_device[0]) <= 1e-5
+    for moved, bound, (want, _) in zip((0.0, MOVED), (1e-5, 3e-4), one_device, strict=True):
+        grads = taken(perturbed(reference, moved), reference, parts)
+        assert relative_error({k: np.asarray(g)[0] for k, g in grads.items()}, want) <= bound
 
 
 def test_microbatches_keep_each_devices_rows(quick_compile):

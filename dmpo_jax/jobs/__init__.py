@@ -29,6 +29,8 @@ def run(config: Config, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
+    if config.mesh.cpu_devices > 1:  # has no effect where there is an accelerator
+        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     if config.debug.family:
         config = make_debug(config, workdir)
     steps = {"collect": _collect, "encode": _encode, "train": _train, "evaluate": _evaluate}

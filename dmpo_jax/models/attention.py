@@ -12,9 +12,11 @@ def attention(
     mask: Bool[Array, "T S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v over N heads; where mask is False nothing is seen."""
-    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key, preferred_element_type=jnp.float32)
+    # Heads before tokens: on CPU a batched product over adjacent axes is several times quicker.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[None, None], scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+    return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, value), 1, 2)

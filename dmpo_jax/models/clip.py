@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.config import ModelConfig
-from dmpo_jax.models.layers import ACTIVATIONS, activation, layer_norm
+from dmpo_jax.models.layers import ACTIVATIONS, Linear, activation, layer_norm
 
 KEYS = {
     "attention_dropout": 0.0,  # the towers are frozen: dropout never runs
@@ -56,7 +56,7 @@ class TextOutput(NamedTuple):
 class SelfAttention(nnx.Module):
     def __init__(self, width: int, heads: int, **kw: Any):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            nnx.Linear(width, width, **kw) for _ in range(4)
+            Linear(width, width, **kw) for _ in range(4)
         )
         self.heads = heads
 
@@ -71,8 +71,8 @@ class SelfAttention(nnx.Module):
 
 class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, **kw: Any):
-        self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, **kw)
-        self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, **kw)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size, **kw)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size, **kw)
         self.act = config.hidden_act
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
@@ -139,7 +139,7 @@ class CLIPTextModel(nnx.Module):
         self.text_model = TextTransformer(config, **kw)
         if projection:
             width, out = config.hidden_size, config.projection_dim
-            self.text_projection = nnx.Linear(width, out, use_bias=False, **kw)
+            self.text_projection = Linear(width, out, use_bias=False, **kw)
         self.projects = projection
 
     def __call__(self, ids: Int[Array, "N S"]) -> TextOutput:

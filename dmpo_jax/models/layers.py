@@ -31,6 +31,13 @@ def activation(name: str):
     return ACTIVATIONS[name]
 
 
+class Linear(nnx.Linear):
+    """`nnx.Linear` over rows: XLA's CPU backend is slow at weight gradients over two axes."""
+
+    def __call__(self, x: Float[Array, "*rows D"], **kw: Any) -> Float[Array, "*rows E"]:
+        return super().__call__(x.reshape(-1, x.shape[-1]), **kw).reshape(*x.shape[:-1], -1)
+
+
 def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, pad=None, **kw):
     """A convolution with PyTorch's symmetric padding, or `pad` (before, after) on both axes."""
     pad = pad or (kernel // 2, kernel // 2)
@@ -64,8 +71,8 @@ def sinusoid(
 
 class TimestepEmbedding(nnx.Module):
     def __init__(self, width: int, out: int, act: str, **kw: Any):
-        self.linear_1 = nnx.Linear(width, out, **kw)
-        self.linear_2 = nnx.Linear(out, out, **kw)
+        self.linear_1 = Linear(width, out, **kw)
+        self.linear_2 = Linear(out, out, **kw)
         self.act = act
 
     def __call__(self, x: Float[Array, "N D"]) -> Float[Array, "N E"]:
@@ -89,7 +96,7 @@ class ResnetBlock2D(nnx.Module):
         self.norm1 = group_norm(in_channels, groups, epsilon, **kw)
         self.conv1 = conv(in_channels, out_channels, **kw)
         if time_width is not None:
-            self.time_emb_proj = nnx.Linear(time_width, out_channels, **kw)
+            self.time_emb_proj = Linear(time_width, out_channels, **kw)
         self.norm2 = group_norm(out_channels, groups, epsilon, **kw)
         self.conv2 = conv(out_channels, out_channels, **kw)
         if in_channels != out_channels:
@@ -138,10 +145,10 @@ class Attention(nnx.Module):
     """Attention with PyTorch's `to_out.0`; self-attention where no context is given."""
 
     def __init__(self, width: int, context: int, heads: int, *, bias: bool = False, **kw: Any):
-        self.to_q = nnx.Linear(width, width, use_bias=bias, **kw)
-        self.to_k = nnx.Linear(context, width, use_bias=bias, **kw)
-        self.to_v = nnx.Linear(context, width, use_bias=bias, **kw)
-        self.to_out = nnx.List([nnx.Linear(width, width, **kw)])
+        self.to_q = Linear(width, width, use_bias=bias, **kw)
+        self.to_k = Linear(context, width, use_bias=bias, **kw)
+        self.to_v = Linear(context, width, use_bias=bias, **kw)
+        self.to_out = nnx.List([Linear(width, width, **kw)])
         self.heads = heads
 
     def __call__(

@@ -14,6 +14,7 @@ from dmpo_jax.models.layers import (
     ACTIVATIONS,
     Attention,
     Downsample2D,
+    Linear,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
@@ -82,7 +83,7 @@ DEAD = frozenset({"addition_embed_type_num_heads"})
 
 class GEGLU(nnx.Module):
     def __init__(self, width: int, inner: int, **kw: Any):
-        self.proj = nnx.Linear(width, 2 * inner, **kw)
+        self.proj = Linear(width, 2 * inner, **kw)
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T E"]:
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -93,7 +94,7 @@ class FeedForward(nnx.Module):
     def __init__(self, width: int, **kw: Any):
         # Index 1 is PyTorch's dropout, which has no parameters.
         self.net = nnx.List(
-            [GEGLU(width, 4 * width, **kw), None, nnx.Linear(4 * width, width, **kw)]
+            [GEGLU(width, 4 * width, **kw), None, Linear(4 * width, width, **kw)]
         )
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
@@ -124,7 +125,7 @@ class Transformer2DModel(nnx.Module):
         self, width: int, context: int, heads: int, layers: int, *, linear: bool, groups: int, **kw
     ):
         def project():
-            return nnx.Linear(width, width, **kw) if linear else conv(width, width, 1, **kw)
+            return Linear(width, width, **kw) if linear else conv(width, width, 1, **kw)
 
         self.norm = group_norm(width, groups, 1e-6, **kw)  # not the UNet's norm_eps
         self.proj_in = project()
