@@ -14,7 +14,7 @@ from absl import flags
 
 from dmpo_jax import config as configs
 from dmpo_jax import flags as command
-from dmpo_jax import jobs
+from dmpo_jax.jobs.run import run
 from dmpo_jax.objectives import OBJECTIVES
 
 WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default runs/NAME-OF-CONFIG")
@@ -23,7 +23,7 @@ WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; default runs/NAM
 def main(config) -> None:
     command.log_to_console()
     name = pathlib.Path(flags.FLAGS.config).name.replace(".py", "").replace(":", "_")
-    jobs.run(config, WORKDIR.value or f"runs/{name}")
+    run(config, WORKDIR.value or f"runs/{name}")
 
 
 if __name__ == "__main__":

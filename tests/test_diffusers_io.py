@@ -199,7 +199,7 @@ def tiny_text():
     """(config, a function that makes a text encoder of ours filled with one number)."""
     config = {**torch_models.CLIP, "hidden_size": 8, "intermediate_size": 8, "projection_dim": 8}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "architectures": ["CLIPTextModel"]}
-    return functools.partial(filled, CLIPTextModel, config)
+    return lambda value, **changes: filled(CLIPTextModel, config | changes, value)
 
 
 def filled(make, config, value):
@@ -380,9 +380,10 @@ def kill_at(monkeypatch, k):
         monkeypatch.setattr(kind, name, dying(name))
 
 
-def values(model) -> set[float]:
-    """Every number that a model of ours holds."""
-    return {float(v) for x in parameters.split(model)[1].values() for v in np.unique(x)}
+def values(model) -> set:
+    """Every number that a model of ours holds, and the activation that its config names."""
+    numbers = {float(v) for x in parameters.split(model)[1].values() for v in np.unique(x)}
+    return numbers | ({model.config.hidden_act} if "hidden_act" in model.config else set())
 
 
 def loaded(load, folder):
@@ -410,11 +411,15 @@ def kill_everywhere(monkeypatch, save, check) -> int:
     raise AssertionError("the save never ended")
 
 
-@pytest.mark.parametrize(("before", "after"), [(2**30, 2**30), (2**30, 1000), (1000, 2**30)])
+WHOLE, SHARDS = 2**30, 1000
+
+
+@pytest.mark.parametrize("after", [WHOLE, SHARDS])
+@pytest.mark.parametrize("before", [WHOLE, SHARDS])
 def test_a_killed_save_never_mixes_weights(before, after, tiny_text, tmp_path, monkeypatch):
     """`before` and `after`: bytes a shard of what was there and of what replaces it."""
-    old, new = tiny_text(1.0), tiny_text(2.0)
-    seen = []
+    old, new = tiny_text(1.0), tiny_text(2.0, hidden_act="gelu")
+    seen, is_old, is_new = [], {1.0, "quick_gelu"}, {2.0, "gelu"}
 
     def save(k):
         out = tmp_path / str(k)
@@ -423,15 +428,15 @@ def test_a_killed_save_never_mixes_weights(before, after, tiny_text, tmp_path, m
     def check(k, done):
         out = tmp_path / str(k)
         seen.append(loaded(diffusers_io.load_text_encoder, out))
-        assert seen[-1] in ({1.0}, {2.0}, None)
-        assert not done or seen[-1] == {2.0}
+        assert seen[-1] in (is_old, is_new, None)
+        assert not done or seen[-1] == is_new
         diffusers_io.save_text_encoder(new, out, shard_bytes=after)  # and a second try heals it
         assert not list(out.glob("*.part"))
         diffusers_io.save_text_encoder(old, tmp_path / str(k + 1), shard_bytes=before)
 
     diffusers_io.save_text_encoder(old, tmp_path / "0", shard_bytes=before)
     assert kill_everywhere(monkeypatch, save, check) >= 6
-    assert seen[0] == {1.0}
+    assert seen[0] == is_old
     assert None in seen
 
 

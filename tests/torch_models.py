@@ -39,9 +39,8 @@ REFINER = {  # attention in the middle stage alone, one depth for all
 # name -> (config, latent height and width). Small and shallow: compiling dominates.
 UNETS = {
     "small": ({}, (8, 8)),
-    "sd15": (SD15, (8, 8)),
+    "sd15": (SD15, (9, 7)),  # odd, so that upsampling must be cut
     "sdxl": (SDXL, (8, 8)),
-    "sd15_odd_size": (SD15, (13, 11)),
     "sd2": ({**SD2, "upcast_attention": True}, (8, 8)),
     "sdxl_odd_size": (SDXL, (5, 7)),
     "refiner": (REFINER, (8, 8)),

@@ -53,6 +53,8 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
     identity = configs.identity(config)
     folder = workdir / "checkpoints"
     with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
+        if jax.process_index() == 0:  # only now: the folder is this run's own
+            diffusers_io.write_json(workdir / "config.json", configs.leaves(config))
         state = make_state(run, params)
         del params  # the reference, where one is needed, is held by `run`
         if restored := checkpoints.restore(abstract(state)):
@@ -238,7 +240,7 @@ class Watch:
             )
         if self._last is None:  # the first after a pause: nothing to measure from yet
             self._last = number - 1
-        logged = due(number, config.log.every) or number == config.train.steps
+        logged = due(number, config.log.every) or number in (1, config.train.steps)
         now = time.monotonic()
         speed = config.train.batch_size * (number - self._last) / max(now - self._since, 1e-9)
         if logged:

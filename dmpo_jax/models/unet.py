@@ -93,9 +93,7 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     def __init__(self, width: int, **kw: Any):
         # Index 1 is PyTorch's dropout, which has no parameters.
-        self.net = nnx.List(
-            [GEGLU(width, 4 * width, **kw), None, Linear(4 * width, width, **kw)]
-        )
+        self.net = nnx.List([GEGLU(width, 4 * width, **kw), None, Linear(4 * width, width, **kw)])
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         return self.net[2](self.net[0](x))
