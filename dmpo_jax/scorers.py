@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,10 @@ def _digit_judge(kind: str):
     ink, labels = digits.load_digits()
     if kind == "svm":
         rows = digits.half(0)
-        model = CalibratedClassifierCV(SVC(C=10.0, gamma=0.5), ensemble=False)
+        # scikit-learn's hints know neither setting's full range of types.
+        width: Any = 0.5
+        together: Any = False
+        model = CalibratedClassifierCV(SVC(C=10.0, gamma=width), ensemble=together)
     else:
         rows = digits.half(1)
         model = ExtraTreesClassifier(300, random_state=0)

@@ -100,7 +100,7 @@ def pair_loss(params, reference, part, setup: Setup):
     policy_prediction = predict_pairs(setup.predict, params, noised, conditioning)
     compared = (policy_prediction, reference_prediction, noised.target, preference)
     loss = setup.objective(*compared).mean()
-    metrics = health.preference_health(*map(jax.lax.stop_gradient, compared))
+    metrics = health.preference_health(*jax.lax.stop_gradient(compared))
     return loss, {"loss": loss, **metrics}
 
 

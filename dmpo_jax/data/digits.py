@@ -5,6 +5,7 @@ scikit-learn ships; 8 x 8 pixels of 0..16, ink high.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -22,7 +23,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """Ink `[1797, 8, 8]` float32 in [0, 1], and labels `[1797]`."""
     from sklearn.datasets import load_digits as load
 
-    bunch = load()
+    bunch: Any = load()
     return bunch.images.astype(np.float32) / 16, bunch.target.astype(np.int32)
 
 

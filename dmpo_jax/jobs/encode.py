@@ -49,15 +49,14 @@ def encode(
     out = epath.Path(out)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    if resolution is None:
-        config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
-        size = config.get("sample_size") or pipeline.vae.config.sample_size // factor
-        resolution = (size if isinstance(size, int) else min(size)) * factor
+    config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
+    size: Any = config.get("sample_size") or pipeline.vae.config.sample_size // factor
+    side = resolution or (size if isinstance(size, int) else min(size)) * factor
     about = {
         "model": str(model),
         "vae": vae,
         "source": source,
-        "resolution": resolution,
+        "resolution": side,
         "validation_fraction": validation_fraction,
         "scaling_factor": pipeline.vae.config.scaling_factor,
         "shift_factor": pipeline.vae.config.shift_factor or 0.0,
@@ -75,7 +74,7 @@ def encode(
             pooled = None if pooled is None else pooled.astype(np.float16)
             yield records.PromptEmbedding(prompt, context.astype(np.float16), pooled)
 
-    pairs = list(_encoded(raw, number, pipeline.vae, resolution, batch_size))
+    pairs = list(_encoded(raw, number, pipeline.vae, side, batch_size))
     held_out = [is_held_out(pair.id, validation_fraction) for pair in pairs]
     splits = {"train": [p for p, held in zip(pairs, held_out, strict=True) if not held]}
     if any(held_out):

@@ -62,7 +62,7 @@ def make_sampler(
         vae = parameters.merge(vae_structure, vae_params)
         return to_uint8(vae.decode(latents / scaling + shift))
 
-    embedded: dict[str, Conditioning] = {}
+    embedded: dict[str, Any] = {}
 
     def conditioning(prompts: Sequence[str]) -> Conditioning:
         new = [p for p in dict.fromkeys(prompts) if p not in embedded]
@@ -72,7 +72,8 @@ def make_sampler(
             factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
             sizes = families.size_ids(side[0] * factor, side[1] * factor)
             ids = None if pooled is None else np.asarray([sizes], np.float32)
-            embedded[prompt] = Conditioning(context, pooled, ids)
+            row: Any = (context, pooled, ids)  # numpy until it goes to the devices
+            embedded[prompt] = Conditioning(*row)
         return jax.tree.map(lambda *x: np.stack(x), *[embedded[p] for p in prompts])
 
     def sample(params, prompts: Sequence[str], seeds: Sequence[int], describe: str = ""):

@@ -334,8 +334,7 @@ def run_prompts(run: Run) -> list[str]:
 def export(unet: Any, params: dict[str, jax.Array], source: str, out: epath.Path) -> None:
     """Writes the source pipeline with these parameters as its UNet, float32."""
     structure, _ = parameters.split(unet)
-    everywhere = mesh.replicated(next(iter(params.values())).sharding.mesh)
-    gathered = jax.device_put(params, everywhere)
+    gathered = jax.device_put(params, mesh.replicated(mesh.make_mesh()))
     if jax.process_index() == 0:
         tuned = parameters.merge(structure, gathered)
         tuned.layout = unet.layout

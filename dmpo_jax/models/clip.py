@@ -125,7 +125,7 @@ class CLIPTextModel(nnx.Module):
 
     def __init__(
         self,
-        config: dict,
+        config: Any,
         *,
         projection: bool = False,
         dtype=jnp.float32,

@@ -28,7 +28,7 @@ def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
 
 def merge(structure: Any, params: Params) -> Any:
     """The inverse of `split`."""
-    keyed = {
+    keyed: Any = {
         tuple(int(part) if part.isdigit() else part for part in path.split(".")): leaf
         for path, leaf in params.items()
     }

@@ -96,7 +96,9 @@ class FeedForward(nnx.Module):
         self.net = nnx.List([GEGLU(width, 4 * width, **kw), None, Linear(4 * width, width, **kw)])
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-        return self.net[2](self.net[0](x))
+        enter: Any = self.net[0]
+        leave: Any = self.net[2]
+        return leave(enter(x))
 
 
 class BasicTransformerBlock(nnx.Module):
@@ -223,7 +225,7 @@ class UNet2DConditionModel(nnx.Module):
         ValueError: naming each config key that asks for something unsupported.
     """
 
-    def __init__(self, config: dict, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config = ModelConfig(config, KEYS, DEAD)
         self.dtype = dtype
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}

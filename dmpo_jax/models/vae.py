@@ -153,7 +153,7 @@ class AutoencoderKL(nnx.Module):
         ValueError: naming each config key that asks for something unsupported.
     """
 
-    def __init__(self, config: dict, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config = ModelConfig(config, KEYS, DEAD)
         self.dtype = dtype
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
