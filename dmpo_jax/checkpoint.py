@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,13 +25,19 @@ from jax.experimental import multihost_utils
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-# Orbax has every replica write a slice of every array: with thousands of small ones on
-# eight devices that is six seconds a save, for nothing.
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
-    override=True,
-)
+
+
+def _write_small_arrays_whole() -> None:
+    """Orbax has every replica write a slice of every array: with thousands of small ones on
+    eight devices that is six seconds a save, for nothing."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)  # it would warn of what is meant here
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    absl.logging.set_verbosity(level)
+
+
+_write_small_arrays_whole()
 
 
 class Checkpoints:

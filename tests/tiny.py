@@ -44,7 +44,7 @@ def make_config(model: str, encoded: str, **leaves):
         "model.folder": model,
         "model.compute_dtype": "float32",
         "data.encoded": encoded,
-        "data.num_threads": 0,
+        "data.num_threads": 1,
         "train.steps": 6,
         "train.batch_size": 8,
         "optimizer.learning_rate": 1e-3,

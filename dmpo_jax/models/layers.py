@@ -45,15 +45,34 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, 
     return nnx.Conv(in_channels, out_channels, size, strides=stride, padding=(pad, pad), **kw)
 
 
-def group_norm(channels: int, groups: int, epsilon: float, **kw) -> nnx.GroupNorm:
+class _Recomputed:
+    """A norm whose backward recomputes it from its input, bit for bit.
+
+    What a backward keeps of a forward, XLA does not fuse as it does elsewhere: the
+    policy's norms would differ from the reference's in their last bits, and beta turns
+    those into margins of the policy against itself. It also saves their float32 inner
+    values.
+    """
+
+    def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
+        return jax.checkpoint(super().__call__)(x)
+
+
+class GroupNorm(_Recomputed, nnx.GroupNorm):
+    pass
+
+
+class LayerNorm(_Recomputed, nnx.LayerNorm):
+    pass
+
+
+def group_norm(channels: int, groups: int, epsilon: float, **kw) -> GroupNorm:
     """Two-pass variance: E[x²] - E[x]² costs three digits at mean 30, deviation 1."""
-    return nnx.GroupNorm(
-        channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **kw
-    )
+    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **kw)
 
 
-def layer_norm(channels: int, epsilon: float = 1e-5, **kw) -> nnx.LayerNorm:
-    return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, **kw)
+def layer_norm(channels: int, epsilon: float = 1e-5, **kw) -> LayerNorm:
+    return LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, **kw)
 
 
 def sinusoid(
