@@ -6,7 +6,6 @@ Writes DIR/pairs.parquet in Pick-a-Pic's schema, for launch/encode.py --source=p
 """
 
 from absl import app, flags
-from etils import epath
 
 from dmpo_jax import flags as command
 from dmpo_jax.jobs.collect import collect
@@ -35,7 +34,7 @@ def main(argv) -> None:
         model=MODEL.value,
         prompts=load_prompts(PROMPTS.value),
         scorer=SCORER.value,
-        out=epath.Path(OUT.value) / "pairs.parquet",
+        out=f"{OUT.value}/pairs.parquet",
         pairs=PAIRS.value,
         seed=SEED.value,
         temperature=TEMPERATURE.value,
