@@ -58,7 +58,30 @@ class _Recomputed:
         return jax.checkpoint(super().__call__)(x)
 
 
-class GroupNorm(_Recomputed, nnx.GroupNorm):
+class _GroupNorm(nnx.GroupNorm):
+    """Statistics a channel first, then a group: channels lie side by side in memory, and a
+    reduction that leaves them alone is the quick one. Two passes, in float32: E[x²] - E[x]²
+    costs three digits at mean 30, deviation 1."""
+
+    def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
+        ones = (1,) * (x.ndim - 2)
+
+        def group_mean(values):
+            channels = values.mean(tuple(range(1, x.ndim - 1)))
+            groups = channels.reshape(x.shape[0], self.num_groups, -1)
+            shared = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
+            return shared.reshape(x.shape[0], *ones, -1)
+
+        def over_rows(parameter):
+            return parameter[...].astype(jnp.float32).reshape(1, *ones, -1)
+
+        centred = x.astype(jnp.float32)
+        centred = centred - group_mean(centred)
+        scale = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
+        return (centred * (scale * over_rows(self.scale)) + over_rows(self.bias)).astype(self.dtype)
+
+
+class GroupNorm(_Recomputed, _GroupNorm):
     pass
 
 
@@ -67,8 +90,7 @@ class LayerNorm(_Recomputed, nnx.LayerNorm):
 
 
 def group_norm(channels: int, groups: int, epsilon: float, **kw) -> GroupNorm:
-    """Two-pass variance: E[x²] - E[x]² costs three digits at mean 30, deviation 1."""
-    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, use_fast_variance=False, **kw)
+    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, **kw)
 
 
 def layer_norm(channels: int, epsilon: float = 1e-5, **kw) -> LayerNorm:
