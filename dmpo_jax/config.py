@@ -300,6 +300,8 @@ def _check_jobs(config: Config):
         yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"
     if "collect" in jobs and not config.collect.scorer and not config.debug.family:
         yield "the collect job needs collect.scorer, but got '': set it, or drop collect from jobs"
+    if config.debug.family not in ("", "sd", "sdxl"):
+        yield f"debug.family must be 'sd', 'sdxl' or '', but got {config.debug.family!r}"
     source = config.data.source
     if source and not all(source.partition(":")):
         yield f"data.source must be KIND:PATH, but got {source!r}"

@@ -52,7 +52,7 @@ def test_names_equal_those_of_optim():
 
 def test_valid_is_valid():
     config_lib.validate(valid(), objective_names=NAMES)
-    config_lib.validate(valid(model__folder="", debug__enabled=True), objective_names=NAMES)
+    config_lib.validate(valid(model__folder="", debug__family="sd"), objective_names=NAMES)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_override_reads_the_leafs_type(path, text, value):
         ("optimizer.b1", "", "optimizer.b1 must be a number, but got ''"),
         ("log.tensorboard", "maybe", "true or false, but got 'maybe'"),
         ("jobs", "(1", "names with commas"),
-        ("mesh", "4", "mesh is a section; its leaves are mesh.data, mesh.fsdp"),
+        ("mesh", "4", "mesh is a section; its leaves are mesh.cpu_devices, mesh.data, mesh.fsdp"),
     ],
 )
 def test_override_refuses(path, text, match):

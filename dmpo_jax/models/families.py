@@ -41,7 +41,7 @@ FAMILIES = {
 }
 
 
-def size_ids(height: int, width: int) -> list[float]:
+def size_ids(height: int, width: int) -> list[int]:
     """SDXL's time_ids of an uncropped image at its own size, in pixels."""
     return [height, width, 0, 0, height, width]
 
