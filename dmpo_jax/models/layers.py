@@ -45,25 +45,20 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, 
     return nnx.Conv(in_channels, out_channels, size, strides=stride, padding=(pad, pad), **kw)
 
 
-class _Recomputed:
-    """A norm whose backward recomputes it from its input, bit for bit.
-
-    What a backward keeps of a forward, XLA does not fuse as it does elsewhere: the
-    policy's norms would differ from the reference's in their last bits, and beta turns
-    those into margins of the policy against itself. It also saves their float32 inner
-    values.
-    """
-
-    def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
-        return jax.checkpoint(super().__call__)(x)
+# Norms are recomputed in the backward. What a backward keeps of a forward, XLA does not fuse
+# as it does elsewhere: the policy's norms would differ from the reference's in their last
+# bits, and beta turns those into margins of the policy against itself. It also saves memory.
 
 
-class _GroupNorm(nnx.GroupNorm):
+class GroupNorm(nnx.GroupNorm):
     """Statistics a channel first, then a group: channels lie side by side in memory, and a
     reduction that leaves them alone is the quick one. Two passes, in float32: E[x²] - E[x]²
     costs three digits at mean 30, deviation 1."""
 
     def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
+        return jax.checkpoint(self._normalise)(x)
+
+    def _normalise(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
         ones = (1,) * (x.ndim - 2)
 
         def group_mean(values):
@@ -81,12 +76,9 @@ class _GroupNorm(nnx.GroupNorm):
         return (centred * (scale * over_rows(self.scale)) + over_rows(self.bias)).astype(self.dtype)
 
 
-class GroupNorm(_Recomputed, _GroupNorm):
-    pass
-
-
-class LayerNorm(_Recomputed, nnx.LayerNorm):
-    pass
+class LayerNorm(nnx.LayerNorm):
+    def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
+        return jax.checkpoint(super().__call__)(x)
 
 
 def group_norm(channels: int, groups: int, epsilon: float, **kw) -> GroupNorm:
