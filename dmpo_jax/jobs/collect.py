@@ -35,8 +35,7 @@ def collect(
 ) -> None:
     """Writes `out`, a parquet file in Pick-a-Pic's schema. Does nothing where it exists.
 
-    Prompts take turns. Image j of the run has seed `2**31 * (seed % 2) + ...`, see
-    `image_seeds`, so that runs of different seeds share no image.
+    Prompts take turns; `image_seeds` gives runs of different seeds different images.
 
     Raises:
         ValueError: unknown scorer, or a part of the model is missing.

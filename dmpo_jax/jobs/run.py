@@ -19,7 +19,8 @@ LOG = logging.getLogger(__name__)
 
 
 def run(config: Config, workdir: epath.PathLike) -> None:
-    """Runs `config.jobs` in order in `workdir`. A job whose output is whole is not done again.
+    """Runs `config.jobs` in order in `workdir`. What collect and
+    encode have made whole is not made again, and training goes on from its checkpoint.
 
     Raises:
         ValueError: what the config asks for cannot be done, said before compiling.

@@ -173,8 +173,9 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
             if unread is not None:
                 watch.report(*unread, writer, progress)
             unread = (number, metrics)
+            stopping = stop.signal is not None  # asked once: it may come at any line below
             validating = due(number, config.log.validate_every)
-            saving = due(number, config.log.checkpoint_every) or number == total or stop.signal
+            saving = due(number, config.log.checkpoint_every) or number == total or stopping
             drawing = due(number, config.log.sample_every) or number == total
             if validating or saving or drawing:
                 watch.report(*unread, writer, progress)  # a bad update ends the job here
@@ -183,11 +184,11 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
                 writer.write(number, validate(state.params))
             if saving:
                 checkpoints.save(number, state)
-            if drawing and not stop.signal:
+            if drawing and not stopping:
                 draw(state.params, number)
             if validating or saving or drawing:
                 watch.restart()
-            if stop.signal and number < total:
+            if stopping and number < total:
                 checkpoints.wait()
                 stop.leave(number)
     close = getattr(batches, "close", None)
