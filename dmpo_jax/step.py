@@ -124,11 +124,12 @@ def predict_pairs(predict, params, noised: Noised, conditioning: Conditioning):
     def each_image(x):  # [B, ...] -> [B n, ...]
         return jnp.broadcast_to(x[:, None], (b, n, *x.shape[1:])).reshape(b * n, *x.shape[1:])
 
-    context, pooled, time_ids = conditioning
+    context, pooled, time_ids, image = conditioning
     rows = Conditioning(
         each_image(context),
         None if pooled is None else each_image(pooled),
         None if time_ids is None else time_ids[:, :n].reshape(b * n, -1),
+        None if image is None else each_image(image),
     )
     latents = noised.latents.reshape(b * n, *noised.latents.shape[2:])
     prediction = predict(params, latents, each_image(noised.timesteps), rows)

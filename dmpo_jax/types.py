@@ -18,11 +18,14 @@ class Conditioning(NamedTuple):
     pooled and time_ids are None for models without SDXL's added conditioning. A
     pair shares its prompt but not its sizes, hence the axis of 2 in time_ids
     `(original height, width, crop top, left, target height, width)`, in pixels.
+    image: what editing and inpainting models see of a given image, as channels beside the
+    noised latents (`families.image_channels`); None for the others.
     """
 
     context: Float[Array, "B S D"]
     pooled: Float[Array, "B P"] | None = None
     time_ids: Float[Array, "B 2 6"] | None = None
+    image: Float[Array, "B H W E"] | None = None
 
 
 class PairBatch(NamedTuple):

@@ -56,6 +56,8 @@ def make_predict(merge: Callable[[Any], Any]) -> Callable[..., Any]:
     """
 
     def predict(params: Any, latents, timesteps, conditioning: Conditioning):
+        if conditioning.image is not None:
+            latents = jnp.concatenate([latents, conditioning.image.astype(latents.dtype)], axis=-1)
         time_ids = conditioning.time_ids
         if time_ids is not None:
             time_ids = time_ids.reshape(-1, 6)
