@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from dmpo_jax import health
+from dmpo_jax.models import lora
 from dmpo_jax.noising import NoiseSchedule, noise_pair, sample_latents
 from dmpo_jax.types import Conditioning, Noised, PairBatch, PerPair
 
@@ -25,9 +26,10 @@ class TrainState(NamedTuple):
     """Everything a step changes. The reference is not in it: nothing can change it."""
 
     step: Int[Array, ""]
-    params: dict[str, jax.Array]
+    params: dict[str, jax.Array]  # all of the policy's, or its adapters
     opt_state: Any
     skipped: Int[Array, ""]  # updates left out because loss or gradient was not finite
+    ema: dict[str, jax.Array] | None = None  # moving average of params, where one is kept
 
 
 class Setup(NamedTuple):
@@ -42,13 +44,23 @@ class Setup(NamedTuple):
     tx: optax.GradientTransformation
     shift_factor: float = 0.0
     accumulation: int = 1
+    adapters: bool = False  # whether the state's parameters are adapters on the frozen ones
+    dropout: float = 0.0  # of the adapters
+    ema_decay: float = 0.0
 
 
-def make_state(params: dict[str, jax.Array], tx: optax.GradientTransformation) -> TrainState:
+def make_state(
+    params: dict[str, jax.Array], tx: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
     """The state before the first step, float32 master parameters."""
+
     # Copies: the state is donated, and what came in may be the reference too.
-    params = {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jnp.zeros((), jnp.int32))
+    def copy(params):
+        return {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
+
+    params, average = copy(params), copy(params) if ema else None
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), jnp.zeros((), jnp.int32), average)
 
 
 def train_step(
@@ -62,15 +74,19 @@ def train_step(
     """Noise the pairs, predict twice, compare, update. Pure: a function of its arguments.
 
     Args:
-        reference: frozen parameters, not donated; None where the objective needs none.
+        reference: frozen parameters, not donated; what adapters sit on, where there are
+            any. None where neither they nor the objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:
         The next state, and float32 scalars. Where loss or gradient is not finite, the
         parameters and the optimizer stay as they were and `skipped` goes up by one.
     """
-    noised = noise_batch(jax.random.fold_in(key, state.step), batch, setup)
+    key = jax.random.fold_in(key, state.step)
+    noised = noise_batch(key, batch, setup)
     parts = microbatches((noised, batch.preference, batch.conditioning), setup.accumulation)
+    if setup.dropout:  # far from the keys that noise_batch splits off
+        parts += (jax.random.split(jax.random.fold_in(key, 2**31), setup.accumulation),)
 
     def gradient(part):
         policy_loss = functools.partial(pair_loss, reference=reference, part=part, setup=setup)
@@ -81,27 +97,53 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
-    moved = (optax.apply_updates(state.params, updates), opt_state)
-    kept = (state.params, state.opt_state)
-    params, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+    params = optax.apply_updates(state.params, updates)
+    moved = (params, opt_state, average(state.ema, params, state.step, setup.ema_decay))
+    kept = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
     skipped = state.skipped + (1 - finite.astype(jnp.int32))
     metrics |= {"grad_norm": grad_norm, "skipped": skipped.astype(jnp.float32)}
-    return TrainState(state.step + 1, params, opt_state, skipped), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped, ema), metrics
+
+
+def average(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
+    """The next moving average; None where none is kept.
+
+    Early on it forgets faster, by (1 + step) / (10 + step): it would hold the start for
+    thousands of steps otherwise. Source: huggingface/diffusers, training_utils.EMAModel.
+    """
+    if ema is None:
+        return None
+    now = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: old + (1 - now) * (new - old), ema, params)
 
 
 def pair_loss(params, reference, part, setup: Setup):
-    """(mean loss, metrics) of some noised pairs; differentiable in params."""
-    noised, preference, conditioning = part
-    reference_prediction = None
-    if setup.needs_reference:
-        reference_prediction = jax.lax.stop_gradient(
-            predict_pairs(setup.predict, reference, noised, conditioning)
-        )
-    policy_prediction = predict_pairs(setup.predict, params, noised, conditioning)
-    compared = (policy_prediction, reference_prediction, noised.target, preference)
+    """(mean loss, metrics) of some noised pairs; differentiable in params.
+
+    part: noised pairs, preference, conditioning and, for dropout alone, a key.
+    """
+    noised, preference, conditioning, *keys = part
+    predictions = predict_both(params, reference, noised, conditioning, setup, *keys)
+    compared = (*predictions, noised.target, preference)
     loss = setup.objective(*compared).mean()
     metrics = health.preference_health(*jax.lax.stop_gradient(compared))
     return loss, {"loss": loss, **metrics}
+
+
+def predict_both(params, reference, noised, conditioning, setup: Setup, *dropout_key):
+    """(the policy's predictions, the reference's or None)."""
+    frozen = reference
+    if setup.adapters:  # on the same frozen parameters, switched off for the reference
+        frozen = {**reference, **lora.switched_off(jax.lax.stop_gradient(params))}
+        dropped = lora.drop(*dropout_key, params, setup.dropout) if dropout_key else params
+        params = {**reference, **dropped}
+    reference_prediction = None
+    if setup.needs_reference:
+        reference_prediction = jax.lax.stop_gradient(
+            predict_pairs(setup.predict, frozen, noised, conditioning)
+        )
+    return predict_pairs(setup.predict, params, noised, conditioning), reference_prediction
 
 
 def noise_batch(key: Key[Array, ""], batch: PairBatch, setup: Setup) -> Noised:
@@ -167,11 +209,8 @@ def validate_batch(
     """Weighted sums over pairs: `loss`, `implicit_accuracy` and `weight`."""
     setup = setup._replace(needs_rejected=True)  # accuracy compares the two images
     noised = noise_batch(key, batch, setup)
-    reference_prediction = None
-    if setup.needs_reference:
-        reference_prediction = predict_pairs(setup.predict, reference, noised, batch.conditioning)
-    policy_prediction = predict_pairs(setup.predict, params, noised, batch.conditioning)
-    compared = (policy_prediction, reference_prediction, noised.target)
+    predictions = predict_both(params, reference, noised, batch.conditioning, setup)
+    compared = (*predictions, noised.target)
     losses = setup.objective(*compared, batch.preference)
     right = health.correct(*compared, batch.preference)
     return {

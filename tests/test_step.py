@@ -125,6 +125,7 @@ def test_margins_are_exactly_zero_at_step_0(dtype, pairs, accumulation):
     predict, reference = make_unet(TOKENS_256, dtype)
     setup = make_setup(accumulation, KEEP_GRADIENT)._replace(predict=predict)
     state = step.make_state(reference, setup.tx)
+    reference = {p: x.astype(parameters.frozen_dtype(p, dtype)) for p, x in reference.items()}
     _, metrics = step.jit_train_step(setup)(state, reference, make_batch(pairs, size=16), run_key())
     assert float(metrics["margin_abs_max"]) == 0.0
     assert float(metrics["implicit_accuracy"]) == 0.5

@@ -31,18 +31,32 @@ def activation(name: str):
     return ACTIVATIONS[name]
 
 
+def _adapted(module: Any, x: Array, y: Array) -> Array:
+    """`y`, and on top what the module's low-rank adapter makes of `x`, if `lora` gave it one."""
+    if not hasattr(module, "lora_A"):
+        return y
+    return y + module.lora_scale * module.lora_B(module.lora_A(x))
+
+
 class Linear(nnx.Linear):
     """`nnx.Linear` over rows: XLA's CPU backend is slow at weight gradients over two axes."""
 
     def __call__(self, x: Float[Array, "*rows D"], **kw: Any) -> Float[Array, "*rows E"]:
-        return super().__call__(x.reshape(-1, x.shape[-1]), **kw).reshape(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        y = _adapted(self, rows, super().__call__(rows, **kw))
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class Conv(nnx.Conv):
+    def __call__(self, x: Float[Array, "N H W C"], **kw: Any) -> Float[Array, "N h w D"]:
+        return _adapted(self, x, super().__call__(x, **kw))
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, pad=None, **kw):
     """A convolution with PyTorch's symmetric padding, or `pad` (before, after) on both axes."""
     pad = pad or (kernel // 2, kernel // 2)
     size = (kernel, kernel)
-    return nnx.Conv(in_channels, out_channels, size, strides=stride, padding=(pad, pad), **kw)
+    return Conv(in_channels, out_channels, size, strides=stride, padding=(pad, pad), **kw)
 
 
 # Norms are recomputed in the backward. What a backward keeps of a forward, XLA does not fuse

@@ -1,7 +1,7 @@
 """A model as (structure, parameters): the functional form that a jitted step takes."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,22 @@ def merge(structure: Any, params: Params) -> Any:
         for path, leaf in params.items()
     }
     return nnx.merge(structure, nnx.from_flat_state(keyed))
+
+
+def frozen_dtype(path: str, dtype: Any) -> Any:
+    """The smallest dtype to hold a frozen parameter in, for a model that computes in `dtype`.
+
+    Kernels, embeddings and their biases are cast to `dtype` before use and may as well be
+    held in it; norms compute in float32. The same values then meet the same program.
+    """
+    module = path.split(".")[-2]
+    return jnp.float32 if "norm" in module else dtype
+
+
+def abstract(model: nnx.Module) -> Any:
+    """The model with shapes and dtypes in place of its arrays, which it lets go of."""
+    structure, _ = nnx.split(model)
+    return merge(structure, cast(Any, shapes(model)))
 
 
 def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> Any:

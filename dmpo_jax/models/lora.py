@@ -1,0 +1,135 @@
+"""Low-rank adapters (LoRA): a kernel W becomes W + alpha / rank * A B, and only A, B train.
+
+An adapted layer keeps its own names and gains two layers of its own kind, `lora_A` and
+`lora_B`, as in PyTorch's peft: `to_q.kernel` stands beside `to_q.lora_A.kernel`. The model
+with its adapters off is the base itself, so a reference costs no second copy.
+
+Source: LoRA, arXiv 2106.09685; huggingface/peft, tuners/lora/layer.py.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Key
+
+from dmpo_jax.models import parameters
+from dmpo_jax.models.layers import Conv, Linear
+from dmpo_jax.models.parameters import Params
+
+
+def attach(
+    model: nnx.Module, *, rank: int, alpha: float | int, targets: Sequence[str], seed: int
+) -> tuple[Any, Params]:
+    """Gives adapters to the layers that `targets` names.
+
+    Args:
+        model: left as it is; it may hold shapes instead of arrays.
+        rank: width of the adapters. alpha: their scale is alpha / rank.
+        targets: ends of module paths, whole parts of them: "to_q", "ff.net.2", "conv1".
+        seed: of A, which is uniform within 1 / sqrt(fan in); B is zero, so that an
+            adapted model begins as the base.
+
+    Returns:
+        The structure of the model with adapters, to merge with base and adapters
+        together, and the adapters, float32, by dotted path.
+
+    Raises:
+        ValueError: a target fits no linear layer or convolution.
+    """
+    adapted: Any = parameters.merge(*parameters.split(model))
+    layers = {
+        ".".join(map(str, path)): layer
+        for path, layer in nnx.iter_modules(adapted)
+        if isinstance(layer, Linear | Conv)
+    }
+    names = [n for n in layers if any(f".{n}".endswith(f".{target}") for target in targets)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            kinds = sorted({_last_parts(name) for name in layers})
+            raise ValueError(f"no layer's path ends in {target!r}; there are {', '.join(kinds)}")
+    adapters: Params = {}
+    for name in names:
+        layer: Any = layers[name]
+        layer.lora_A, layer.lora_B = nnx.eval_shape(lambda layer=layer: _pair(layer, rank))
+        layer.lora_scale = alpha / rank
+        shape = layer.lora_A.kernel.shape
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        bound = np.prod(shape[:-1]) ** -0.5
+        adapters[f"{name}.lora_A.kernel"] = jnp.asarray(
+            rng.uniform(-bound, bound, shape), jnp.float32
+        )
+        adapters[f"{name}.lora_B.kernel"] = jnp.zeros(layer.lora_B.kernel.shape, jnp.float32)
+    return nnx.split(adapted)[0], adapters
+
+
+def _pair(layer: Any, rank: int) -> tuple[nnx.Module, nnx.Module]:
+    """A down to `rank`, of the layer's own kind, and B up again; neither has a bias."""
+    kw: Any = {"use_bias": False, "dtype": layer.dtype, "rngs": nnx.Rngs(0)}
+    if isinstance(layer, Linear):
+        down = Linear(layer.in_features, rank, **kw)
+        return down, Linear(rank, layer.out_features, **kw)
+    geometry = {"strides": layer.strides, "padding": layer.padding}
+    down = Conv(layer.in_features, rank, layer.kernel_size, **geometry, **kw)
+    return down, Conv(rank, layer.out_features, (1, 1), **kw)
+
+
+def _last_parts(name: str) -> str:
+    """The part of a path that says what a layer is: `to_out.0`, `conv1`, `ff.net.2`."""
+    parts = name.split(".")
+    if not parts[-1].isdigit():
+        return parts[-1]
+    return ".".join(parts[-3:] if parts[-2] == "net" else parts[-2:])
+
+
+def is_adapter(path: str) -> bool:
+    return ".lora_A." in path or ".lora_B." in path
+
+
+def switched_off(adapters: Params) -> Params:
+    """The adapters with every B zero: the base's values, by the adapted model's own program.
+
+    The same program, because XLA would fuse the base's own otherwise, and beta turns last
+    bits into margins. The barrier keeps it from seeing the zeros and taking the adapters out.
+    """
+    zeros = {path: jnp.zeros_like(x) for path, x in adapters.items() if ".lora_B." in path}
+    return {**adapters, **jax.lax.optimization_barrier(zeros)}
+
+
+def drop(key: Key[Array, ""], adapters: Params, rate: float) -> Params:
+    """Dropout on the input features of every A; expectations stay as they were.
+
+    peft drops single numbers; here a feature is dropped for all tokens and images of
+    the call, so that the two images of a pair are compared under one and the same network.
+    """
+    downs = [path for path in adapters if ".lora_A." in path]
+    widths = [adapters[path].shape[-2] for path in downs]
+    kept = jax.random.bernoulli(key, 1 - rate, (sum(widths),)) / (1 - rate)
+    parts = jnp.split(kept, np.cumsum(widths)[:-1])
+    masks = {
+        path: part.reshape(*(1,) * (adapters[path].ndim - 2), -1, 1)
+        for path, part in zip(downs, parts, strict=True)
+    }
+    return {path: x * masks[path] if path in masks else x for path, x in adapters.items()}
+
+
+def fold(params: Params, adapters: Params, scale: float | int) -> Params:
+    """The base with its adapters folded in: W + scale * A B, in W's dtype.
+
+    `scale` is alpha / rank. Computed in float32, at the highest precision.
+    """
+    folded = dict(params)
+    for path, down in adapters.items():
+        if ".lora_A." not in path:
+            continue
+        name = path.removesuffix(".lora_A.kernel")
+        kernel = params[f"{name}.kernel"]
+        up = adapters[f"{name}.lora_B.kernel"].reshape(down.shape[-1], -1)
+        change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
+        moved = kernel.astype(jnp.float32) + scale * change
+        folded[f"{name}.kernel"] = moved.astype(kernel.dtype)
+    return folded
