@@ -6,6 +6,7 @@ the arrays stands a list of every leaf's name, shape, dtype and checksum, becaus
 notices a file that is cut or gone, but not a flipped bit in an array.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -76,7 +77,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         # Reads with a barrier for this process alone: where one of many cannot read its
         # part, the others must not wait in Orbax for it, but hear of it in _attempt.
-        alone = ocp.options.MultiprocessingOptions(
+        self._alone = alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"process_{jax.process_index()}",
@@ -171,6 +172,58 @@ class Checkpoints:
                 "or choose another --workdir to start afresh"
             )
         return None
+
+    def restore_part(
+        self, abstract: dict[str, Any], *, step: int | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Some fields of a state, by name, verified; the others are not read.
+
+        Args:
+            abstract: field -> its shapes, dtypes and shardings, as for `restore`.
+            step: which checkpoint; None is the newest.
+
+        Raises:
+            ValueError: there is no such checkpoint, or its fields are not these.
+            RuntimeError: it is not whole. Nothing is set aside.
+        """
+        abstract = jax.tree.map(_abstract_leaf, abstract)
+        self.wait()
+        if not self.steps() or step not in [None, *self.steps()]:
+            wanted = "checkpoint" if step is None else f"checkpoint {step}"
+            raise ValueError(f"no {wanted} in {self._folder}; there are {self.steps()}")
+        found = self.steps()[-1] if step is None else step
+        # A state is a NamedTuple, whose leaves are named by attribute, a part is a dict.
+        described = {}
+        for field, tree in abstract.items():
+            described |= {f".{field}{name}": leaf for name, leaf in _describe(tree).items()}
+        try:
+            leaves = self._attempt(lambda: self._read_index(found))
+            held = {
+                n: v for n, v in leaves.items() if n.startswith(tuple(f".{f}" for f in abstract))
+            }
+            _check_same(found, held, described)
+            part = self._attempt(lambda: self._restore_part(found, abstract))
+            checksums = [x for tree in part.values() for x in _checksums(tree)]
+            for name, checksum in zip(described, checksums, strict=True):
+                if leaves[name]["checksum"] != checksum:
+                    raise _Unreadable(f"the values of {name} are not those that were saved")
+        except _Unreadable as error:
+            raise RuntimeError(
+                f"checkpoint {found} in {self._folder} is not whole ({error}): choose another of "
+                f"{self.steps()}"
+            ) from error
+        return found, part
+
+    def _restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
+        reader = ocp.Checkpointer(handler, multiprocessing_options=self._alone)
+        with contextlib.closing(reader):
+            return reader.restore(self._folder / str(step) / "state", args=arguments)
 
     def wait(self) -> None:
         """Returns when nothing is being written; raises what went wrong in writing."""

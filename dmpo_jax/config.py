@@ -63,6 +63,17 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "train.batch_size": (2048, "pairs an update, over all devices"),
     "train.accumulation": (1, "microbatches an update is cut into, to save memory"),
     "train.skip_limit": (0, "updates with a non-finite loss to skip before giving up"),
+    "train.ema_decay": (0.0, "of a moving average of the weights, then exported; 0 keeps none"),
+    "lora.rank": (0, "width of low-rank adapters, alone trained; 0 trains every parameter"),
+    "lora.alpha": (
+        config_dict.placeholder(float),
+        "their scale is alpha / rank; unset: rank, so 1",
+    ),
+    "lora.dropout": (0.0, "fraction of the features that an adapter misses in training"),
+    "lora.targets": (
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "ends of the paths of the layers adapted; also ff.net.0.proj, ff.net.2, conv1, conv2",
+    ),
     "optimizer.name": ("adamw", f"one of {', '.join(OPTIMIZERS)}"),
     "optimizer.learning_rate": (2.048e-5, "peak, for the whole batch: published 1e-8 x 2048 pairs"),
     "optimizer.warmup_steps": (500, "updates of linear warmup"),
@@ -241,6 +252,7 @@ _AT_LEAST_ZERO = [
     "objectives.diffusion_dpo.beta",
     "data.prefetch",
     "train.skip_limit",
+    "lora.rank",
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
     "optimizer.eps",
@@ -258,6 +270,9 @@ _RANGES = {
     "data.prompt_dropout": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "data.validation_fraction": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "data.resolution": (lambda x: x is None or (x > 0 and x % 8 == 0), "a positive multiple of 8"),
+    "train.ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "lora.alpha": (lambda x: x is None or x > 0, "above 0"),
+    "lora.dropout": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "optimizer.b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "optimizer.b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "mesh.data": (lambda x: x == -1 or x > 0, "a number of devices, or -1 for all that are left"),
@@ -294,6 +309,8 @@ def _check_jobs(config: Config):
         yield f"jobs must be some of {', '.join(JOBS)}, but got {jobs!r}"
     elif [JOBS.index(job) for job in jobs] != sorted({JOBS.index(job) for job in jobs}):
         yield f"jobs must come once each, in the order {', '.join(JOBS)}, but got {jobs!r}"
+    if not config.lora.targets or not all(isinstance(t, str) for t in config.lora.targets):
+        yield f"lora.targets must be ends of layers' paths, but got {config.lora.targets!r}"
     if not all(isinstance(judge, str) for judge in config.evaluate.judges or ()):
         yield f"evaluate.judges must be names of scorers, but got {config.evaluate.judges!r}"
     if not config.model.folder and not config.debug.family:
@@ -330,4 +347,8 @@ def identity(config: Config) -> dict[str, Any]:
     }
     if config.optimizer.schedule != "constant":
         found["train"]["steps"] = config.train.steps
+    if config.train.ema_decay:
+        found["train"]["ema_decay"] = config.train.ema_decay
+    if config.lora.rank:
+        found["lora"] = config.lora.to_dict()
     return found

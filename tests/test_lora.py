@@ -43,14 +43,9 @@ def make(targets, config="one", dtype=jnp.float32, rank=4, alpha=8.0):
     """(merge, base, adapters) of a small UNet."""
     unet = {"one": UNET, "two": TWO}[config]
     model = parameters.initialise(UNet2DConditionModel, unet, 0, dtype=dtype)
-    structure, adapters = lora.attach(model, rank=rank, alpha=alpha, targets=targets, seed=0)
-    base_structure, base = parameters.split(model)
-
-    def merge(params):
-        adapted = any(map(lora.is_adapter, params))
-        return parameters.merge(structure if adapted else base_structure, params)
-
-    return merge, base, adapters
+    adapted = lora.attach(model, rank=rank, alpha=alpha, targets=targets, seed=0)
+    structure, params = parameters.split(adapted)
+    return functools.partial(parameters.merge, structure), *lora.partition(params)
 
 
 def moved(adapters, scale=0.1):
@@ -91,7 +86,9 @@ def make_setup(merge, **changes):
 
 def test_names_stay_and_adapters_stand_beside_them():
     _, base, adapters = make(ATTENTION)
-    plain = set(parameters.split(parameters.initialise(UNet2DConditionModel, UNET, 0))[1])
+    model = parameters.initialise(UNet2DConditionModel, UNET, 0)
+    lora.attach(model, rank=4, alpha=8.0, targets=ATTENTION, seed=0)
+    plain = set(parameters.split(model)[1])
     assert set(base) == plain  # attaching leaves the model as it was
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     assert adapters[f"{name}.lora_A.kernel"].shape == (8, 4)
@@ -112,11 +109,12 @@ def test_adapters_begin_as_nothing_and_folded_is_unfolded():
     merge, base, adapters = make(ALL, "two")
     assert any(x.shape[:2] == (3, 3) for x in adapters.values())
     run = jax.jit(lambda params: merge(params)(*inputs()))
-    start = run(base)
+    plain, _ = parameters.split(parameters.initialise(UNet2DConditionModel, TWO, 0))
+    start = jax.jit(lambda params: parameters.merge(plain, params)(*inputs()))(base)
     np.testing.assert_allclose(run({**base, **adapters}), start, atol=1e-5)
     changed = run({**base, **moved(adapters)})
     assert float(jnp.abs(changed - start).max()) > 0.1
-    folded = run(lora.fold(base, moved(adapters), 2.0))
+    folded = run({**lora.fold(base, moved(adapters), 2.0), **lora.switched_off(adapters)})
     assert float(jnp.linalg.norm(folded - changed) / jnp.linalg.norm(changed)) <= 1e-6
 
 

@@ -1,41 +1,128 @@
-"""A training checkpoint -> a diffusers pipeline folder."""
+"""A training checkpoint -> a folder or file that PyTorch diffusers opens."""
 
 import functools
+import logging
+from typing import Any
 
 import jax
 from etils import epath
 
-from dmpo_jax import checkpoint, diffusers_io, mesh, step
+from dmpo_jax import checkpoint, diffusers_io, mesh
 from dmpo_jax import config as configs
-from dmpo_jax.jobs.train import export, make_optimizer
-from dmpo_jax.models import parameters
+from dmpo_jax.jobs.model_card import write_card
+from dmpo_jax.models import lora, parameters
+
+LOG = logging.getLogger(__name__)
+Params = dict[str, jax.Array]
 
 
-def convert(*, workdir: epath.PathLike, out: epath.PathLike, at: int | None = None) -> None:
-    """Writes the pipeline that `workdir` trains, with the UNet of its checkpoint.
+def convert(
+    *,
+    workdir: epath.PathLike,
+    out: epath.PathLike,
+    at: int | None = None,
+    weights: str = "auto",
+    merge: bool = False,
+    dtype: Any = None,
+    shard_bytes: int = diffusers_io.SHARD_BYTES,
+    verify: bool = False,
+) -> None:
+    """Writes what a checkpoint of `workdir` holds, with a model card.
 
     Args:
         workdir: a run's folder, with config.json and checkpoints/.
-        at: which step; None is the newest whole one.
+        out: gets a pipeline folder: the run's source with the tuned UNet, every other part
+            as it was. A LoRA run's gets the adapters alone, for `load_lora_weights`.
+        at: which step; None is the newest.
+        weights: "policy", "ema", or "auto" for the moving average where the run kept one.
+        merge: fold a LoRA run's adapters into the UNet and write the pipeline.
+        dtype: of the UNet as written; None is float32.
+        shard_bytes: largest weight file.
+        verify: also open the result in PyTorch and compare the predictions.
 
     Raises:
-        ValueError: no such run or checkpoint, naming the steps there are.
+        ValueError: no such run or checkpoint, naming the steps there are; `weights` or
+            `merge` ask for what the run has not; verified and different.
     """
-    workdir = epath.Path(workdir)
+    workdir, out = epath.Path(workdir), epath.Path(out)
     config = configs.from_leaves(diffusers_io.read_json(workdir / "config.json"))
-    unet = diffusers_io.load_unet(config.model.folder, variant=config.model.variant or None)
-    _, params = parameters.split(unet)
-    _, tx = make_optimizer(config)
-    shapes = jax.eval_shape(functools.partial(step.make_state, tx=tx), params)
-    everywhere = mesh.replicated(mesh.make_mesh())
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+    if merge and not config.lora.rank:
+        raise ValueError(f"{workdir} trained every parameter: there is no LoRA to merge")
+    if weights == "ema" and not config.train.ema_decay:
+        raise ValueError(f"{workdir} kept no moving average (train.ema_decay is 0)")
+    field = "ema" if weights == "ema" or weights == "auto" and config.train.ema_decay else "params"
+    unet = diffusers_io.load_unet(
+        config.model.folder, variant=config.model.variant or None, abstract=True
     )
-    identity = configs.identity(config)
+    shapes = parameters.shapes(adapt(unet, config))
+    if config.lora.rank:
+        _, shapes = lora.partition(shapes)
+    devices = mesh.make_mesh(fsdp=-1, data=1)
+    wanted = {
+        path: jax.ShapeDtypeStruct(shape.shape, "float32", sharding=sharding)
+        for (path, shape), sharding in zip(
+            shapes.items(), mesh.parameter_sharding(devices, shapes).values(), strict=True
+        )
+    }
     with checkpoint.Checkpoints(
-        workdir / "checkpoints", keep=config.log.keep, identity=identity
+        workdir / "checkpoints", keep=config.log.keep, identity=configs.identity(config)
     ) as checkpoints:
-        restored = checkpoints.restore(wanted, step=at)
-    if restored is None:
-        raise ValueError(f"{workdir} holds no checkpoint yet")
-    export(unet, restored[1].params, config.model.folder, epath.Path(out))
+        at, restored = checkpoints.restore_part({field: wanted}, step=at)
+    write = write_lora if config.lora.rank and not merge else write_pipeline
+    kw = {} if write is write_lora else {"dtype": dtype, "shard_bytes": shard_bytes}
+    write(config, restored[field], out, **kw)
+    write_card(config, workdir, out, step=at, ema=field == "ema")
+    LOG.info("step %d (%s) is in %s", at, field, out)
+    if verify:
+        from dmpo_jax.jobs.verify import verify_unet
+
+        verify_unet(out, config)
+
+
+def export(config: configs.Config, workdir: epath.Path, at: int, params: Params) -> None:
+    """Writes `workdir/export`, a pipeline, and with LoRA also `workdir/lora`, the adapters."""
+    ema = config.train.ema_decay > 0
+    if config.lora.rank:
+        write_lora(config, params, workdir / "lora")
+        write_card(config, workdir, workdir / "lora", step=at, ema=ema)
+    write_pipeline(config, params, workdir / "export")
+    write_card(config, workdir, workdir / "export", step=at, ema=ema)
+    LOG.info("exported to %s", workdir / "export")
+
+
+def adapt(unet: Any, config: configs.Config) -> Any:
+    """The UNet that a config trains: with adapters, where it asks for LoRA."""
+    if not config.lora.rank:
+        return unet
+    return lora.attach(
+        unet,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha or config.lora.rank,
+        targets=config.lora.targets,
+        seed=config.seed,
+    )
+
+
+def write_lora(config: configs.Config, params: Params, out: epath.Path) -> None:
+    """The adapters as PyTorch's `load_lora_weights` takes them."""
+    scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
+    diffusers_io.save_lora(params, out, scale=scale)
+
+
+def write_pipeline(config: configs.Config, params: Params, out: epath.Path, **kw: Any) -> None:
+    """The source pipeline with these parameters, or with these adapters folded in."""
+    source, variant = config.model.folder, config.model.variant or None
+    devices = mesh.make_mesh(fsdp=-1, data=1)
+    if not config.lora.rank:
+        unet = diffusers_io.load_unet(source, variant=variant, abstract=True)
+        diffusers_io.save_pipeline(unet, source, out, params=params, **kw)
+        return
+    # Afresh, since the run may hold it in bfloat16, where what was learnt would be lost.
+    unet = diffusers_io.load_unet(
+        source, variant=variant, sharding=functools.partial(mesh.parameter_sharding, devices)
+    )
+    _, base = parameters.split(unet)
+    unet = parameters.abstract(unet)
+    scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
+    folded = lora.fold(base, params, scale)
+    diffusers_io.save_pipeline(unet, source, out, params=folded, **kw)

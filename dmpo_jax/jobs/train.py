@@ -13,8 +13,9 @@ from etils import epath
 from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
+from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
-from dmpo_jax.models import families, parameters
+from dmpo_jax.models import families, lora, parameters
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.types import PairBatch
 
@@ -32,8 +33,8 @@ class Run(NamedTuple):
     workdir: epath.Path
     devices: jax.sharding.Mesh
     pairs: records.EncodedPairs
-    unet: Any  # its structure and config; the parameters are in `reference` and the state
-    reference: dict[str, jax.Array] | None
+    unet: Any  # the policy without arrays: those are in `reference` and the state
+    reference: dict[str, jax.Array] | None  # frozen; with LoRA what the adapters sit on
     setup: step.Setup
     learning_rate: Callable[[Any], jax.Array]
     key: jax.Array
@@ -56,28 +57,52 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
         if jax.process_index() == 0:  # only now: the folder is this run's own
             diffusers_io.write_json(workdir / "config.json", configs.leaves(config))
         state = make_state(run, params)
-        del params  # the reference, where one is needed, is held by `run`
+        del params  # now the state's own
         if restored := checkpoints.restore(abstract(state)):
             LOG.info("going on from step %d in %s", restored[0], folder)
             state = restored[1]
         state = loop(run, state, checkpoints)
-    export(run.unet, state.params, config.model.folder, workdir / "export")
+    export(config, workdir, int(state.step), trained(state))
+
+
+def trained(state: step.TrainState) -> dict[str, jax.Array]:
+    """What a run is for: the moving average where one is kept, else the parameters."""
+    return state.params if state.ema is None else state.ema
+
+
+def policy(run: Run, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The whole model that a state's parameters, or adapters, make."""
+    return {**run.reference, **params} if run.setup.adapters and run.reference else params
 
 
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
-    """Opens and checks everything; compiles nothing. Returns the run and the UNet's parameters."""
+    """Opens and checks everything; compiles nothing of the step.
+
+    Returns the run, and the parameters to train: the UNet's, or its adapters.
+    """
     devices = mesh.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     mesh.check_batch(config.train.batch_size, config.train.accumulation, devices)
     pairs = records.open_pairs(config.data.encoded or workdir / "encoded")
     folder, family = diffusers_io.load_family(config.model.folder)
     schedule, _ = diffusers_io.load_schedule(folder)
+    objective = OBJECTIVES[config.objective]
+    frozen_dtype = functools.partial(parameters.frozen_dtype, dtype=config.model.compute_dtype)
     unet = diffusers_io.load_unet(
-        folder, variant=config.model.variant or None, dtype=config.model.compute_dtype
+        folder,
+        variant=config.model.variant or None,
+        dtype=config.model.compute_dtype,
+        param_dtype=frozen_dtype if config.lora.rank else "float32",
+        sharding=functools.partial(mesh.parameter_sharding, devices),
     )
     check_fits(unet, family, pairs)
+    unet = adapt(unet, config)
     structure, params = parameters.split(unet)
-    params = jax.device_put(params, mesh.parameter_sharding(devices, params))
-    objective = OBJECTIVES[config.objective]
+    unet = parameters.abstract(unet)  # or it would hold the arrays for ever
+    reference = None
+    if config.lora.rank:
+        reference, params = lora.partition(params)
+    elif objective.needs_reference:
+        reference = make_reference(params, frozen_dtype)
     learning_rate, tx = make_optimizer(config)
     setup = step.Setup(
         predict=families.make_predict(functools.partial(parameters.merge, structure)),
@@ -89,11 +114,22 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
         shift_factor=pairs.meta["shift_factor"],
         tx=tx,
         accumulation=config.train.accumulation,
+        adapters=config.lora.rank > 0,
+        dropout=config.lora.dropout,
+        ema_decay=config.train.ema_decay,
     )
     key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
-    reference = params if objective.needs_reference else None
     run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
     return run, params
+
+
+def make_reference(params: dict[str, jax.Array], dtype: Callable[[str], Any]) -> Any:
+    """A copy of the parameters, in the dtype that each is computed with, where they lie."""
+
+    def copy(params):
+        return {path: x.astype(dtype(path)) for path, x in params.items()}
+
+    return jax.jit(copy, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
 
 
 def make_optimizer(config: configs.Config) -> tuple[Callable[[Any], jax.Array], Any]:
@@ -132,10 +168,11 @@ def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs) 
 
 
 def make_state(run: Run, params: dict[str, jax.Array]) -> step.TrainState:
-    """The first state, laid out on the mesh; its buffers are its own."""
-    make = functools.partial(step.make_state, tx=run.setup.tx)
+    """The first state, laid out on the mesh. It takes the parameters over: they are donated."""
+    make = functools.partial(step.make_state, tx=run.setup.tx, ema=run.setup.ema_decay > 0)
     shardings = mesh.parameter_sharding(run.devices, jax.eval_shape(make, params))
-    return jax.jit(make, out_shardings=shardings)(params)
+    params = jax.device_put(params, mesh.parameter_sharding(run.devices, params))
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def abstract(state: step.TrainState) -> step.TrainState:
@@ -164,7 +201,7 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
         StopSignals() as stop,
     ):
         if start == 0:
-            draw(state.params, 0)
+            draw(trained(state), 0)
         unread = None  # the last update's number and metrics
         for number in range(start + 1, total + 1):
             batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
@@ -181,11 +218,11 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
                 watch.report(*unread, writer, progress)  # a bad update ends the job here
                 unread = None
             if validating:
-                writer.write(number, validate(state.params))
+                writer.write(number, validate(trained(state)))
             if saving:
                 checkpoints.save(number, state)
             if drawing and not stopping:
-                draw(state.params, number)
+                draw(trained(state), number)
             if validating or saving or drawing:
                 watch.restart()
             if stopping and number < total:
@@ -315,7 +352,7 @@ def make_draw(run: Run) -> Callable[[Any, int], None]:
     def draw(params: Any, number: int) -> None:
         asked = [prompt for prompt in prompts for _ in range(columns)]
         seeds = [2**30 + i for i in range(len(asked))]
-        images = sampler()(params, asked, seeds, f"samples at step {number}")
+        images = sampler()(policy(run, params), asked, seeds, f"samples at step {number}")
         scale = max(1, 128 // images.shape[1])
         picture = writers.image_grid(images, columns, labels=prompts, scale=scale)
         writers.save_png(run.workdir / "samples" / f"{number}.png", picture)
@@ -330,17 +367,6 @@ def run_prompts(run: Run) -> list[str]:
         return load_prompts(run.config.sample.prompts)[:count]
     held = min(count, run.pairs.meta["counts"]["prompts"] - 1)
     return [run.pairs.prompts[i + 1].text for i in range(held)]
-
-
-def export(unet: Any, params: dict[str, jax.Array], source: str, out: epath.Path) -> None:
-    """Writes the source pipeline with these parameters as its UNet, float32."""
-    structure, _ = parameters.split(unet)
-    gathered = jax.device_put(params, mesh.replicated(mesh.make_mesh()))
-    if jax.process_index() == 0:
-        tuned = parameters.merge(structure, gathered)
-        tuned.layout = unet.layout
-        diffusers_io.save_pipeline(tuned, source, out)
-    LOG.info("exported to %s", out)
 
 
 class StopSignals:

@@ -24,25 +24,21 @@ from dmpo_jax.models.parameters import Params
 
 def attach(
     model: nnx.Module, *, rank: int, alpha: float | int, targets: Sequence[str], seed: int
-) -> tuple[Any, Params]:
-    """Gives adapters to the layers that `targets` names.
+) -> Any:
+    """The model with adapters on the layers that `targets` names.
 
     Args:
-        model: left as it is; it may hold shapes instead of arrays.
+        model: left as it is, its arrays shared; it may hold shapes instead of arrays.
         rank: width of the adapters. alpha: their scale is alpha / rank.
         targets: ends of module paths, whole parts of them: "to_q", "ff.net.2", "conv1".
-        seed: of A, which is uniform within 1 / sqrt(fan in); B is zero, so that an
+        seed: of A, float32 and uniform within 1 / sqrt(fan in); B is zero, so that an
             adapted model begins as the base.
-
-    Returns:
-        The structure of the model with adapters, to merge with base and adapters
-        together, and the adapters, float32, by dotted path.
 
     Raises:
         ValueError: a target fits no linear layer or convolution.
     """
     adapted: Any = parameters.merge(*parameters.split(model))
-    layers = {
+    layers: dict[str, Any] = {
         ".".join(map(str, path)): layer
         for path, layer in nnx.iter_modules(adapted)
         if isinstance(layer, Linear | Conv)
@@ -52,19 +48,23 @@ def attach(
         if not any(f".{name}".endswith(f".{target}") for name in names):
             kinds = sorted({_last_parts(name) for name in layers})
             raise ValueError(f"no layer's path ends in {target!r}; there are {', '.join(kinds)}")
-    adapters: Params = {}
     for name in names:
-        layer: Any = layers[name]
+        layer = layers[name]
         layer.lora_A, layer.lora_B = nnx.eval_shape(lambda layer=layer: _pair(layer, rank))
         layer.lora_scale = alpha / rank
         shape = layer.lora_A.kernel.shape
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         bound = np.prod(shape[:-1]) ** -0.5
-        adapters[f"{name}.lora_A.kernel"] = jnp.asarray(
-            rng.uniform(-bound, bound, shape), jnp.float32
-        )
-        adapters[f"{name}.lora_B.kernel"] = jnp.zeros(layer.lora_B.kernel.shape, jnp.float32)
-    return nnx.split(adapted)[0], adapters
+        start = jnp.asarray(rng.uniform(-bound, bound, shape), jnp.float32)
+        layer.lora_A.kernel = nnx.Param(start)
+        layer.lora_B.kernel = nnx.Param(jnp.zeros(layer.lora_B.kernel.shape, jnp.float32))
+    return adapted
+
+
+def partition(params: Params) -> tuple[Params, Params]:
+    """(base, adapters) of an adapted model's parameters."""
+    adapters = {path: x for path, x in params.items() if is_adapter(path)}
+    return {path: x for path, x in params.items() if path not in adapters}, adapters
 
 
 def _pair(layer: Any, rank: int) -> tuple[nnx.Module, nnx.Module]:
