@@ -121,8 +121,8 @@ def write_pipeline(config: configs.Config, params: Params, out: epath.Path, **kw
     unet = diffusers_io.load_unet(
         source, variant=variant, sharding=functools.partial(mesh.parameter_sharding, devices)
     )
-    _, base = parameters.split(unet)
+    _, tuned = parameters.split(unet)
     unet = parameters.abstract(unet)
     scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
-    folded = lora.fold(base, params, scale)
-    diffusers_io.save_pipeline(unet, source, out, params=folded, **kw)
+    lora.fold_in(tuned, jax.device_put(params, mesh.replicated(devices)), scale)
+    diffusers_io.save_pipeline(unet, source, out, params=tuned, **kw)

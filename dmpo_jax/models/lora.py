@@ -117,12 +117,12 @@ def drop(key: Key[Array, ""], adapters: Params, rate: float) -> Params:
     return {path: x * masks[path] if path in masks else x for path, x in adapters.items()}
 
 
-def fold(params: Params, adapters: Params, scale: float | int) -> Params:
-    """The base with its adapters folded in: W + scale * A B, in W's dtype.
+def fold_in(params: Params, adapters: Params, scale: float | int) -> None:
+    """Changes every adapted kernel of `params`, in place, to W + scale * A B, in W's dtype.
 
-    `scale` is alpha / rank. Computed in float32, at the highest precision.
+    In place, so that a full-size model is never held twice. `scale` is alpha / rank;
+    computed in float32, at the highest precision.
     """
-    folded = dict(params)
     for path, down in adapters.items():
         if ".lora_A." not in path:
             continue
@@ -131,5 +131,4 @@ def fold(params: Params, adapters: Params, scale: float | int) -> Params:
         up = adapters[f"{name}.lora_B.kernel"].reshape(down.shape[-1], -1)
         change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
         moved = kernel.astype(jnp.float32) + scale * change
-        folded[f"{name}.kernel"] = moved.astype(kernel.dtype)
-    return folded
+        params[f"{name}.kernel"] = moved.astype(kernel.dtype)

@@ -1,0 +1,76 @@
+"""Adapters <-> the one file that `load_lora_weights` of PyTorch diffusers reads."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dmpo_jax.diffusers_io import placement, tensor_files
+from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
+
+FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "unet."
+
+
+def save_lora(adapters: dict[str, Any], folder: epath.PathLike, *, scale: float | int) -> None:
+    """Writes `folder/pytorch_lora_weights.safetensors`, whole or not at all, in float32.
+
+    Every process must call it; process 0 writes.
+
+    Args:
+        adapters: by our paths, `....to_q.lora_A.kernel`.
+        scale: alpha / rank. It is multiplied into B: a file that states no alpha is read
+            by every program with alpha = rank, and by those that know no other way too.
+    """
+    folder, writes = epath.Path(folder), jax.process_index() == 0
+    paths = {PREFIX + torch_name(path): path for path in adapters}
+    specs = {
+        name: jax.ShapeDtypeStruct(to_torch(path, _blank(adapters[path])).shape, jnp.float32)
+        for name, path in paths.items()
+    }
+
+    def produce(name: str) -> np.ndarray | None:
+        path = paths[name]
+        array = placement.gather(adapters[path], wanted=writes)
+        if array is None:
+            return None
+        factor = scale if ".lora_B." in path else 1
+        return to_torch(path, np.float32(factor) * array.astype(np.float32))
+
+    part = folder / f"{FILE}.part" if writes else None
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    tensor_files.write(part, specs, produce)
+    if part is not None:
+        part.replace(folder / FILE)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def load_lora(folder: epath.PathLike) -> dict[str, np.ndarray]:
+    """The inverse of `save_lora`, the scale left in B: {our path: array}.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, or holds other than a UNet's adapters.
+    """
+    file = epath.Path(folder) / FILE
+    if not file.exists():
+        raise ValueError(f"{file} is missing: is {folder} what a LoRA run wrote?")
+    adapters = {}
+    with tensor_files.opened({file: frozenset()}) as holders:
+        for name, holder in holders.items():
+            head, dot, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
+            if not name.startswith(PREFIX) or leaf not in ("A.weight", "B.weight"):
+                raise ValueError(f"{file} holds {name!r}; only adapters of a UNet are read")
+            path = f"{head}.lora_{leaf[0]}.kernel"
+            whole = tuple((0, n) for n in holder.names[name])
+            adapters[path] = to_jax(path, holder.read(name, whole))
+    return adapters
+
+
+def _blank(array: Any) -> np.ndarray:
+    """An array of the same shape that takes no memory."""
+    return np.broadcast_to(np.float32(0), array.shape)
