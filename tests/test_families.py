@@ -107,8 +107,9 @@ SLOW = [
 FAST = [("legacy", train_here), ("sd_inpaint", train_here)]
 
 
-# Of folders before 0.9, diffusers expects latents of 64.
+# Of folders before 0.9, diffusers expects latents of 64; and its Euler scheduler's arrays.
 @pytest.mark.filterwarnings("ignore:The configuration file of the unet:FutureWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(("name", "train_it"), FAST + SLOW)
 def test_from_pytorch_and_back(name, train_it, tmp_path, monkeypatch):
     model = torch_pipelines.write(name, tmp_path / "model")
