@@ -27,6 +27,7 @@ DTYPES = ("bfloat16", "float32")
 # Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
+FAMILIES = ("sd", "sdxl", "sd_edit", "sdxl_edit", "sd_inpaint", "sdxl_inpaint")  # models.families
 
 # dotted path: (default, what it means). A placeholder is unset and has a type.
 LEAVES: dict[str, tuple[Any, str]] = {
@@ -55,7 +56,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "data.source": ("", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made"),
     "data.encoded": ("", "folder of encoded pairs; '' is WORKDIR/encoded"),
     "data.resolution": (config_dict.placeholder(int), "images' side in pixels; unset: the model's"),
-    "data.prompt_dropout": (0.2, "fraction of pairs trained with an empty prompt"),
+    "data.prompt_dropout": (0.2, "fraction with an empty prompt; editing: as many with no image"),
     "data.validation_fraction": (0.01, "of the pairs, held out and never trained on"),
     "data.num_threads": (16, "that read and decode, on each host"),
     "data.prefetch": (2, "batches made ready ahead of the step"),
@@ -105,7 +106,10 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "collect.tie_margin": (0.0, "score differences below this are ties, preference 0.5"),
     "evaluate.seeds": (256, "held-out images a judge sees of each model"),
     "evaluate.judges": (config_dict.placeholder(tuple), "names of scorers; unset: collect.scorer"),
-    "debug.family": ("", "'sd' or 'sdxl': a tiny random model of it and synthetic pairs; '' off"),
+    "debug.family": (
+        "",
+        f"a tiny random model and synthetic pairs; one of {', '.join(FAMILIES)}; '' off",
+    ),
 }
 
 
@@ -317,8 +321,11 @@ def _check_jobs(config: Config):
         yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"
     if "collect" in jobs and not config.collect.scorer and not config.debug.family:
         yield "the collect job needs collect.scorer, but got '': set it, or drop collect from jobs"
-    if config.debug.family not in ("", "sd", "sdxl"):
-        yield f"debug.family must be 'sd', 'sdxl' or '', but got {config.debug.family!r}"
+    if config.debug.family not in ("", *FAMILIES):
+        yield (
+            f"debug.family must be one of {', '.join(FAMILIES)}, or '', but got "
+            f"{config.debug.family!r}"
+        )
     source = config.data.source
     if source and not all(source.partition(":")):
         yield f"data.source must be KIND:PATH, but got {source!r}"

@@ -9,6 +9,8 @@ import pytest
 
 from dmpo_jax import config as config_lib
 from dmpo_jax import flags, optim
+from dmpo_jax.jobs import debug
+from dmpo_jax.models import families
 
 NAMES = {"dmpo", "diffusion_dpo", "sft"}
 
@@ -48,6 +50,13 @@ def test_defaults_are_fresh_and_locked():
 def test_names_equal_those_of_optim():
     assert config_lib.OPTIMIZERS == optim.OPTIMIZERS
     assert config_lib.SCHEDULES == optim.SCHEDULES
+
+
+def test_debug_families_are_those_of_models():
+    assert set(config_lib.FAMILIES) == {family.name for family in families.FAMILIES.values()}
+    assert set(config_lib.FAMILIES) == set(debug.FAMILIES)
+    for name, tiny in debug.FAMILIES.items():
+        assert families.FAMILIES[tiny["kind"]].name == name
 
 
 def test_valid_is_valid():

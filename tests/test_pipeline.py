@@ -12,18 +12,21 @@ from dmpo_jax.data.records import EncodedPair, PromptEmbedding
 PAIRS, PROMPTS, BATCH = 22, 5, 8  # 22: batches straddle epochs
 
 
-def write(folder, pooled=True):
-    """Pair i's moments are all i, its prompt 1 + i % 4; prompt j's embeddings are all j."""
+def write(folder, pooled=True, image_kind=""):
+    """Pair i's moments are all i, its prompt 1 + i % 4; prompt j's embeddings are all j.
+
+    Its image, where there is one, is all i + 1."""
 
     def pair(i):
         moments = np.full((2, 2, 2, 4), i, np.float16)
-        return EncodedPair(f"{i}", 1 + i % 4, 0.75, moments, np.full((2, 6), i, np.int32))
+        image = np.full((2, 2, 3), i + 1, np.float16) if image_kind else None
+        return EncodedPair(f"{i}", 1 + i % 4, 0.75, moments, np.full((2, 6), i, np.int32), image)
 
     def prompt(j):
         vector = np.full(4, j, np.float16)
         return PromptEmbedding("p" * j, np.full((3, 2), j, np.float16), vector if pooled else None)
 
-    meta = {"model": "tiny", "scaling_factor": 1.0}
+    meta = {"model": "tiny", "scaling_factor": 1.0, "image_kind": image_kind}
     records.write_pairs(
         folder, {"train": map(pair, range(PAIRS))}, map(prompt, range(PROMPTS)), meta
     )
@@ -58,7 +61,8 @@ def test_shapes_and_dtypes(pairs):
     assert batch.moments.dtype == np.float16
     np.testing.assert_array_equal(batch.preference, np.full(BATCH, 0.75, np.float32))
     assert batch.preference.dtype == np.float32
-    context, pooled, time_ids = batch.conditioning
+    context, pooled, time_ids, image = batch.conditioning
+    assert image is None
     assert context.shape == (BATCH, 3, 2)
     assert pooled.shape == (BATCH, 4)
     assert time_ids.shape == (BATCH, 2, 6)
@@ -155,6 +159,54 @@ def test_dropout_rate(pairs):
     assert abs(some.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / len(some))
     kept = take(make(pairs, prompt_dropout=0.0), 1)[0]
     np.testing.assert_array_equal(kept.conditioning.pooled[:, 0], 1 + ids(kept) % 4)
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("edits"), image_kind="edit")
+
+
+def lost(batches):
+    """[elements, 2]: whether the prompt, and the image, is dropped."""
+    images = np.concatenate([b.conditioning.image.any((1, 2, 3)) for b in batches])
+    return np.stack([dropped(batches), ~images], axis=1)
+
+
+def test_prompt_and_image_are_dropped_jointly(edits, pairs):
+    p = 0.05
+    batches = take(make(edits, prompt_dropout=2 * p), 500)
+    assert batches[0].conditioning.image.shape == (BATCH, 2, 2, 3)
+    assert batches[0].conditioning.image.dtype == np.float16
+    found = lost(batches)
+    tolerance = 4 * np.sqrt(p * (1 - p) / len(found))
+    for prompt, image in ((True, False), (True, True), (False, True)):
+        assert abs((found == [prompt, image]).all(1).mean() - p) < tolerance
+    # The prompts' draws are those of pairs without images.
+    np.testing.assert_array_equal(
+        found[:, 0], dropped(take(make(pairs, prompt_dropout=2 * p), 500))
+    )
+    # A function of the element alone, however it is batched.
+    other = lost(take(make(edits, rows=range(4), global_batch=4, prompt_dropout=2 * p), 1000))
+    np.testing.assert_array_equal(found, other)
+    seen = np.concatenate([b.conditioning.image[:, 0, 0, 0] for b in batches])
+    records_of = np.concatenate([ids(b) for b in batches])
+    np.testing.assert_array_equal(seen[~found[:, 1]], 1 + records_of[~found[:, 1]])
+
+
+def test_images_to_inpaint_and_validation_images_are_kept(tmp_path, edits):
+    inpaint = write(tmp_path, image_kind="inpaint")
+    found = lost(take(make(inpaint, prompt_dropout=1.0), 10))
+    assert found[:, 0].all()
+    assert not found[:, 1].any()
+    epoch = pipeline.make_epoch(edits, "train", global_batch=BATCH, rows=range(BATCH))
+    assert not lost([batch for batch, _ in epoch]).any()
+
+
+def test_too_much_dropout_of_images_is_refused(edits):
+    found = lost(take(make(edits, prompt_dropout=2 / 3), 100))
+    assert found.any(1).all()
+    with pytest.raises(ValueError, match=r"at most 2/3 .* but got 0.7"):
+        make(edits, prompt_dropout=0.7)
 
 
 @pytest.mark.parametrize("hosts", [1, 2])

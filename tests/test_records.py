@@ -26,6 +26,11 @@ def make_pair(i, preference=0.75, dtype=np.float16, prompts=3):
     return EncodedPair(f"pair-{i}", i % prompts, preference, moments, sizes)
 
 
+def make_imaged(i, **kw):
+    image = np.random.default_rng(100 + i).normal(size=(4, 6, 5)).astype(np.float16)
+    return make_pair(i, **kw)._replace(image=image)
+
+
 def make_prompts(count=3, pooled=True, dtype=np.float16):
     for j in range(count):
         text = "ein Bär, höchstauflösend\n" * j
@@ -68,6 +73,56 @@ def test_round_trip(tmp_path, dtype, pooled, monkeypatch):
         pairs.split("train")[40]
     with pytest.raises(ValueError, match=r"no split 'test', only \['train', 'validation'\]"):
         pairs.split("test")
+
+
+IMAGED = {**META, "image_kind": "inpaint"}
+
+
+def test_images_round_trip(tmp_path):
+    train = [make_imaged(0), make_imaged(1, preference=0.25)]
+    write(tmp_path, {"train": train, "validation": train[:1]}, meta=IMAGED)
+    pairs = records.open_pairs(tmp_path)
+    assert_same(pairs.split("train")[0], train[0])
+    np.testing.assert_array_equal(pairs.split("train")[1].image, train[1].image)
+    assert pairs.meta["image_kind"] == "inpaint"
+    assert pairs.meta["shapes"]["image"] == {"shape": [4, 6, 5], "dtype": "float16"}
+
+
+def test_folders_made_before_there_were_images_open(tmp_path):
+    write(tmp_path)
+    meta = json.loads((tmp_path / records.MARKER).read_text())
+    del meta["image_kind"], meta["shapes"]["image"]
+    (tmp_path / records.MARKER).write_text(json.dumps(meta))
+    pairs = records.open_pairs(tmp_path)
+    assert pairs.meta["image_kind"] == ""
+    assert pairs.meta["shapes"]["image"] is None
+    assert_same(pairs.split("train")[3], make_pair(3))
+    assert pairs.split("train")[3].image is None
+
+
+BAD_IMAGES = {
+    "absent": (None, IMAGED, "should have an image, .* got none"),
+    "unnamed": (make_imaged(1).image, META, "got no image_kind in meta"),
+    "unlike the first": (np.zeros((4, 6, 4), np.float16), IMAGED, r"image should .*\[4, 6, 4\]"),
+    "nan": (np.full((4, 6, 5), np.nan, np.float16), IMAGED, "image is not finite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_image_refusals_name_the_record(tmp_path, name):
+    image, meta, match = BAD_IMAGES[name]
+    first = make_imaged(0) if meta is IMAGED else make_pair(0)
+    with pytest.raises(ValueError, match=rf"pair 'pair-1'.*{match}"):
+        write(tmp_path, {"train": [first, make_pair(1)._replace(image=image)]}, meta=meta)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 5), (4, 6)])
+def test_an_image_is_of_the_moments_size(tmp_path, shape):
+    pair = make_pair(0)._replace(image=np.zeros(shape, np.float16))
+    with pytest.raises(
+        ValueError, match=r"pair 'pair-0'.*h and w as of the moments \[2, 4, 6, 8\]"
+    ):
+        write(tmp_path, {"train": [pair]}, meta=IMAGED)
 
 
 def test_tfds_reads_it_alone(tmp_path):

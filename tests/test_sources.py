@@ -26,13 +26,16 @@ def row(i, label=1.0, **changes):
 
 def test_round_trip(tmp_path):
     rows = [row(i, label=i % 3 / 2) for i in range(150)]  # more than two row groups
+    rows[7] |= {"jpg_source": encoded(9), "mask": encoded(255, mode="L")}
+    rows[8] |= {"jpg_source": encoded(9)}
     assert sources.write_pick_a_pic(tmp_path / "a" / "b.parquet", iter(rows)) == 150
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.parquet"]
     source = sources.open_source(f"pickapic:{tmp_path}/a/b.parquet")
     assert len(source) == 150
     for i, (got, want) in enumerate(zip(source, rows, strict=True)):
         images = (want["jpg_0"], want["jpg_1"])
-        assert got == (f"b.parquet:{i}", want["caption"], images, want["label_0"])
+        wanted = (f"b.parquet:{i}", want["caption"], images, want["label_0"])
+        assert got == (*wanted, want.get("jpg_source"), want.get("mask"))
     assert len({pair.id for pair in source}) == 150
     assert not source.skipped
     stored = pq.read_table(tmp_path / "a" / "b.parquet").to_pylist()
@@ -150,6 +153,20 @@ def test_decode_image(mode, kind):
     assert image.dtype == np.uint8
     if kind == "PNG":
         assert (image == ([128, 0, 127] if mode == "RGB" else 128)).all()
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("1", "PNG"), ("L", "PNG"), ("L", "JPEG")])
+def test_decode_mask(mode, kind):
+    halves = Image.new("L", (16, 8))
+    halves.paste(255, (8, 0, 16, 8))
+    buffer = io.BytesIO()
+    halves.convert(mode).save(buffer, kind)
+    mask = sources.decode_mask(buffer.getvalue())
+    assert mask.shape == (8, 16, 1)
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask[..., 0], np.arange(16)[None].repeat(8, 0) >= 8)
+    for grey, value in ((127, 0), (128, 1)):
+        assert (sources.decode_mask(encoded(grey, mode="L")) == value).all()
 
 
 def bomb(width, height):

@@ -29,11 +29,16 @@ class Batches:
         global_batch: B, rows over all processes.
         rows: the global rows that this process holds, in this order (`mesh.local_rows`).
         seed: of order and dropout, in [0, 2**32).
-        prompt_dropout: the probability that a pair is given the empty prompt, prompt 0.
+        prompt_dropout: the probability that a pair is given the empty prompt, prompt 0. Where
+            the pairs have images to edit, it is the image's too: half of each come together,
+            so that p = prompt_dropout / 2 of the pairs lose the prompt alone, p the image
+            alone and p both, as InstructPix2Pix does with p = 0.05 (arXiv 2211.09800). A
+            dropped image is zeros. What is to be inpainted is never dropped.
         shuffle: a fresh order each epoch; otherwise the stored order, again and again.
 
     Raises:
-        ValueError: if rows are repeated or outside [0, B), or the dropout outside [0, 1].
+        ValueError: if rows are repeated or outside [0, B), or the dropout outside [0, 1] (with
+            images to edit, above 2/3).
     """
 
     def __init__(
@@ -49,6 +54,12 @@ class Batches:
     ):
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1], but got {prompt_dropout}")
+        self._drops_images = pairs.meta["image_kind"] == "edit"
+        if self._drops_images and prompt_dropout > 2 / 3:
+            raise ValueError(
+                "prompt_dropout must be at most 2/3 for pairs with images to edit, of which it "
+                f"drops half as many again, but got {prompt_dropout}"
+            )
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), but got {seed}")
         self._rows = _checked_rows(rows, global_batch)
@@ -66,10 +77,14 @@ class Batches:
         records: list[Any] = [self._order[i] for i in elements]
         return self._reader.batch(records, [self._drops(i) for i in elements])
 
-    def _drops(self, element: int) -> bool:
+    def _drops(self, element: int) -> tuple[bool, bool]:
+        """Whether the element loses its prompt, and its image."""
         # Philox is a counter-based generator: a fresh stream for every (seed, element).
         key = np.array([self._seed, element], np.uint64)
-        return np.random.Generator(np.random.Philox(key=key)).random() < self._prompt_dropout
+        drawn = np.random.Generator(np.random.Philox(key=key)).random()
+        # One draw for both: prompt alone below p, both below 2p, image alone below 3p.
+        p = self._prompt_dropout / 2
+        return drawn < self._prompt_dropout, self._drops_images and p <= drawn < 3 * p
 
 
 def make_batches(
@@ -95,7 +110,8 @@ def make_batches(
 
     Returns:
         An iterator of numpy PairBatches, dtypes as stored: moments `[len(rows), 2, h, w, 2C]`.
-        pooled and time_ids (float32) are None unless the prompts carry pooled embeddings.
+        pooled and time_ids (float32) are None unless the prompts carry pooled embeddings, and
+        image `[len(rows), h, w, E]` unless the pairs do.
     """
     batches = Batches(
         pairs,
@@ -127,7 +143,7 @@ def make_epoch(
             elements = [start + r for r in rows]
             weights = np.array([i < len(reader) for i in elements], np.float32)
             records = [i if i < len(reader) else 0 for i in elements]
-            yield reader.batch(records, [False] * len(rows)), weights
+            yield reader.batch(records, [(False, False)] * len(rows)), weights
 
     return batches()  # rows are checked now, not at the first batch
 
@@ -143,12 +159,15 @@ class _Reader:
     def __len__(self) -> int:
         return len(self._source)
 
-    def batch(self, records: Sequence[int], dropped: Sequence[bool]) -> PairBatch:
-        """The records in the order given; those dropped with prompt 0 for their own."""
+    def batch(self, records: Sequence[int], dropped: Sequence[tuple[bool, bool]]) -> PairBatch:
+        """The records in the order given.
+
+        dropped: (prompt, image), whether a record gets prompt 0, and zeros, for its own.
+        """
         pairs = [self._source[i] for i in records]
         prompts = [
             self._prompt(0 if drop else pair.prompt)
-            for pair, drop in zip(pairs, dropped, strict=True)
+            for pair, (drop, _) in zip(pairs, dropped, strict=True)
         ]
         pooled: Any = [prompt.pooled for prompt in prompts]
         time_ids: Any = None
@@ -158,9 +177,19 @@ class _Reader:
             pooled = np.stack(pooled)
             time_ids = np.stack([pair.sizes for pair in pairs]).astype(np.float32)
         context: Any = np.stack([prompt.context for prompt in prompts])
+        image: Any = None
+        if pairs[0].image is not None:  # as with pooled
+            images: list[Any] = [pair.image for pair in pairs]
+            image = np.stack(
+                [
+                    np.zeros_like(x) if drop else x
+                    for x, (_, drop) in zip(images, dropped, strict=True)
+                ]
+            )
         moments: Any = np.stack([pair.moments for pair in pairs])
         preference: Any = np.array([pair.preference for pair in pairs], np.float32)
-        return PairBatch(moments, preference, Conditioning(context, pooled, time_ids))
+        conditioning = Conditioning(context, pooled, time_ids, image)
+        return PairBatch(moments, preference, conditioning)
 
 
 def _checked_rows(rows: Sequence[int] | np.ndarray, global_batch: int) -> list[int]:

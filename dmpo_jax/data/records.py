@@ -34,6 +34,8 @@ from etils import epath
 from jaxtyping import Float, Int
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
+# Still 1 with `image` and `image_kind`: folders without them read as they did, and a version
+# that does not know `image` fails at a folder that has it.
 FORMAT = 1
 MARKER = "encoded.json"
 PROMPTS = "prompts.array_record"
@@ -57,7 +59,8 @@ class EncodedPair(NamedTuple):
     id: where the pair came from. prompt: index into the prompt store. preference: the
     probability that image 0 is preferred. moments: of the VAE, unscaled: mean, then
     log-variance, on the last axis; float16 or float32. sizes: original height and width,
-    crop top and left, target height and width, in pixels.
+    crop top and left, target height and width, in pixels. image: what the UNet sees of a
+    given image (`Conditioning.image`), of all pairs of a folder or of none.
     """
 
     id: str
@@ -65,6 +68,7 @@ class EncodedPair(NamedTuple):
     preference: float
     moments: Float[np.ndarray, "2 h w M"]
     sizes: Int[np.ndarray, "2 6"]
+    image: Float[np.ndarray, "h w E"] | None = None
 
     def swap_to_chosen(self) -> "EncodedPair":
         """The same pair with index 0 preferred: preference in [0.5, 1]."""
@@ -96,7 +100,8 @@ def write_pairs(
         splits: "train" and, if wanted, "validation". Read once, in order, after prompts.
         prompts: read once. The first is the empty prompt.
         meta: goes into encoded.json: at least `model` (its identity) and `scaling_factor`
-            (of the VAE); anything JSON can hold. Counts, shapes and dtypes are added.
+            (of the VAE); `image_kind`, a `Family.image`, where the pairs have images;
+            anything JSON can hold. Counts, shapes and dtypes are added.
 
     Raises:
         ValueError: if the folder is already whole; if a pair or a prompt is malformed, not
@@ -116,13 +121,22 @@ def write_pairs(
     with _local_copy_of(folder) as local:
         shapes = _write_prompts(local / PROMPTS, prompts)
         counts = {"prompts": shapes.pop("prompts")}
-        for moments, split, count in _write_splits(local, splits, counts["prompts"]):
-            counts[split], shapes["moments"] = count, moments
+        imaged = bool(meta.get("image_kind"))
+        for described, split, count in _write_splits(local, splits, counts["prompts"], imaged):
+            counts[split] = count
+            shapes |= described
         files = {p.name: p.stat().length for p in local.iterdir() if OURS.fullmatch(p.name)}
         if local != folder:
             for name in files:
                 (local / name).copy(folder / name, overwrite=True)
-    whole = {**meta, "format": FORMAT, "counts": counts, "shapes": shapes, "files": files}
+    whole = {
+        "image_kind": "",
+        **meta,
+        "format": FORMAT,
+        "counts": counts,
+        "shapes": shapes,
+        "files": files,
+    }
     (folder / MARKER).write_text(json.dumps(whole, indent=1))
 
 
@@ -146,6 +160,8 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
             f"{folder} has format {meta['format']}, but this version reads {FORMAT}: "
             "delete it and run encode again"
         )
+    meta.setdefault("image_kind", "")  # folders made before there were images
+    meta["shapes"].setdefault("image", None)
     if _is_remote(folder) and not os.fspath(folder).startswith("gs://"):
         folder = _staged(folder, meta["files"])
     return EncodedPairs(folder, meta)
@@ -257,41 +273,59 @@ def _write_prompts(path: epath.Path, prompts: Iterable[PromptEmbedding]) -> dict
 
 
 def _write_splits(
-    folder: epath.Path, splits: Mapping[str, Iterable[EncodedPair]], prompts: int
+    folder: epath.Path, splits: Mapping[str, Iterable[EncodedPair]], prompts: int, imaged: bool
 ) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """Writes the TFDS dataset; yields (shape and dtype of moments, split, pairs in it)."""
-    writer = moments = None
+    """Writes the TFDS dataset; yields (shapes and dtypes, split, pairs in it).
+
+    imaged: whether every pair must have an image, or none may.
+    """
+    writer = shapes = None
     per_write = 16  # TFDS rewrites its metadata at every call
     for split in sorted(splits):
         pairs, count = iter(splits[split]), 0
         while chunk := list(itertools.islice(pairs, per_write)):
-            if moments is None:
-                moments = _described(chunk[0].moments)
-            chunk = [_checked_pair(pair, moments, prompts) for pair in chunk]
-            if writer is None:  # only now is the shape known to be legal
-                writer = _make_writer(folder, moments)
+            if shapes is None:
+                shapes = _shapes(chunk[0])
+            chunk = [_checked_pair(pair, shapes, prompts, imaged) for pair in chunk]
+            if writer is None:  # only now are the shapes known to be legal
+                writer = _make_writer(folder, shapes)
             if not count:
                 writer.initialize_splits([split])
-            writer.add_examples({split: [pair._asdict() for pair in chunk]})
+            writer.add_examples({split: [_present(pair) for pair in chunk]})
             count += len(chunk)
-        if writer is None or moments is None or not count:
+        if writer is None or shapes is None or not count:
             raise ValueError(f"split {split!r} needs at least one pair, but got none")
         writer.close_splits([split])
-        yield moments, split, count
+        yield shapes, split, count
 
 
-def _make_writer(folder: epath.Path, moments: dict[str, Any]) -> tfds.core.SequentialWriter:
-    tensor = tfds.features.Tensor
+def _shapes(pair: EncodedPair) -> dict[str, Any]:
+    """Shape and dtype of the pair's arrays; None for an image that it does not have."""
+    image = None if pair.image is None else _described(pair.image)
+    return {"moments": _described(pair.moments), "image": image}
+
+
+def _present(pair: EncodedPair) -> dict[str, Any]:
+    return {name: value for name, value in pair._asdict().items() if value is not None}
+
+
+def _make_writer(folder: epath.Path, shapes: dict[str, Any]) -> tfds.core.SequentialWriter:
+    arrays = {name: described for name, described in shapes.items() if described}
     features = tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
             "prompt": tfds.features.Scalar(np.int32),
             "preference": tfds.features.Scalar(np.float32),
-            # As bytes: tf.Example has no float16, and its float lists are slow to parse.
-            "moments": tensor(
-                shape=tuple(moments["shape"]), dtype=np.dtype(moments["dtype"]), encoding="bytes"
-            ),
-            "sizes": tensor(shape=(2, 6), dtype=np.int32),
+            "sizes": tfds.features.Tensor(shape=(2, 6), dtype=np.int32),
+        }
+        # As bytes: tf.Example has no float16, and its float lists are slow to parse.
+        | {
+            name: tfds.features.Tensor(
+                shape=tuple(described["shape"]),
+                dtype=np.dtype(described["dtype"]),
+                encoding="bytes",
+            )
+            for name, described in arrays.items()
         }
     )
     identity = DatasetIdentity(
@@ -303,24 +337,22 @@ def _make_writer(folder: epath.Path, moments: dict[str, Any]) -> tfds.core.Seque
     info = tfds.core.DatasetInfo(
         builder=identity, description="Encoded preference pairs.", features=features
     )
-    size = math.prod(moments["shape"]) * np.dtype(moments["dtype"]).itemsize
+    size = sum(math.prod(d["shape"]) * np.dtype(d["dtype"]).itemsize for d in arrays.values())
     return tfds.core.SequentialWriter(
         info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
     )
 
 
-def _checked_pair(pair: EncodedPair, moments: dict[str, Any], prompts: int) -> EncodedPair:
+def _checked_pair(
+    pair: EncodedPair, shapes: dict[str, Any], prompts: int, imaged: bool
+) -> EncodedPair:
     """The pair with index 0 chosen and the stored dtypes, or a ValueError naming it."""
     what = f"pair {pair.id!r}"
     if not 0 <= pair.preference <= 1:  # also refuses nan
         raise ValueError(f"{what}: preference must lie in [0, 1], but got {pair.preference}")
     if not 0 <= pair.prompt < prompts:
         raise ValueError(f"{what}: prompt must lie in [0, {prompts}), but got {pair.prompt}")
-    got = _described(pair.moments)
-    legal = pair.moments.ndim == 4 and pair.moments.shape[0] == 2 and not pair.moments.shape[3] % 2
-    if got != moments or not legal:
-        raise ValueError(f"{what}: moments should be [2, h, w, 2C], {moments}, but got {got}")
-    _check_floats(f"{what}: moments", pair.moments)
+    _check_arrays(what, pair, shapes, imaged)
     if pair.sizes.shape != (2, 6) or pair.sizes.dtype.kind not in "iu":
         raise ValueError(f"{what}: sizes should be integers [2, 6], but got {pair.sizes!r}")
     return pair._replace(
@@ -328,6 +360,29 @@ def _checked_pair(pair: EncodedPair, moments: dict[str, Any], prompts: int) -> E
         preference=float(pair.preference),
         sizes=pair.sizes.astype(np.int32),
     ).swap_to_chosen()
+
+
+def _check_arrays(what: str, pair: EncodedPair, shapes: dict[str, Any], imaged: bool) -> None:
+    got, shape = _shapes(pair), pair.moments.shape
+    legal = len(shape) == 4 and shape[0] == 2 and shape[3] % 2 == 0
+    if got["moments"] != shapes["moments"] or not legal:
+        raise ValueError(
+            f"{what}: moments should be [2, h, w, 2C], {shapes['moments']}, but got "
+            f"{got['moments']}"
+        )
+    _check_floats(f"{what}: moments", pair.moments)
+    if imaged != (pair.image is not None):
+        needed = "should have an image, as meta's image_kind says" if imaged else "has an image"
+        said = "none" if imaged else "no image_kind in meta: name it"
+        raise ValueError(f"{what} {needed}, but got {said}")
+    if pair.image is not None:
+        legal = pair.image.ndim == 3 and pair.image.shape[:2] == shape[1:3]
+        if got["image"] != shapes["image"] or not legal:
+            raise ValueError(
+                f"{what}: image should be [h, w, E], {shapes['image']}, h and w as of the moments "
+                f"{list(shape)}, but got {got['image']}"
+            )
+        _check_floats(f"{what}: image", pair.image)
 
 
 def _check_floats(what: str, array: np.ndarray) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
 FLAGS = ("has_label", "are_different")
+GIVEN = {"source": "jpg_source", "mask": "mask"}  # field of RawPair -> optional column
 MAX_PIXELS = 8192 * 8192
 ROWS_AT_ONCE = 64  # of about 200 kB each; the hub's row groups hold gigabytes
 
@@ -36,6 +37,9 @@ PICK_A_PIC = pa.schema(
         "model_1": pa.string(),
         "has_label": pa.bool_(),
         "are_different": pa.bool_(),
+        # Ours, null where a model is given no image.
+        "jpg_source": pa.binary(),
+        "mask": pa.binary(),
     }
 )
 
@@ -44,12 +48,16 @@ class RawPair(NamedTuple):
     """Two encoded images (JPEG, PNG, ...) of one prompt, in the order of the source.
 
     preference: the probability, in [0, 1], that image 0 is preferred; 0.5 is a tie.
+    source: the encoded image that both images edit or repaint. mask: an encoded image of the
+    source's shape, white where it is repainted.
     """
 
     id: str
     prompt: str
     images: tuple[bytes, bytes]
     preference: float
+    source: bytes | None = None
+    mask: bytes | None = None
 
 
 @runtime_checkable
@@ -67,6 +75,7 @@ class PickAPic:
 
     Columns: caption, jpg_0, jpg_1 and label_0 (1: image 0 preferred, 0: image 1, 0.5: a
     tie); where has_label and are_different are present, rows with either false are skipped.
+    For editing models also jpg_source, for inpainting models jpg_source and mask.
 
     Args:
         path: a parquet file, a folder of them, or a pattern (`data/train-*.parquet`: the
@@ -103,7 +112,7 @@ class PickAPic:
         for reason in ("no image", "no caption"):  # counted anew by each pass
             self.skipped.pop(reason, None)
         for file in self._files:
-            for number, row in _rows(file, (*REQUIRED, *FLAGS)):
+            for number, row in _rows(file, (*REQUIRED, *FLAGS, *GIVEN.values())):
                 if _label_reason(row):
                     continue
                 if not (row["jpg_0"] and row["jpg_1"]):
@@ -112,7 +121,9 @@ class PickAPic:
                     self.skipped["no caption"] += 1
                 else:
                     images = (row["jpg_0"], row["jpg_1"])
-                    yield RawPair(f"{file.name}:{number}", row["caption"], images, row["label_0"])
+                    given = {field: row.get(column) or None for field, column in GIVEN.items()}
+                    name = f"{file.name}:{number}"
+                    yield RawPair(name, row["caption"], images, row["label_0"], **given)
 
 
 SOURCES: dict[str, Callable[[str], Source]] = {"pickapic": PickAPic}
@@ -187,6 +198,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
     raise ValueError(
         f"an image of {image.width} x {image.height} pixels is over the limit of {max_pixels}"
     )
+
+
+def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 1"]:
+    """An encoded mask -> 1 where it is nearer to white than to black, else 0.
+
+    Raises:
+        ValueError: as `decode_image`.
+    """
+    grey = Image.fromarray(decode_image(data, max_pixels=max_pixels)).convert("L")
+    return (np.asarray(grey) >= 128).astype(np.uint8)[..., None]
 
 
 def encode_image(image: UInt8[np.ndarray, "H W 3"], *, quality: int = 95) -> bytes:

@@ -22,6 +22,9 @@ SCHEDULE_KEYS = (
     "rescale_betas_zero_snr",
     "trained_betas",
 )
+# CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
+# told a score in place of the target size.
+OTHER_CONDITIONING = ("is_cosxl_edit", "requires_aesthetics_score")
 SAMPLING_KEYS = (
     "timestep_spacing",
     "steps_offset",
@@ -58,13 +61,19 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
     """The folder and its family, by model_index.json.
 
     Raises:
-        ValueError: the folder or its index is missing, or the pipeline class is not supported.
+        ValueError: the folder or its index is missing; the pipeline class is not supported, or
+            its index asks for another conditioning than the class's usual one.
     """
     path = weights.find_folder(folder)
     index = weights.read_json(path / "model_index.json")
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         raise ValueError(f"{path} is a {kind}; supported pipelines: {sorted(FAMILIES)}")
+    for key in OTHER_CONDITIONING:
+        if index.get(key):
+            raise ValueError(
+                f"{path / 'model_index.json'} has {key}={index[key]}; supported: false"
+            )
     return path, FAMILIES[kind]
 
 

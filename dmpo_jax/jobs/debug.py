@@ -10,7 +10,7 @@ from dmpo_jax import diffusers_io
 from dmpo_jax.config import Config
 from dmpo_jax.data import digits, sources
 from dmpo_jax.jobs import make_digits
-from dmpo_jax.models import parameters
+from dmpo_jax.models import families, parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
@@ -44,7 +44,21 @@ SDXL = {
     },
     "text": {"text_encoder": 16, "text_encoder_2": 24},
 }
-FAMILIES = {"sd": SD, "sdxl": SDXL}
+
+
+def _with_image(family: dict, kind: str, channels: int) -> dict:
+    """The same family for another pipeline class, whose UNet sees an image's channels too."""
+    return {**family, "kind": kind, "unet": {**family["unet"], "in_channels": channels}}
+
+
+FAMILIES = {
+    "sd": SD,
+    "sdxl": SDXL,
+    "sd_edit": _with_image(SD, "StableDiffusionInstructPix2PixPipeline", 4 + 4),
+    "sdxl_edit": _with_image(SDXL, "StableDiffusionXLInstructPix2PixPipeline", 4 + 4),
+    "sd_inpaint": _with_image(SD, "StableDiffusionInpaintPipeline", 4 + 1 + 4),
+    "sdxl_inpaint": _with_image(SDXL, "StableDiffusionXLInpaintPipeline", 4 + 1 + 4),
+}
 
 
 def make_debug(config: Config, workdir: epath.Path) -> Config:
@@ -64,7 +78,8 @@ def make_debug(config: Config, workdir: epath.Path) -> Config:
         write_tiny_pipeline(model, family)
     pairs = workdir / "debug_pairs.parquet"
     if not pairs.exists():
-        sources.write_pick_a_pic(pairs, synthetic_pairs(64))
+        image = families.FAMILIES[family["kind"]].image
+        sources.write_pick_a_pic(pairs, synthetic_pairs(64, image=image))
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model.folder = str(model)
@@ -110,11 +125,15 @@ def write_tiny_pipeline(out: epath.Path, family: dict) -> None:
     )
 
 
-def synthetic_pairs(count: int) -> list[dict]:
-    """Random images with the digits' captions, labels of all three kinds."""
+def synthetic_pairs(count: int, *, image: str = "") -> list[dict]:
+    """Random images with the digits' captions, labels of all three kinds.
+
+    image: a `Family.image`; gives each pair a source to "edit", and a mask to "inpaint" by.
+    """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * count, 48, 40, 3), np.uint8)
-    return [
+    given = rng.integers(0, 256, (count, 40, 48, 3), np.uint8)
+    rows = [
         {
             "caption": digits.CAPTIONS[i % 10],
             "jpg_0": sources.encode_image(images[2 * i]),
@@ -126,3 +145,17 @@ def synthetic_pairs(count: int) -> list[dict]:
         }
         for i in range(count)
     ]
+    for row, source in zip(rows, given, strict=True):
+        if image:
+            row["jpg_source"] = sources.encode_image(source)
+        if image == "inpaint":
+            row["mask"] = sources.encode_image(_rectangle(rng, *source.shape[:2]))
+    return rows
+
+
+def _rectangle(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A white rectangle on black, RGB."""
+    mask = np.zeros((height, width, 3), np.uint8)
+    top, left = rng.integers(0, (height // 2, width // 2))
+    mask[top : top + height // 2, left : left + width // 2] = 255
+    return mask

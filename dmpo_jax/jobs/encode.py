@@ -2,8 +2,8 @@
 
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,22 @@ from PIL import Image
 
 from dmpo_jax import diffusers_io, mesh
 from dmpo_jax.data import records, sources
-from dmpo_jax.models import parameters
+from dmpo_jax.models import families, parameters
 from dmpo_jax.writers import Progress
 
 LOG = logging.getLogger(__name__)
 MAX_BAD = 0.01  # share of pairs that may be unreadable before the job gives up
+NEEDS = {"": (), "edit": ("source",), "inpaint": ("source", "mask")}  # fields of RawPair
+
+
+class Pixels(NamedTuple):
+    """A raw pair at the model's resolution R; source and mask where its family needs them."""
+
+    pair: sources.RawPair
+    images: np.ndarray  # [2, R, R, 3] uint8
+    sizes: np.ndarray  # [2, 6] int32
+    source: np.ndarray | None  # [R, R, 3] uint8
+    mask: np.ndarray | None  # [R, R, 1] uint8, 1 where to repaint
 
 
 def encode(
@@ -34,6 +45,7 @@ def encode(
 ) -> None:
     """Encodes every pair of `source` (KIND:PATH) with the VAE and text encoders of `model`.
 
+    With an editing or inpainting model also the image, and the mask, given with each pair.
     Does nothing where `out` already holds the same encoding, whole.
 
     Args:
@@ -44,12 +56,15 @@ def encode(
 
     Raises:
         ValueError: `out` holds another encoding; more than 1 % of the images are
-            unreadable; or a part of the model is missing.
+            unreadable; a part of the model is missing or does not fit the others; or a pair
+            lacks an image that the model is given.
     """
     out = epath.Path(out)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
+    channels = config.get("in_channels", 4)
+    families.check_channels(pipeline.family, channels, pipeline.vae.config.latent_channels)
     size: Any = config.get("sample_size") or pipeline.vae.config.sample_size // factor
     side = resolution or (size if isinstance(size, int) else min(size)) * factor
     about = {
@@ -60,12 +75,13 @@ def encode(
         "validation_fraction": validation_fraction,
         "scaling_factor": pipeline.vae.config.scaling_factor,
         "shift_factor": pipeline.vae.config.shift_factor or 0.0,
+        "image_kind": pipeline.family.image,
     }
     if is_done(out, about):
         LOG.info("%s is encoded already", out)
         return
     raw = sources.open_source(source)
-    prompts = list(dict.fromkeys(["", *(pair.prompt for pair in raw)]))
+    prompts = list(dict.fromkeys(["", *_prompts(raw, pipeline.family)]))
     number = {prompt: i for i, prompt in enumerate(prompts)}
 
     def embeddings() -> Iterator[records.PromptEmbedding]:
@@ -74,7 +90,7 @@ def encode(
             pooled = None if pooled is None else pooled.astype(np.float16)
             yield records.PromptEmbedding(prompt, context.astype(np.float16), pooled)
 
-    pairs = list(_encoded(raw, number, pipeline.vae, side, batch_size))
+    pairs = list(_encoded(raw, number, pipeline, side, batch_size))
     held_out = [is_held_out(pair.id, validation_fraction) for pair in pairs]
     splits = {"train": [p for p, held in zip(pairs, held_out, strict=True) if not held]}
     if any(held_out):
@@ -101,9 +117,9 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def prepare(
-    image: np.ndarray, resolution: int
+    image: np.ndarray, resolution: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
 ) -> tuple[np.ndarray, tuple[int, int, int, int, int, int]]:
-    """uint8 `[H, W, 3]` -> uint8 `[R, R, 3]`, and SDXL's six sizes in pixels.
+    """uint8 `[H, W, C]` -> uint8 `[R, R, C]`, and SDXL's six sizes in pixels; C 3 or 1.
 
     The shorter side is resized to R, then the centre is cropped; the sizes hold the
     original height and width, the crop's top and left after resizing, and R twice.
@@ -112,43 +128,115 @@ def prepare(
     scale = resolution / min(height, width)
     h, w = max(round(height * scale), resolution), max(round(width * scale), resolution)
     if (h, w) != (height, width):
-        resized = Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS)
-        image = np.asarray(resized)
+        # Pillow has no channel axis of 1.
+        resized = Image.fromarray(np.squeeze(image, 2) if image.shape[2] == 1 else image)
+        image = np.asarray(resized.resize((w, h), resampling)).reshape(h, w, -1)
     top, left = (h - resolution) // 2, (w - resolution) // 2
     image = image[top : top + resolution, left : left + resolution]
     return image, (height, width, top, left, resolution, resolution)
 
 
+def _prompts(raw: sources.Source, family: families.Family) -> Iterator[str]:
+    """Every pair's prompt; ValueError at a pair without what the family is given."""
+    for pair in raw:
+        for field in NEEDS[family.image]:
+            if getattr(pair, field) is None:
+                column = sources.GIVEN[field]
+                raise ValueError(
+                    f"a {family.name} model needs the column {column!r} in every pair, but "
+                    f"{pair.id} has none: add it, or take a text-to-image model"
+                )
+        yield pair.prompt
+
+
+def load_pixels(pair: sources.RawPair, kind: str, resolution: int) -> Pixels:
+    """Decodes, resizes and crops what a family of image kind `kind` needs of a pair.
+
+    Raises:
+        ValueError: an image is unreadable, or the mask does not lie on its source.
+    """
+    ready = [prepare(sources.decode_image(x), resolution) for x in pair.images]
+    images, sizes = (np.stack(x) for x in zip(*ready, strict=True))
+    source = mask = None
+    if "source" in NEEDS[kind]:
+        source, of_source = prepare(sources.decode_image(pair.source or b""), resolution)
+        if "mask" in NEEDS[kind]:
+            given = sources.decode_mask(pair.mask or b"")
+            mask, of_mask = prepare(given, resolution, Image.Resampling.NEAREST)
+            if of_mask[2:] != of_source[2:]:  # another aspect ratio is cropped elsewhere
+                raise ValueError(
+                    f"the mask should have its source's shape, {of_source[:2]}, or one of the "
+                    f"same ratio, but got {of_mask[:2]}"
+                )
+    return Pixels(pair, images, sizes.astype(np.int32), source, mask)
+
+
+def make_run(pipeline: diffusers_io.Pipeline) -> Callable[..., Any]:
+    """`run(VAE's parameters, images [B, 2, R, R, 3], source, mask) -> (moments, image)`.
+
+    All in uint8 as in `Pixels`, out in float32; image is None where the family has none.
+    """
+    structure, _ = parameters.split(pipeline.vae)
+    kind, scaling = pipeline.family.image, pipeline.vae.config.scaling_factor
+
+    @jax.jit
+    def run(params, images, source, mask):
+        vae = parameters.merge(structure, params)
+
+        def encode(x):
+            return vae.encode(x).astype(jnp.float32)
+
+        def in_range(x):
+            return x.astype(jnp.float32) / 127.5 - 1
+
+        flat = encode(in_range(images.reshape(-1, *images.shape[2:])))
+        moments = flat.reshape(*images.shape[:2], *flat.shape[1:])
+        if not kind:
+            return moments, None
+        mask = None if mask is None else mask.astype(jnp.float32)
+        given = in_range(source)
+        return moments, families.image_channels(kind, encode, given, mask, scaling_factor=scaling)
+
+    return run
+
+
 def _encoded(
-    raw: sources.Source, number: dict[str, int], vae: Any, resolution: int, batch_size: int
+    raw: sources.Source,
+    number: dict[str, int],
+    pipeline: diffusers_io.Pipeline,
+    resolution: int,
+    batch_size: int,
 ) -> Iterator[records.EncodedPair]:
     devices = mesh.make_mesh()
     sharding = mesh.batch_sharding(devices)
     batch_size = -(-batch_size // devices.size) * devices.size
-    structure, params = parameters.split(vae)
-    params = jax.device_put(params, mesh.replicated(devices))
+    params = jax.device_put(parameters.split(pipeline.vae)[1], mesh.replicated(devices))
+    run = make_run(pipeline)
 
-    @jax.jit
-    def run(params, images):  # [B, 2, R, R, 3] uint8 -> [B, 2, h, w, 2C]
-        flat = images.reshape(-1, *images.shape[2:]).astype(jnp.float32) / 127.5 - 1
-        moments = parameters.merge(structure, params).encode(flat).astype(jnp.float32)
-        return moments.reshape(*images.shape[:2], *moments.shape[1:])
+    def stack(arrays: list[np.ndarray | None]) -> np.ndarray | None:
+        """Rows of one shape, whatever is left for the last batch: one compilation."""
+        rows = [x for x in arrays if x is not None]
+        return np.stack(rows + rows[:1] * (batch_size - len(rows))) if rows else None
 
-    def flush(batch: Sequence[tuple[sources.RawPair, np.ndarray, np.ndarray]]):
-        images = np.stack([images for _, images, _ in batch])
-        padding = batch_size - len(batch)
-        padded = np.concatenate([images, np.repeat(images[:1], padding, axis=0)])
-        moments = np.asarray(run(params, jax.device_put(padded, sharding)))
-        for (pair, _, sizes), moment in zip(batch, moments, strict=False):
+    def flush(batch: Sequence[Pixels]):
+        inputs = [stack([getattr(x, f) for x in batch]) for f in ("images", "source", "mask")]
+        found = run(params, *jax.device_put(inputs, sharding))
+        moments, image = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), found)
+        for i, (pair, _, sizes, _, _) in enumerate(batch):
             yield records.EncodedPair(
-                pair.id, number[pair.prompt], pair.preference, moment.astype(np.float16), sizes
+                pair.id,
+                number[pair.prompt],
+                pair.preference,
+                moments[i],
+                sizes,
+                None if image is None else image[i],
             )
 
     batch, bad = [], 0
     with Progress(len(raw), description="encoding") as progress:
         for pair in raw:
             try:
-                ready = [prepare(sources.decode_image(x), resolution) for x in pair.images]
+                batch.append(load_pixels(pair, pipeline.family.image, resolution))
             except ValueError as error:
                 bad += 1
                 LOG.warning("pair %s is left out: %s", pair.id, error)
@@ -158,8 +246,6 @@ def _encoded(
                         f"is {pair.id}: {error}"
                     ) from error
                 continue
-            images = np.stack([image for image, _ in ready])
-            batch.append((pair, images, np.array([sizes for _, sizes in ready], np.int32)))
             if len(batch) == batch_size:
                 yield from flush(batch)
                 progress.advance(len(batch))

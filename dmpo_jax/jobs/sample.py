@@ -35,6 +35,11 @@ def make_sampler(
     An image is a function of its prompt, its seed and the parameters alone, whatever
     shares its batch. Compiled once; `params` may be any UNet's of the same structure.
     """
+    if pipeline.family.image:
+        raise ValueError(
+            f"{pipeline.folder} is a {pipeline.family.name} pipeline, which needs an image beside "
+            "each prompt: sample it in PyTorch"
+        )
     devices = mesh.make_mesh()
     rows = mesh.batch_sharding(devices)
     batch_size = -(-batch_size // devices.size) * devices.size

@@ -150,10 +150,11 @@ def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs) 
     shapes = pairs.meta["shapes"]
     latent, width = shapes["moments"]["shape"][-1] // 2, shapes["context"]["shape"][-1]
     wanted = unet.config.cross_attention_dim
-    if latent != unet.config.in_channels:
+    families.check_channels(family, unet.config.in_channels, latent)
+    if (kind := pairs.meta["image_kind"]) != family.image:
         raise ValueError(
-            f"the UNet takes {unet.config.in_channels} channels, the encoded latents have "
-            f"{latent}: encode the pairs with this model's VAE"
+            f"a {family.name} model is given images of kind {family.image!r}, the encoded pairs "
+            f"hold {kind!r}: encode the pairs with this model"
         )
     if width != wanted:
         raise ValueError(
@@ -330,6 +331,9 @@ def make_draw(run: Run) -> Callable[[Any, int], None]:
         return lambda params, number: None
     if jax.process_count() > 1:
         LOG.warning("image grids are drawn by single-process runs only")
+        return lambda params, number: None
+    if run.pairs.meta["image_kind"]:
+        LOG.warning("no image grids are drawn: this model needs an image beside each prompt")
         return lambda params, number: None
     prompts = run_prompts(run)
     columns = 4
