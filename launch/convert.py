@@ -1,22 +1,52 @@
-"""Turns a training checkpoint into a folder that PyTorch diffusers opens.
+"""Turns a training checkpoint into what PyTorch diffusers opens; or one file into a folder.
 
-python launch/convert.py --checkpoint=WORKDIR [--step=N] --out=DIR
+    python launch/convert.py --checkpoint=WORKDIR [--step=N] --out=DIR
+    python launch/convert.py --checkpoint=WORKDIR --merge --dtype=float16 --verify --out=DIR
+    python launch/convert.py --single_file=MODEL.safetensors --out=DIR
+
+A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters a file for
+`load_lora_weights`, or with --merge a pipeline folder too. A README.md says how it was made.
 """
 
 from absl import app, flags
 
 from dmpo_jax import flags as command
 from dmpo_jax.jobs.convert import convert
+from dmpo_jax.jobs.single_file import convert_single_file
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's --workdir", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's --workdir")
+SINGLE_FILE = flags.DEFINE_string("single_file", None, "a .safetensors file of a whole model")
+OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
-OUT = flags.DEFINE_string("out", None, "folder for the pipeline", required=True)
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "auto", ["auto", "policy", "ema"], "auto: the moving average where there is one"
+)
+MERGE = flags.DEFINE_bool("merge", False, "fold LoRA adapters into the UNet")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "float16", "bfloat16"], "of the UNet as written"
+)
+SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "largest weight file, in GB", lower_bound=0.001)
+VERIFY = flags.DEFINE_bool("verify", False, "compare with PyTorch diffusers; needs [eval]")
+LIKE = flags.DEFINE_string("like", "", "with --single_file: a folder whose configs to take")
+flags.mark_flags_as_mutual_exclusive(["checkpoint", "single_file"], required=True)
 
 
 def main(argv) -> None:
     del argv
     command.log_to_console()
-    convert(workdir=CHECKPOINT.value, out=OUT.value, at=STEP.value)
+    if SINGLE_FILE.value:
+        convert_single_file(SINGLE_FILE.value, OUT.value, like=LIKE.value)
+        return
+    convert(
+        workdir=CHECKPOINT.value,
+        out=OUT.value,
+        at=STEP.value,
+        weights=WEIGHTS.value,
+        merge=MERGE.value,
+        dtype=DTYPE.value,
+        shard_bytes=int(SHARD_GB.value * 10**9),
+        verify=VERIFY.value,
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from etils import epath
 from dmpo_jax import checkpoint, diffusers_io, mesh
 from dmpo_jax import config as configs
 from dmpo_jax.jobs.model_card import write_card
+from dmpo_jax.jobs.verify import verify_unet
 from dmpo_jax.models import lora, parameters
 
 LOG = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ def convert(
     at: int | None = None,
     weights: str = "auto",
     merge: bool = False,
-    dtype: Any = None,
+    dtype: Any = "float32",
     shard_bytes: int = diffusers_io.SHARD_BYTES,
     verify: bool = False,
 ) -> None:
@@ -36,7 +37,7 @@ def convert(
         at: which step; None is the newest.
         weights: "policy", "ema", or "auto" for the moving average where the run kept one.
         merge: fold a LoRA run's adapters into the UNet and write the pipeline.
-        dtype: of the UNet as written; None is float32.
+        dtype: of the UNet as written; adapters are always float32.
         shard_bytes: largest weight file.
         verify: also open the result in PyTorch and compare the predictions.
 
@@ -74,8 +75,6 @@ def convert(
     write_card(config, workdir, out, step=at, ema=field == "ema")
     LOG.info("step %d (%s) is in %s", at, field, out)
     if verify:
-        from dmpo_jax.jobs.verify import verify_unet
-
         verify_unet(out, config)
 
 

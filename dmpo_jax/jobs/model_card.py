@@ -127,4 +127,3 @@ def table(rows: dict[str, Any]) -> str:
 
     lines = [f"| {name} | {shown(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
-

@@ -1,0 +1,69 @@
+"""One checkpoint file, as model sites hand them out, -> a diffusers pipeline folder."""
+
+import logging
+
+from etils import epath
+from safetensors import safe_open
+
+LOG = logging.getLogger(__name__)
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+CLASSES = {  # channels that the UNet takes -> class; SDXL's has XL in its name
+    4: "StableDiffusion{}Pipeline",
+    8: "StableDiffusion{}InstructPix2PixPipeline",
+    9: "StableDiffusion{}InpaintPipeline",
+}
+
+
+def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str = "") -> None:
+    """Writes the pipeline that a single `.safetensors` file holds, through PyTorch diffusers.
+
+    Args:
+        file: in the original layout of Stable Diffusion's or SDXL's own repositories.
+        like: a pipeline folder of the same architecture whose configs and tokenizers are
+            taken; "" lets diffusers fetch them from the hub.
+
+    Raises:
+        ValueError: PyTorch diffusers is missing; the file is a pickle or cannot be
+            converted; `out` holds a pipeline already.
+    """
+    file, out = epath.Path(file), epath.Path(out)
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is no .safetensors file; others may be pickles and are not read")
+    if not file.exists():
+        raise ValueError(f"{file} does not exist")
+    if (out / "model_index.json").exists():
+        raise ValueError(f"{out} holds a pipeline already: choose another --out")
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError(
+            f"converting needs PyTorch diffusers ({error}): pip install 'dmpo_jax[eval]'"
+        ) from error
+    kind = pipeline_class(file)
+    LOG.info("converting %s as a %s ...", file, kind)
+    try:
+        pipeline = getattr(diffusers, kind).from_single_file(
+            str(file), config=like or None, local_files_only=bool(like)
+        )
+    except Exception as error:  # diffusers', the hub's and torch's each have kinds of their own
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"diffusers cannot convert {file}: {reason}") from error
+    pipeline.save_pretrained(str(out))
+    LOG.info("%s is in %s", kind, out)
+
+
+def pipeline_class(file: epath.Path) -> str:
+    """The diffusers class of what the file holds, by the names and shapes of its tensors."""
+    try:
+        with safe_open(str(file), framework="numpy") as tensors:
+            names = set(tensors.keys())
+            channels = tensors.get_slice(FIRST).get_shape()[1] if FIRST in names else None
+    except Exception as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+    if channels not in CLASSES:
+        raise ValueError(
+            f"{file} holds no Stable Diffusion of the original layout ({FIRST} is missing, or "
+            f"takes {channels} channels, not one of {sorted(CLASSES)})"
+        )
+    xl = any(name.startswith("conditioner.embedders.1.") for name in names)
+    return CLASSES[channels].format("XL" if xl else "")
