@@ -62,7 +62,7 @@ def load_lora(folder: epath.PathLike) -> dict[str, np.ndarray]:
     adapters = {}
     with tensor_files.opened({file: frozenset()}) as holders:
         for name, holder in holders.items():
-            head, dot, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
+            head, _, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
             if not name.startswith(PREFIX) or leaf not in ("A.weight", "B.weight"):
                 raise ValueError(f"{file} holds {name!r}; only adapters of a UNet are read")
             path = f"{head}.lora_{leaf[0]}.kernel"

@@ -51,7 +51,8 @@ def convert(
         raise ValueError(f"{workdir} trained every parameter: there is no LoRA to merge")
     if weights == "ema" and not config.train.ema_decay:
         raise ValueError(f"{workdir} kept no moving average (train.ema_decay is 0)")
-    field = "ema" if weights == "ema" or weights == "auto" and config.train.ema_decay else "params"
+    averaged = weights != "policy" and config.train.ema_decay > 0
+    field = "ema" if averaged else "params"
     unet = diffusers_io.load_unet(
         config.model.folder, variant=config.model.variant or None, abstract=True
     )
