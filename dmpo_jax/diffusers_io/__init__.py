@@ -1,5 +1,13 @@
-"""A PyTorch diffusers folder <-> our modules: `weights` one model, `pipeline` a whole folder."""
+"""A PyTorch diffusers folder <-> our modules: `pipeline` a whole folder, `weights` one model.
 
+Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (safetensors,
+a tensor at a time) and `placement` (arrays between host and devices).
+"""
+
+from dmpo_jax.diffusers_io.folders import find_folder, read_json, write_json
+from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
+from dmpo_jax.diffusers_io.lora import FILE as LORA_FILE
+from dmpo_jax.diffusers_io.lora import load_lora, save_lora
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     embed_prompts,
@@ -10,26 +18,24 @@ from dmpo_jax.diffusers_io.pipeline import (
     save_pipeline,
 )
 from dmpo_jax.diffusers_io.weights import (
-    find_folder,
+    SHARD_BYTES,
     load_text_encoder,
     load_unet,
     load_vae,
-    read_json,
     save_text_encoder,
     save_unet,
     save_vae,
     state_dict,
-    to_jax,
-    to_torch,
-    torch_name,
-    write_json,
 )
 
 __all__ = [
+    "LORA_FILE",
+    "SHARD_BYTES",
     "Pipeline",
     "embed_prompts",
     "find_folder",
     "load_family",
+    "load_lora",
     "load_pipeline",
     "load_schedule",
     "load_text_encoder",
@@ -37,6 +43,7 @@ __all__ = [
     "load_vae",
     "make_index",
     "read_json",
+    "save_lora",
     "save_pipeline",
     "save_text_encoder",
     "save_unet",

@@ -8,8 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from dmpo_jax.diffusers_io import weights
+from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
+from dmpo_jax.models import clip
+from dmpo_jax.models import unet as unets
 from dmpo_jax.models.families import FAMILIES, Family
 from dmpo_jax.noising import NoiseSchedule, make_noise_schedule
 
@@ -64,8 +68,8 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
         ValueError: the folder or its index is missing; the pipeline class is not supported, or
             its index asks for another conditioning than the class's usual one.
     """
-    path = weights.find_folder(folder)
-    index = weights.read_json(path / "model_index.json")
+    path = find_folder(folder)
+    index = read_json(path / "model_index.json")
     kind = index.get("_class_name")
     if kind not in FAMILIES:
         raise ValueError(f"{path} is a {kind}; supported pipelines: {sorted(FAMILIES)}")
@@ -79,7 +83,7 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
 
 def load_schedule(folder: epath.PathLike) -> tuple[NoiseSchedule, dict[str, Any]]:
     """The noise schedule and DDIM's settings of a pipeline's scheduler_config.json."""
-    config = weights.read_json(weights.find_folder(folder) / "scheduler" / "scheduler_config.json")
+    config = read_json(find_folder(folder) / "scheduler" / "scheduler_config.json")
     given = {key: config[key] for key in SCHEDULE_KEYS if key in config}
     if config.get("thresholding"):
         raise ValueError("scheduler_config.json asks for thresholding=True; supported: False")
@@ -104,6 +108,7 @@ def load_pipeline(
 
     path, family = load_family(folder)
     schedule, sampling = load_schedule(path)
+    check_parts(path, family)
     encoders, tokenizers = [], []
     for part in family.text_parts:
         name = part.replace("text_encoder", "tokenizer")
@@ -122,6 +127,44 @@ def load_pipeline(
         schedule,
         sampling,
     )
+
+
+def check_parts(path: epath.Path, family: Family) -> None:
+    """Refuses text encoders that are not the UNet's, by the parts' config.json files alone.
+
+    Raises:
+        ValueError: naming the folder whose text encoders have another width than the UNet
+            attends to, or of which the UNet needs a projection that is not there.
+    """
+    if not (path / "unet" / "config.json").exists():
+        return  # whoever loads the UNet will say so
+    wanted = {**unets.KEYS, **read_json(path / "unet" / "config.json")}
+    texts = {}
+    for part in family.text_parts:
+        texts[part] = {**clip.KEYS, **read_json(component(path, part) / "config.json")}
+    widths = [text["hidden_size"] for text in texts.values()]
+    attended = wanted["cross_attention_dim"]
+    if {sum(widths)} != set(attended if isinstance(attended, list) else [attended]):
+        raise ValueError(
+            f"{path / 'unet'} attends to width {attended} (cross_attention_dim), but "
+            f"{some(list(texts))} give {' + '.join(map(str, widths))} (hidden_size): take the "
+            "text encoders from the UNet's own pipeline"
+        )
+    if wanted["addition_embed_type"] != "text_time":
+        return
+    last, text = list(texts.items())[-1]
+    if not weights.TEXT_KINDS[weights.text_kind(path / last, text)]:
+        raise ValueError(
+            f"{path / last} has no projection, which the UNet (text_time) needs: its config.json "
+            f"says {text.get('architectures')}, wanted CLIPTextModelWithProjection"
+        )
+    sizes = 6 * (wanted["addition_time_embed_dim"] or 0)
+    pooled = (wanted["projection_class_embeddings_input_dim"] or 0) - sizes
+    if pooled != text["projection_dim"]:
+        raise ValueError(
+            f"{path / 'unet'} takes a pooled embedding of width {pooled}, but {last} projects to "
+            f"{text['projection_dim']} (projection_dim): take it from the UNet's own pipeline"
+        )
 
 
 def embed_prompts(
@@ -164,18 +207,23 @@ def embed_prompts(
 def save_pipeline(unet: Any, source: epath.PathLike, out: epath.PathLike, **kw: Any) -> None:
     """The source pipeline with `unet` in place of its own; other parts are copied as they are.
 
-    model_index.json is the commit marker: taken away first, written last. `kw`: dtype
-    and shard_bytes of `save_unet`.
+    Every process must call it; process 0 writes, and none returns before all is written.
+    model_index.json is the commit marker: taken away first, written last. `kw`: params,
+    dtype and shard_bytes of `weights.save_model`.
     """
-    source, out = weights.find_folder(source), epath.Path(out)
-    index = weights.read_json(source / "model_index.json")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "model_index.json").unlink(missing_ok=True)
-    for part in source.iterdir() if out.resolve() != source.resolve() else ():
-        if part.name != "unet" and part.is_dir():
-            _copy_folder(part, out / part.name)
+    source, out = find_folder(source), epath.Path(out)
+    index = read_json(source / "model_index.json")
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "model_index.json").unlink(missing_ok=True)
+        for part in source.iterdir() if out.resolve() != source.resolve() else ():
+            if part.name != "unet" and part.is_dir():
+                _copy_folder(part, out / part.name)
     weights.save_unet(unet, out / "unet", **kw)
-    weights.write_json(out / "model_index.json", index)
+    if jax.process_index() == 0:
+        write_json(out / "model_index.json", index)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {out}")
 
 
 def _copy_folder(source: epath.Path, out: epath.Path) -> None:

@@ -1,183 +1,54 @@
-"""A PyTorch diffusers folder <-> nnx modules: one converter for every model, both ways.
+"""One model <-> its folder of a PyTorch pipeline: one converter for every model, both ways.
 
-Attribute paths are PyTorch's names, so converting is four layout rules (convolution,
-linear, norm, embedding) and a short table of names that older folders carry. Only
-safetensors are opened, never a pickle.
+Attribute paths are PyTorch's names, so converting is `layout`'s four rules. Only safetensors
+are opened, never a pickle. A model passes through the host a tensor at a time, both ways.
 """
 
-import contextlib
-import functools
 import json
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import save as serialise
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
+from dmpo_jax.diffusers_io import folders, placement, tensor_files
+from dmpo_jax.diffusers_io.folders import some
+from dmpo_jax.diffusers_io.layout import (
+    BUFFERS,
+    LEGACY,
+    Bounds,
+    permuted,
+    to_jax,
+    to_torch,
+    torch_name,
+)
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+SHARD_BYTES = 5 * 2**30
+TEXT_KINDS = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}  # kind -> projects
 
-
-class Legacy(NamedTuple):
-    """Names that a real folder may carry instead of today's; undone again on save."""
-
-    name: str
-    applies: Callable[[set[str]], bool]
-    load: Callable[[str], str]
-    save: Callable[[str], str]
-
-
-def _renamer(pairs: Mapping[str, str], scope: str) -> Callable[[str], str]:
-    def rename(name: str) -> str:
-        for old, new in pairs.items():
-            name = re.sub(rf"({scope}){re.escape(old)}\.", rf"\g<1>{new}.", name)
-        return name
-
-    return rename
-
-
-_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_ATTENTION_SCOPE = r"mid_block\.attentions\.\d+\."
-LEGACY = (
-    Legacy(
-        "vae_attention",
-        lambda names: any(".attentions.0.proj_attn." in n for n in names),
-        _renamer(_OLD_ATTENTION, _ATTENTION_SCOPE),
-        _renamer({new: old for old, new in _OLD_ATTENTION.items()}, _ATTENTION_SCOPE),
-    ),
-    # transformers 5 writes CLIPTextModel bare; every folder made before it has the prefix.
-    Legacy(
-        "bare_text_model",
-        lambda names: "final_layer_norm.weight" in names,
-        lambda name: name if name.startswith("text_projection") else f"text_model.{name}",
-        lambda name: name.removeprefix("text_model."),
-    ),
-)
-BUFFERS = ("embeddings.position_ids",)  # stored by transformers < 4.31, holds 0, 1, 2, ...
-
-
-def torch_name(path: str) -> str:
-    """`conv1.kernel` -> `conv1.weight`: the state-dict name of a parameter's path."""
-    head, _, leaf = path.rpartition(".")
-    return f"{head}.{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
-
-
-def to_jax(path: str, tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's layout to ours: OIHW to HWIO, [out, in] to [in, out], the rest as it is."""
-    if not path.endswith(".kernel"):
-        return tensor
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
-
-
-def to_torch(path: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `to_jax`."""
-    if not path.endswith(".kernel"):
-        return array
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 # --- reading -----------------------------------------------------------------
 
 
-def find_folder(folder: epath.PathLike) -> epath.Path:
-    """A local or object-storage path as it is; a hub id (`org/name`), downloaded and cached.
+class Match(NamedTuple):
+    """Where each parameter lies. legacy: the rules its names follow; pointwise: paths of
+    linear layers that are stored as the 1x1 convolutions they once were."""
 
-    Raises:
-        ValueError: neither a folder nor an id that the hub client could fetch.
-    """
-    path = epath.Path(folder)
-    if path.is_dir():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not str(folder).startswith("."):
-        from huggingface_hub import snapshot_download
-
-        try:
-            # Weights are safetensors alone: nothing else of a repository is code or pickle.
-            patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
-            return epath.Path(snapshot_download(str(folder), allow_patterns=patterns))
-        except Exception as error:
-            raise ValueError(
-                f"{str(folder)!r} is no local folder, and fetching it as a hub id failed: {error}"
-            ) from error
-    raise ValueError(f"model folder {str(folder)!r} does not exist")
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object; ValueError names the file where it is missing or broken."""
-    if not path.exists():
-        raise ValueError(f"{path} is missing: is {path.parent} a whole diffusers folder?")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
-    return value
-
-
-def _component(folder: epath.PathLike, subfolder: str) -> epath.Path:
-    """The pipeline's subfolder, or the folder itself where it already is the component's."""
-    path = find_folder(folder)
-    if (path / "model_index.json").exists() or (path / subfolder).is_dir():
-        path = path / subfolder
-    if not (path / "config.json").exists():
-        raise ValueError(f"{path} has no config.json: the folder lacks its {subfolder!r} part")
-    return path
-
-
-def _weight_files(folder: epath.Path, stem: str, variant: str | None) -> list[epath.Path]:
-    middle = f".{variant}" if variant else ""
-    single = folder / f"{stem}{middle}.safetensors"
-    if single.exists():
-        return [single]
-    index = folder / f"{stem}.safetensors.index{middle}.json"
-    if index.exists():
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        if missing := [s for s in shards if not (folder / s).exists()]:
-            raise ValueError(f"{index} names shards that are missing: {missing}")
-        return [folder / s for s in shards]
-    found = sorted(p.name for p in folder.iterdir() if "json" not in p.suffix)
-    hint = (
-        "; pickles (.bin, .ckpt) are never opened: save it again with safe_serialization=True"
-        if any(name.endswith((".bin", ".ckpt", ".pt")) for name in found)
-        else "; choose one of these with variant="
-        if found
-        else ""
-    )
-    raise ValueError(f"{single} (or its index) is missing in {folder}; found {found}{hint}")
-
-
-@contextlib.contextmanager
-def _opened(files: Iterable[epath.Path]) -> Iterator[dict[str, Any]]:
-    """Tensor name -> a function that reads it, so that a caller never holds a file twice.
-
-    Files on object storage are staged on the local disk: safetensors maps files.
-    """
-    with contextlib.ExitStack() as stack:
-        tensors = {}
-        for file in files:
-            local = file
-            if "://" in str(file):
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                local = file.copy(epath.Path(folder) / file.name)
-            try:
-                handle = stack.enter_context(safe_open(str(local), framework="numpy"))
-                tensors |= {k: functools.partial(handle.get_tensor, k) for k in handle.keys()}  # noqa: SIM118, a handle is no mapping
-            except Exception as error:
-                raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
-        yield tensors
+    names: dict[str, str]  # path -> name in the file
+    legacy: tuple[str, ...]
+    pointwise: tuple[str, ...]
 
 
 def load_model(
@@ -187,119 +58,196 @@ def load_model(
     stem: str,
     variant: str | None = None,
     dtype: Any = jnp.float32,
-    param_dtype: Any = jnp.float32,
+    param_dtype: Any | Callable[[str], Any] = jnp.float32,
+    sharding: Callable[[Shapes], Mapping[str, Sharding]] | None = None,
+    abstract: bool = False,
 ) -> Any:
     """Builds `make(config, ...)` and fills it from the folder's safetensors.
 
+    Args:
+        variant: `fp16` reads `*.fp16.safetensors`.
+        dtype: compute dtype.
+        param_dtype: what the parameters are held in: one dtype, or path -> dtype.
+        sharding: shapes by path -> shardings by path, as `mesh.parameter_sharding` with its
+            mesh bound; each process reads the slices that its devices hold. None: the
+            default device.
+        abstract: reads no tensor: the model holds ShapeDtypeStructs, and what `save_model`
+            needs of it beside `params`.
+
     Raises:
-        ValueError: a refused config key; or tensors that are missing, unexpected or
-            misshapen, all of them in one message.
+        ValueError: in one line, before any tensor is read: a config key whose value is not
+            supported; a file that cannot be read; tensors that are missing, unexpected or
+            misshapen.
     """
-    config = read_json(folder / "config.json")
-    model = nnx.eval_shape(
-        lambda: make(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    )
-    paths = {torch_name(path): path for path in parameters.shapes(model)}
-    wanted = parameters.shapes(model)
-    params, unexpected, misshapen, pointwise = {}, [], [], []
-    with _opened(_weight_files(folder, stem, variant)) as tensors:
-        layout = tuple(rule for rule in LEGACY if rule.applies(set(tensors)))
-        for name, read in tensors.items():
-            for rule in layout:
-                name = rule.load(name)
-            if name.endswith(BUFFERS):
-                continue
-            if name not in paths:
-                unexpected.append(name)
-                continue
-            path, tensor = paths[name], read()
-            if tensor.ndim == 4 and len(wanted[path].shape) == 2 and tensor.shape[2:] == (1, 1):
-                tensor = tensor[:, :, 0, 0]  # a linear layer that was once a 1x1 convolution
-                pointwise.append(path)
-            array = to_jax(path, tensor)
-            if array.shape != wanted[path].shape:
-                shape = to_torch(path, np.broadcast_to(0, wanted[path].shape)).shape
-                misshapen.append(f"{name} has {tensor.shape}, config.json says {shape}")
-                continue
-            params[path] = jnp.asarray(array, wanted[path].dtype)
-    missing = sorted(set(paths) - {torch_name(path) for path in params})
-    missing = [m for m in missing if not any(x.startswith(f"{m} ") for x in misshapen)]
-    if missing or unexpected or misshapen:
-        raise ValueError(
-            f"{folder}: weights do not fit config.json. Missing: {missing}. "
-            f"Unexpected: {sorted(unexpected)}. Misshapen: {misshapen}."
+    config = folders.read_json(folder / "config.json")
+    one_dtype = jnp.float32 if _chooses(param_dtype) else param_dtype
+    try:
+        model = nnx.eval_shape(
+            lambda: make(config, dtype=dtype, param_dtype=one_dtype, rngs=nnx.Rngs(0))
         )
+    except Exception as error:  # nothing but the config comes from outside
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        reason = kind + " ".join(str(error).split())[:800]
+        raise ValueError(f"{folder / 'config.json'} describes no model: {reason}") from error
+    wanted = parameters.shapes(model)
+    if _chooses(param_dtype):
+        wanted = {
+            path: jax.ShapeDtypeStruct(spec.shape, param_dtype(path))
+            for path, spec in wanted.items()
+        }
+    with tensor_files.opened(folders.weight_files(folder, stem, variant)) as files:
+        match = _match(folder, {name: file.names[name] for name, file in files.items()}, wanted)
+        arrays = wanted if abstract else _read(files, match, wanted, sharding)
     structure, _ = nnx.split(model)
-    model = parameters.merge(structure, params)
-    model.layout = tuple(rule.name for rule in layout)
-    model.pointwise = tuple(pointwise)
+    model = parameters.merge(structure, arrays)
+    model.layout, model.pointwise = match.legacy, match.pointwise
     return model
 
 
-def load_unet(folder: epath.PathLike, *, variant=None, dtype=jnp.float32, param_dtype=jnp.float32):
-    """The UNet of a pipeline folder, or of its unet/ folder."""
-    return load_model(
-        UNet2DConditionModel,
-        _component(folder, "unet"),
-        stem=DIFFUSERS_STEM,
-        variant=variant,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+def _chooses(param_dtype: Any) -> bool:
+    """Whether it is path -> dtype: dtypes like `jnp.float32` can be called as well."""
+    try:
+        jnp.dtype(param_dtype)
+    except TypeError:
+        return callable(param_dtype)
+    return False
 
 
-def load_vae(folder: epath.PathLike, *, variant=None, dtype=jnp.float32, param_dtype=jnp.float32):
-    """The VAE of a pipeline folder, or of its vae/ folder."""
-    return load_model(
-        AutoencoderKL,
-        _component(folder, "vae"),
-        stem=DIFFUSERS_STEM,
-        variant=variant,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+def _match(folder: epath.Path, stored: Mapping[str, tuple[int, ...]], wanted: Shapes) -> Match:
+    """Pairs the parameters with the tensors of these names and shapes, or says what differs."""
+    paths = {torch_name(path): path for path in wanted}
+    rules = [rule for rule in LEGACY if rule.applies(set(stored))]
+    names, pointwise, unexpected, misshapen = {}, [], [], []
+    for stored_name, shape in stored.items():
+        name = stored_name
+        for rule in rules:
+            name = rule.load(name)
+        if name.endswith(BUFFERS):
+            continue
+        if name not in paths:
+            unexpected.append(name)
+            continue
+        path = paths[name]
+        names[path] = stored_name
+        expected = permuted(path, wanted[path].shape)
+        if shape == (*expected, 1, 1) and len(expected) == 2:
+            pointwise.append(path)
+        elif shape != expected:
+            misshapen.append(f"{name} has {shape}, config.json says {expected}")
+    missing = sorted(name for name, path in paths.items() if path not in names)
+    wrong = {"missing": missing, "unexpected": sorted(unexpected), "misshapen": sorted(misshapen)}
+    if any(wrong.values()):
+        found = "; ".join(f"{len(n)} {what}: {some(n)}" for what, n in wrong.items() if n)
+        raise ValueError(
+            f"weights in {folder} do not fit its config.json: {found}. Is it whole, and are both "
+            "of one model?"
+        )
+    return Match(names, tuple(rule.name for rule in rules), tuple(pointwise))
+
+
+def _read(
+    files: Mapping[str, tensor_files.TensorFile],
+    match: Match,
+    wanted: Shapes,
+    sharding: Callable[[Shapes], Mapping[str, Sharding]] | None,
+) -> parameters.Params:
+    """The parameters, in the order of the files; one tensor on its way to the devices at a time."""
+    shardings = {} if sharding is None else sharding(wanted)
+    places = {name: path for path, name in match.names.items()}
+    params: parameters.Params = {}
+    for name, file in files.items():
+        if name not in places:
+            continue
+        path = places[name]
+
+        def read(bounds: Bounds, name=name, file=file, path=path) -> np.ndarray:
+            pointwise = path in match.pointwise
+            stored = permuted(path, bounds) + (((0, 1), (0, 1)) if pointwise else ())
+            tensor = file.read(name, stored)
+            tensor = to_jax(path, tensor[:, :, 0, 0] if pointwise else tensor)
+            return np.ascontiguousarray(tensor, wanted[path].dtype)
+
+        array = placement.place(wanted[path].shape, shardings.get(path), read)
+        # Transfers are asynchronous and hold their source: unbounded, all of it would wait here.
+        params[path] = jax.block_until_ready(array)
+    return params
+
+
+def load_unet(folder: epath.PathLike, **kw: Any) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder, or of its unet/ folder. `kw`: those of `load_model`."""
+    path = folders.component(folder, "unet")
+    return load_model(UNet2DConditionModel, path, stem=DIFFUSERS_STEM, **kw)
+
+
+def load_vae(folder: epath.PathLike, **kw: Any) -> AutoencoderKL:
+    """The VAE of a pipeline folder, or of its vae/ folder. `kw`: those of `load_model`."""
+    path = folders.component(folder, "vae")
+    return load_model(AutoencoderKL, path, stem=DIFFUSERS_STEM, **kw)
 
 
 def load_text_encoder(
-    folder, *, subfolder="text_encoder", variant=None, dtype=jnp.float32, param_dtype=jnp.float32
-):
-    """A text encoder of a pipeline folder (`subfolder` says which), or of its own folder."""
-    path = _component(folder, subfolder)
-    config = read_json(path / "config.json")
-    kinds = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}
+    folder: epath.PathLike, *, subfolder: str = "text_encoder", **kw: Any
+) -> CLIPTextModel:
+    """A text encoder of a pipeline folder (`subfolder` says which), or of its own folder.
+
+    `kw`: those of `load_model`.
+    """
+    path = folders.component(folder, subfolder)
+    projection = TEXT_KINDS[text_kind(path, folders.read_json(path / "config.json"))]
+
+    def make(config, **made):
+        return CLIPTextModel(config, projection=projection, **made)
+
+    return load_model(make, path, stem=TRANSFORMERS_STEM, **kw)
+
+
+def text_kind(path: epath.Path, config: Mapping[str, Any]) -> str:
+    """The class that a text encoder's config.json names; ValueError where it is none of ours."""
     kind = (config.get("architectures") or ["CLIPTextModel"])[0]
-    if kind not in kinds:
-        raise ValueError(f"{path} holds a {kind}; supported text encoders: {sorted(kinds)}")
-
-    def make(config, **kw):
-        return CLIPTextModel(config, projection=kinds[kind], **kw)
-
-    return load_model(
-        make,
-        path,
-        stem=TRANSFORMERS_STEM,
-        variant=variant,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+    if kind not in TEXT_KINDS:
+        raise ValueError(f"{path} holds a {kind}; supported text encoders: {sorted(TEXT_KINDS)}")
+    return kind
 
 
 # --- writing -----------------------------------------------------------------
 
 
-def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The model as PyTorch names and layouts, in the naming that its folder had."""
+class Stored(NamedTuple):
+    """A tensor as a folder has it: our path, and its shape and dtype there."""
+
+    path: str
+    spec: jax.ShapeDtypeStruct
+
+
+def _stored(model: Any, arrays: Mapping[str, Any], dtype: Any) -> dict[str, Stored]:
+    """Name -> tensor, by name, in the naming that the model's folder had."""
     rules = [rule for rule in LEGACY if rule.name in getattr(model, "layout", ())]
-    tensors = {}
-    for path, array in parameters.split(model)[1].items():
+    found = {}
+    for path, array in arrays.items():
         name = torch_name(path)
         for rule in rules:
             name = rule.save(name)
-        tensor = to_torch(path, np.asarray(jax.device_get(array)))
+        shape = permuted(path, array.shape)
         if path in getattr(model, "pointwise", ()):
-            tensor = tensor[:, :, None, None]
-        tensors[name] = np.ascontiguousarray(tensor)
-    return tensors
+            shape = (*shape, 1, 1)
+        spec = jax.ShapeDtypeStruct(shape, array.dtype if dtype is None else dtype)
+        found[name] = Stored(path, spec)
+    return dict(sorted(found.items()))
+
+
+def _converted(stored: Stored, array: np.ndarray) -> np.ndarray:
+    tensor = to_torch(stored.path, array).reshape(stored.spec.shape)
+    return np.ascontiguousarray(tensor, stored.spec.dtype)
+
+
+def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
+    """The model as PyTorch names and layouts, in the naming that its folder had; all on the host.
+
+    On several processes, each must call it.
+    """
+    arrays = parameters.split(model)[1]
+    found = _stored(model, arrays, None)
+    return {n: _converted(s, placement.gather(arrays[s.path])) for n, s in found.items()}
 
 
 def save_model(
@@ -307,68 +255,106 @@ def save_model(
     folder: epath.PathLike,
     *,
     stem: str,
+    params: Mapping[str, Any] | None = None,
     dtype: Any = None,
-    shard_bytes: int = 5 * 2**30,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """config.json and safetensors, sharded above `shard_bytes`; dtype None keeps the model's.
+    """config.json and safetensors, sharded above `shard_bytes`.
 
-    config.json is the commit marker: it is taken away before the weights change
-    and written last, so a killed save never leaves a folder that looks whole.
+    Every process must call it: one tensor after another is gathered from the devices,
+    converted and streamed into its file by process 0; none returns before all is written.
+    config.json is the commit marker: it is taken away before the weights change and written
+    last, so a killed save never leaves a folder that looks whole.
+
+    Args:
+        params: saved in place of the model's own, which may then be abstract; on any mesh.
+        dtype: None keeps that of the parameters.
+
+    Raises:
+        ValueError: `params` are not this model's.
     """
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = state_dict(model)
-    if dtype is not None:
-        tensors = {name: array.astype(dtype) for name, array in tensors.items()}
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in sorted(tensors.items()):
-        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = array
+    arrays = parameters.split(model)[1] if params is None else params
+    _check_same(model, arrays)
+    shards = _cut(_stored(model, arrays, dtype), shard_bytes)
     count = len(shards)
     names = (
         [f"{stem}.safetensors"]
         if count == 1
         else [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     )
-    for stale in folder.glob("*.part"):  # of a killed save
-        stale.unlink()
+    folder, writes = epath.Path(folder), jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("*.part"):  # of a killed save
+            stale.unlink()
     for name, shard in zip(names, shards, strict=True):
-        (folder / f"{name}.part").write_bytes(serialise(shard, metadata={"format": "pt"}))
 
+        def produce(tensor: str, shard=shard) -> np.ndarray | None:
+            array = placement.gather(arrays[shard[tensor].path], wanted=writes)
+            return _converted(shard[tensor], array) if writes and array is not None else None
+
+        part = folder / f"{name}.part" if writes else None
+        tensor_files.write(part, {n: stored.spec for n, stored in shard.items()}, produce)
+    if writes:
+        _commit(model, folder, stem, dict(zip(names, shards, strict=True)))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+
+
+def _check_same(model: Any, arrays: Mapping[str, Any]) -> None:
+    wanted = parameters.shapes(model)
+    wrong = sorted(wanted.keys() ^ arrays.keys())
+    wrong += [k for k in wanted.keys() & arrays.keys() if wanted[k].shape != arrays[k].shape]
+    if wrong:
+        raise ValueError(
+            f"params must have the paths and shapes of the {type(model).__name__}, but "
+            f"{len(wrong)} differ: {some(wrong)}; save them with the model they were made for"
+        )
+
+
+def _cut(stored: dict[str, Stored], shard_bytes: int) -> list[dict[str, Stored]]:
+    """Cut before the tensor that would take a shard above the limit."""
+    shards: list[dict[str, Stored]] = [{}]
+    size = 0
+    for name, tensor in stored.items():
+        size += tensor_files.nbytes(tensor.spec)
+        if shards[-1] and size > shard_bytes:
+            shards.append({})
+            size = tensor_files.nbytes(tensor.spec)
+        shards[-1][name] = tensor
+    return shards
+
+
+def _commit(
+    model: Any, folder: epath.Path, stem: str, shards: Mapping[str, Mapping[str, Stored]]
+) -> None:
+    """The written parts take the place of what the folder held."""
     (folder / "config.json").unlink(missing_ok=True)
     for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         stale.unlink()
-    for name in names:
+    for name in shards:
         (folder / f"{name}.part").replace(folder / name)
-    if count > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        size = sum(array.nbytes for array in tensors.values())
+    if len(shards) > 1:
+        weight_map = {key: name for name, shard in shards.items() for key in shard}
+        size = sum(tensor_files.nbytes(t.spec) for shard in shards.values() for t in shard.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    write_json(folder / "config.json", model.config.given)
+    folders.write_json(folder / "config.json", model.config.given)
 
 
-def write_json(path: epath.Path, value: Any) -> None:
-    """Atomic on a file system, and on object storage, where a whole file is one write."""
-    part = path.parent / f"{path.name}.part"
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
+def save_unet(unet: UNet2DConditionModel, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes the UNet as PyTorch diffusers reads it; `folder` is the component's own.
+
+    `kw`: params, dtype and shard_bytes of `save_model`.
+    """
+    save_model(unet, folder, stem=DIFFUSERS_STEM, **kw)
 
 
-def save_unet(unet: UNet2DConditionModel, folder, *, dtype=None, shard_bytes=5 * 2**30) -> None:
-    """Writes the UNet as PyTorch diffusers reads it; `folder` is the component's own."""
-    save_model(unet, folder, stem=DIFFUSERS_STEM, dtype=dtype, shard_bytes=shard_bytes)
+def save_vae(vae: AutoencoderKL, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes the VAE as PyTorch diffusers reads it; as `save_unet`."""
+    save_model(vae, folder, stem=DIFFUSERS_STEM, **kw)
 
 
-def save_vae(vae: AutoencoderKL, folder, *, dtype=None, shard_bytes=5 * 2**30) -> None:
-    """Writes the VAE as PyTorch diffusers reads it; `folder` is the component's own."""
-    save_model(vae, folder, stem=DIFFUSERS_STEM, dtype=dtype, shard_bytes=shard_bytes)
-
-
-def save_text_encoder(text: CLIPTextModel, folder, *, dtype=None, shard_bytes=5 * 2**30) -> None:
-    """Writes a text encoder as transformers reads it; `folder` is the component's own."""
-    save_model(text, folder, stem=TRANSFORMERS_STEM, dtype=dtype, shard_bytes=shard_bytes)
-
-
-_ = ml_dtypes  # registers bfloat16 with NumPy, which safetensors needs to return it
+def save_text_encoder(text: CLIPTextModel, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes a text encoder as transformers reads it; as `save_unet`."""
+    save_model(text, folder, stem=TRANSFORMERS_STEM, **kw)

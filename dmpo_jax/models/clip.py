@@ -135,11 +135,13 @@ class CLIPTextModel(nnx.Module):
         self.config = config = ModelConfig(config, KEYS, DEAD)
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={config.hidden_act!r}; supported: {sorted(ACTIVATIONS)}")
+        width, heads = config.hidden_size, config.num_attention_heads
+        if width % heads:
+            raise ValueError(f"num_attention_heads={heads} must divide {width} channels")
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = TextTransformer(config, **kw)
         if projection:
-            width, out = config.hidden_size, config.projection_dim
-            self.text_projection = Linear(width, out, use_bias=False, **kw)
+            self.text_projection = Linear(width, config.projection_dim, use_bias=False, **kw)
         self.projects = projection
 
     def __call__(self, ids: Int[Array, "N S"]) -> TextOutput:

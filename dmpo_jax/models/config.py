@@ -43,6 +43,8 @@ class ModelConfig(Mapping[str, Any]):
             if isinstance(rule, Only) and not any(_same(value, v) for v in rule.values):
                 allowed = " or ".join(repr(v) for v in rule.values)
                 refused.append(f"{key}={value!r} (supported: {allowed})")
+            elif not _kind_fits(value, rule):
+                refused.append(f"{key}={value!r} (supported: values like {rule!r})")
         if refused:
             name = given.get("_class_name") or given.get("architectures") or "this model"
             raise ValueError(f"config.json of {name} asks for {'; '.join(refused)}")
@@ -84,3 +86,25 @@ def per_block(value: Any, blocks: int, key: str) -> list[Any]:
     if len(values) != blocks:
         raise ValueError(f"{key} needs one value or {blocks} (one a block), got {value!r}")
     return values
+
+
+def _kind_fits(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's kind; a number may also be given once a block."""
+    if value is None or default is None or isinstance(default, Only):
+        return True  # unset, or judged by value
+    if isinstance(default, bool | str):
+        return type(value) is type(default)
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple) and all(_kind_fits(v, default[0]) for v in value)
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(
+        all(_kind_fits(v, default) for v in x)
+        if isinstance(x, list | tuple)  # transformer_layers_per_block, once a layer
+        else _is_number(x, whole=isinstance(default, int))
+        for x in values
+    )
+
+
+def _is_number(value: Any, whole: bool) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (not whole or float(value).is_integer())

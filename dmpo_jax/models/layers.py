@@ -96,6 +96,8 @@ class LayerNorm(nnx.LayerNorm):
 
 
 def group_norm(channels: int, groups: int, epsilon: float, **kw) -> GroupNorm:
+    if channels % groups:
+        raise ValueError(f"norm_num_groups={groups} must divide {channels} channels")
     return GroupNorm(channels, num_groups=groups, epsilon=epsilon, **kw)
 
 
@@ -192,6 +194,10 @@ class Attention(nnx.Module):
     """Attention with PyTorch's `to_out.0`; self-attention where no context is given."""
 
     def __init__(self, width: int, context: int, heads: int, *, bias: bool = False, **kw: Any):
+        if width % heads:
+            raise ValueError(
+                f"attention_head_dim={heads} (the number of heads) must divide {width} channels"
+            )
         self.to_q = Linear(width, width, use_bias=bias, **kw)
         self.to_k = Linear(context, width, use_bias=bias, **kw)
         self.to_v = Linear(context, width, use_bias=bias, **kw)

@@ -1,0 +1,75 @@
+"""PyTorch's names and layouts <-> ours: four layout rules and a short table of older names."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis: a slice that can be hashed
+
+
+class Legacy(NamedTuple):
+    """Names that a real folder may carry instead of today's; undone again on save."""
+
+    name: str
+    applies: Callable[[set[str]], bool]
+    load: Callable[[str], str]
+    save: Callable[[str], str]
+
+
+def _renamer(pairs: Mapping[str, str], scope: str) -> Callable[[str], str]:
+    def rename(name: str) -> str:
+        for old, new in pairs.items():
+            name = re.sub(rf"({scope}){re.escape(old)}\.", rf"\g<1>{new}.", name)
+        return name
+
+    return rename
+
+
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_ATTENTION_SCOPE = r"mid_block\.attentions\.\d+\."
+LEGACY = (
+    Legacy(
+        "vae_attention",
+        lambda names: any(".attentions.0.proj_attn." in n for n in names),
+        _renamer(_OLD_ATTENTION, _ATTENTION_SCOPE),
+        _renamer({new: old for old, new in _OLD_ATTENTION.items()}, _ATTENTION_SCOPE),
+    ),
+    # transformers 5 writes CLIPTextModel bare; every folder made before it has the prefix.
+    Legacy(
+        "bare_text_model",
+        lambda names: "final_layer_norm.weight" in names,
+        lambda name: name if name.startswith("text_projection") else f"text_model.{name}",
+        lambda name: name.removeprefix("text_model."),
+    ),
+)
+BUFFERS = ("embeddings.position_ids",)  # stored by transformers < 4.31, holds 0, 1, 2, ...
+
+
+def torch_name(path: str) -> str:
+    """`conv1.kernel` -> `conv1.weight`: the state-dict name of a parameter's path."""
+    head, _, leaf = path.rpartition(".")
+    return f"{head}.{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
+
+
+def torch_axes(path: str, ndim: int) -> tuple[int, ...]:
+    """For each axis of PyTorch's tensor, ours: HWIO lies as OIHW, [in, out] as [out, in]."""
+    if not path.endswith(".kernel"):
+        return tuple(range(ndim))
+    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
+
+
+def to_jax(path: str, tensor: np.ndarray) -> np.ndarray:
+    """PyTorch's layout to ours: OIHW to HWIO, [out, in] to [in, out], the rest as it is."""
+    return tensor.transpose(np.argsort(torch_axes(path, tensor.ndim)))
+
+
+def to_torch(path: str, array: np.ndarray) -> np.ndarray:
+    """The inverse of `to_jax`."""
+    return array.transpose(torch_axes(path, array.ndim))
+
+
+def permuted(path: str, ours: Any) -> tuple[Any, ...]:
+    """A shape, or bounds, of our array as PyTorch's tensor has it."""
+    return tuple(ours[axis] for axis in torch_axes(path, len(ours)))

@@ -1,0 +1,54 @@
+"""Arrays between a host and its devices, one at a time: `place` and its inverse `gather`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from dmpo_jax.diffusers_io.layout import Bounds
+
+
+def place(
+    shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Bounds], np.ndarray]
+) -> jax.Array:
+    """A global array of which this process reads only what its devices hold, each part once.
+
+    Args:
+        sharding: None is the default device.
+        read: (start, stop) of each axis -> that part of the array.
+    """
+    if sharding is None:
+        return jax.device_put(read(tuple((0, n) for n in shape)))
+    holders: dict[Bounds, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        parts = index or tuple(slice(n) for n in shape)
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(parts, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    blocks = []
+    for bounds, devices in holders.items():
+        block = read(bounds)
+        # Explicit, so that it passes under `jax_transfer_guard="disallow"`.
+        blocks += jax.device_put([block] * len(devices), devices)
+    return jax.make_array_from_single_device_arrays(shape, sharding, blocks)
+
+
+def gather(array: Any, *, wanted: bool = True) -> np.ndarray | None:
+    """The whole array on this host. Every process must ask for the same arrays in one order.
+
+    Args:
+        wanted: False on a process that only takes part: it may get None.
+    """
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        return multihost_utils.process_allgather(array, tiled=True)
+    if not wanted:
+        return None
+    # An array keeps the host copy that was made of it; one that shares its buffers and is
+    # dropped does not, where a model gathered directly would stay in host memory whole.
+    blocks = [shard.data for shard in array.addressable_shards]
+    alias = jax.make_array_from_single_device_arrays(array.shape, array.sharding, blocks)
+    return jax.device_get(alias)

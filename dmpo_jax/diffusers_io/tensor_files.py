@@ -1,0 +1,156 @@
+"""safetensors files, read and written a tensor at a time.
+
+The library maps a file to read it, and mapped pages that were touched count as the
+process's memory until the file is closed; to write one, it wants every tensor at once.
+Either would hold a model twice.
+
+Format: eight bytes, the header's length (little endian); the header, JSON, padded with
+spaces to a multiple of eight; the tensors. Source: https://github.com/huggingface/safetensors.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from safetensors import safe_open
+
+from dmpo_jax.diffusers_io.folders import some
+from dmpo_jax.diffusers_io.layout import Bounds
+
+REOPEN_BYTES = 256 * 2**20  # mapped pages that may be held; reopening costs milliseconds
+CHUNK_BYTES = 64 * 2**20  # written at once
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class TensorFile:
+    """An open file; `names` maps each tensor to its shape, in the order of the data.
+
+    Raises:
+        ValueError: naming the file, where it is truncated, or no safetensors at all.
+    """
+
+    def __init__(self, file: epath.Path, local: epath.Path):
+        self._local, self._touched = str(local), 0
+        try:
+            self._handle = safe_open(self._local, framework="numpy")
+            self.names = {
+                name: tuple(self._handle.get_slice(name).get_shape())
+                for name in self._handle.offset_keys()
+            }
+        except Exception as error:
+            with local.open("rb") as stream:
+                start = stream.read(8)
+            # PyTorch's zip; or bare, where a safetensors' length would end in zeros.
+            pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and any(start[3:]))
+            hint = "; it is a pickle: save it again with safe_serialization=True" if pickled else ""
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{file} cannot be read as safetensors: {reason}{hint}") from error
+
+    def read(self, name: str, bounds: Bounds) -> np.ndarray:
+        """A copy of that part of the tensor, in the dtype it is stored in."""
+        if self._touched > REOPEN_BYTES:  # drops the mapping, and with it what was read of it
+            self._handle, self._touched = safe_open(self._local, framework="numpy"), 0
+        whole = all(b == (0, n) for b, n in zip(bounds, self.names[name], strict=True))
+        if whole:
+            tensor = self._handle.get_tensor(name)
+        else:
+            tensor = self._handle.get_slice(name)[tuple(slice(*b) for b in bounds)]
+        self._touched += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        del self._handle
+
+
+@contextlib.contextmanager
+def opened(files: Mapping[epath.Path, frozenset[str]]) -> Iterator[dict[str, TensorFile]]:
+    """Tensor name -> the open file that holds it.
+
+    Args:
+        files: as `folders.weight_files` gives them. Those on object storage are staged on
+            the local disk.
+
+    Raises:
+        ValueError: naming a file that cannot be read, lacks a tensor that its index
+            expects there, or repeats one.
+    """
+    with contextlib.ExitStack() as stack:
+        holders: dict[str, TensorFile] = {}
+        for file, expected in files.items():
+            local = file
+            if "://" in str(file):
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                local = file.copy(epath.Path(folder) / file.name)
+            held = TensorFile(file, local)
+            stack.callback(held.close)
+            if absent := sorted(expected - held.names.keys()):
+                raise ValueError(
+                    f"{file} lacks {len(absent)} tensors that the index says it holds: "
+                    f"{some(absent)}; the folder mixes two saves: copy it again"
+                )
+            if twice := sorted(holders.keys() & held.names.keys()):
+                raise ValueError(
+                    f"{file} holds {len(twice)} tensors that another shard holds too: "
+                    f"{some(twice)}; the folder mixes two saves: copy it again"
+                )
+            holders |= dict.fromkeys(held.names, held)
+        yield holders
+
+
+def write(
+    file: epath.Path | None,
+    specs: Mapping[str, jax.ShapeDtypeStruct],
+    produce: Callable[[str], np.ndarray | None],
+) -> None:
+    """Streams tensors into a file, never holding two.
+
+    Args:
+        file: where to; None asks for the tensors all the same, in the same order, and
+            drops them: gathering one takes every process, writing it takes one.
+        specs: shape and dtype of each tensor.
+        produce: name -> the tensor, as `specs` says.
+
+    Raises:
+        ValueError: a dtype that model folders do not hold.
+    """
+    # Wide dtypes first, as the library writes: every tensor then is aligned to its dtype.
+    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    header = _header({name: specs[name] for name in order})
+    with file.open("wb") if file is not None else contextlib.nullcontext() as stream:
+        if stream is not None:
+            stream.write(header)
+        for name in order:
+            tensor = produce(name)
+            if stream is None:
+                continue
+            flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+            for start in range(0, flat.size, CHUNK_BYTES):
+                stream.write(flat[start : start + CHUNK_BYTES].tobytes())
+
+
+def _header(specs: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        if spec.dtype.name not in DTYPES:
+            raise ValueError(
+                f"{name} is {spec.dtype.name}; a model folder holds one of {sorted(DTYPES)}: "
+                "choose with dtype="
+            )
+        start, end = end, end + nbytes(spec)
+        entries[name] = {
+            "dtype": DTYPES[spec.dtype.name],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def nbytes(spec: jax.ShapeDtypeStruct) -> int:
+    return spec.size * spec.dtype.itemsize

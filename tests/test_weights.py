@@ -1,0 +1,460 @@
+"""PyTorch folders in and out, bit for bit: old ones, sharded ones, onto meshes and from them."""
+
+import functools
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from etils import epath
+from safetensors import safe_open
+from safetensors.numpy import save as serialise
+from safetensors.torch import load_file, save_file
+
+import torch_models
+from dmpo_jax import diffusers_io, mesh
+from dmpo_jax.diffusers_io import placement, tensor_files
+from dmpo_jax.models import parameters
+from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.models.vae import AutoencoderKL
+from model_folders import (
+    DTYPES,
+    KINDS,
+    UNET,
+    VAE,
+    assert_bitwise,
+    load,
+    reopen,
+    save,
+    shape_of,
+    tiny_text,
+    weight_file,
+)
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+# --- there and back --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_bit_exact(kind, dtype, tmp_path):
+    theirs = KINDS[kind][0]().to(getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "in")
+    ours = load(kind, tmp_path / "in", param_dtype=DTYPES[dtype])
+    save(kind, ours, tmp_path / "out")
+    assert_bitwise(
+        load_file(weight_file(tmp_path / "out")), load_file(weight_file(tmp_path / "in"))
+    )
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+    configs = [json.loads((tmp_path / x / "config.json").read_text()) for x in ("in", "out")]
+    assert configs[0] == configs[1]
+    assert shape_of(tmp_path / "out") == shape_of(tmp_path / "in")
+
+
+def test_half_precision_files_widen_exactly_and_save_takes_a_dtype(tmp_path):
+    theirs = KINDS["clip_l"][0]().half()
+    theirs.save_pretrained(tmp_path / "in")
+    ours = load("clip_l", tmp_path / "in")  # float32 parameters
+    save("clip_l", ours, tmp_path / "wide")
+    assert_bitwise(
+        load_file(weight_file(tmp_path / "wide")),
+        {k: v.float() for k, v in load_file(weight_file(tmp_path / "in")).items()},
+    )
+    save("clip_l", ours, tmp_path / "half", dtype=jnp.float16)
+    assert_bitwise(
+        load_file(weight_file(tmp_path / "half")), load_file(weight_file(tmp_path / "in"))
+    )
+
+
+def test_parameters_that_a_run_changed_are_what_is_saved(tmp_path):
+    theirs = KINDS["vae"][0]()
+    theirs.save_pretrained(tmp_path / "in")
+    structure, params = parameters.split(load("vae", tmp_path / "in"))
+    moved = parameters.merge(structure, {k: 2 * v for k, v in params.items()})
+    save("vae", moved, tmp_path / "out")
+    want = {k: 2 * v for k, v in theirs.state_dict().items()}
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), want)
+
+
+# --- old folders -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_clip_of_either_naming_keeps_it(prefix, tmp_path):
+    """Folders from before transformers 5 have the prefix; before 4.31, a buffer too."""
+    theirs = KINDS["clip_l"][0]()
+    theirs.save_pretrained(tmp_path / "in")
+    file = weight_file(tmp_path / "in")
+    bare = {k.removeprefix("text_model."): v for k, v in load_file(file).items()}
+    tensors = {f"text_model.{k}": v for k, v in bare.items()} if prefix else bare
+    positions = torch.arange(16)[None]
+    name = "text_model.embeddings.position_ids" if prefix else "embeddings.position_ids"
+    save_file({**tensors, name: positions}, file, metadata={"format": "pt"})
+    ours = load("clip_l", tmp_path / "in")
+    save("clip_l", ours, tmp_path / "out")
+    assert_bitwise(load_file(weight_file(tmp_path / "out")), tensors)
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_vae_with_old_attention_names_keeps_them(pointwise, tmp_path):
+    theirs = KINDS["vae"][0]()
+    theirs.save_pretrained(tmp_path / "in")
+    file = weight_file(tmp_path / "in")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        for new, legacy in old.items():
+            if f".{new}." in name:
+                name = name.replace(f".{new}.", f".{legacy}.")
+                if pointwise and tensor.ndim == 2:
+                    tensor = tensor[:, :, None, None].contiguous()
+        tensors[name] = tensor
+    assert sum("proj_attn" in name for name in tensors) == 4  # encoder and decoder
+    save_file(tensors, file, metadata={"format": "pt"})
+    ours = load("vae", tmp_path / "in")
+    structure, params = parameters.split(ours)  # as a run takes it apart and puts it together
+    save("vae", parameters.merge(structure, params), tmp_path / "out")
+    assert_bitwise(load_file(weight_file(tmp_path / "out")), tensors)
+    if not pointwise:  # diffusers renames old names but never reshapes
+        assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+    theirs.save_pretrained(tmp_path / "new")
+    new = parameters.split(load("vae", tmp_path / "new"))[1]
+    assert params.keys() == new.keys()
+    assert all(np.array_equal(params[k], new[k]) for k in new)
+
+
+@pytest.mark.parametrize("kind", ["vae", "clip_l"])
+@pytest.mark.parametrize("variant", ["fp16", "non_ema"])
+def test_variants(kind, variant, tmp_path):
+    plain, other = KINDS[kind][0](0), KINDS[kind][0](1)
+    plain.save_pretrained(tmp_path / "in")
+    other.save_pretrained(tmp_path / "in", variant=variant)
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) == 2
+    for wanted, v in ((plain, None), (other, variant)):
+        save(kind, load(kind, tmp_path / "in", variant=v), tmp_path / "out")
+        assert_bitwise(reopen(plain, tmp_path / "out").state_dict(), wanted.state_dict())
+    for file in (tmp_path / "in").glob("*.safetensors"):
+        if variant not in file.name:
+            file.unlink()
+    with pytest.raises(ValueError, match=rf"(?s)missing.*{variant}\.safetensors.*variant="):
+        load(kind, tmp_path / "in")
+
+
+@pytest.mark.parametrize(("kind", "variant"), [("unet", None), ("vae", "fp16"), ("bigg", "fp16")])
+def test_shards_of_either_writer(kind, variant, tmp_path):
+    theirs = KINDS[kind][0]()
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="30KB", variant=variant)
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    ours = load(kind, tmp_path / "in", variant=variant)
+    save(kind, ours, tmp_path / "out", shard_bytes=30_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+    save(kind, load(kind, tmp_path / "out"), tmp_path / "out")  # whole again, shards gone
+    assert len(shape_of(tmp_path / "out")) == 2
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+    next((tmp_path / "in").glob("*-00002-of-*")).unlink()
+    with pytest.raises(ValueError, match=r"shards that are missing.*00002-of-"):
+        load(kind, tmp_path / "in", variant=variant)
+
+
+# --- configs old and new -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [
+        (UNet2DConditionModel, UNET),
+        (UNet2DConditionModel, {**UNET, "addition_embed_type_num_heads": 64}),  # dead here
+        (UNet2DConditionModel, {**UNET, "switch_of_2030": None, "another": False}),
+        (AutoencoderKL, VAE),
+        (AutoencoderKL, {**VAE, "force_upcast": True, "_name_or_path": "../vae"}),
+        (CLIPTextModel, {"hidden_size": 8, "num_hidden_layers": 1, "torchscript": True}),
+        (CLIPTextModel, {"num_hidden_layers": 1, "temperature": 1.0, "is_decoder": False}),
+    ],
+)
+def test_dead_unset_and_absent_keys_are_accepted(make, config):
+    parameters.initialise(make, config, 0)
+
+
+def test_an_old_config_loads_and_is_given_back_as_it_was(tmp_path):
+    """diffusers 0.1 wrote far fewer keys, and some that are gone."""
+    (tmp_path / "in").mkdir()
+    theirs = KINDS["unet"][0]()
+    theirs.save_pretrained(tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    old = {k: v for k, v in config.items() if k in torch_models.UNET or k[0] == "_"}
+    old |= {"act_fn": "silu", "center_input_sample": False, "mid_block_scale_factor": 1}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(old))
+    diffusers_io.save_unet(diffusers_io.load_unet(tmp_path / "in"), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == old
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+
+
+# --- meshes, dtypes, parameters held apart -------------------------------------------
+
+
+def split_everything(axes):
+    """Shapes -> shardings over a (2, 4) mesh: each array's first axis, last axis, or both."""
+    devices = mesh.make_mesh(data=2, fsdp=4)
+
+    def rule(shape):
+        names = {"first": ["fsdp"], "last": ["fsdp"], "both": ["fsdp", "data"]}[axes]
+        spec: list[str | None] = [None] * len(shape)
+        places = [len(shape) - 1, 0] if axes != "first" else [0]
+        for place, name in zip(places[: len(shape)], names, strict=False):
+            spec[place] = name if shape[place] % devices.shape[name] == 0 else None
+        return jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*spec))
+
+    return lambda shapes: {path: rule(spec.shape) for path, spec in shapes.items()}
+
+
+@pytest.mark.parametrize("axes", ["first", "last", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mesh_gets_the_same_bits_and_gives_them_back(kind, axes, tmp_path):
+    """Convolutions, linear layers, norms and embeddings, cut along every side."""
+    theirs = KINDS[kind][0]()
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="30KB")
+    whole = parameters.split(load(kind, tmp_path / "in"))[1]
+    sharding = split_everything(axes)
+    with jax.transfer_guard("disallow"):
+        ours = load(kind, tmp_path / "in", sharding=sharding)
+    params = parameters.split(ours)[1]
+    wanted = sharding(parameters.shapes(ours))
+    assert sum(not x.is_fully_replicated for x in params.values()) > 10
+    for path, array in params.items():
+        assert array.sharding.is_equivalent_to(wanted[path], array.ndim)
+        np.testing.assert_array_equal(array, whole[path])
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[path][shard.index])
+    save(kind, ours, tmp_path / "out", shard_bytes=30_000)
+    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
+
+
+def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
+    """Of each tensor the slices of its own devices, each once, however many hold it."""
+    KINDS["unet"][0]().save_pretrained(tmp_path)
+    read = tensor_files.TensorFile.read
+    counts = []
+
+    def counting(self, name, bounds):
+        tensor = read(self, name, bounds)
+        counts.append(tensor.size)
+        return tensor
+
+    monkeypatch.setattr(tensor_files.TensorFile, "read", counting)
+    shapes = parameters.shapes(load("unet", tmp_path, abstract=True))
+    total = sum(spec.size for spec in shapes.values())
+    assert not counts
+    load("unet", tmp_path, sharding=split_everything("both"))
+    assert sum(counts) == total
+    # One process of four: the first two devices of eight.
+    everywhere = split_everything("last")
+    addressed = jax.sharding.NamedSharding.addressable_devices_indices_map
+    firsts = jax.devices()[:2]
+
+    def of_the_first(self, shape):
+        return {d: i for d, i in addressed(self, shape).items() if d in firsts}
+
+    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", of_the_first)
+    monkeypatch.setattr(
+        jax, "make_array_from_single_device_arrays", lambda shape, s, blocks: blocks[0]
+    )
+    counts.clear()
+    model = load("unet", tmp_path, sharding=everywhere)
+    assert sum(counts) <= 0.55 * total, (sum(counts), total)  # two of four columns
+    del model
+
+
+def test_parameters_of_two_dtypes(tmp_path):
+    """Kernels rounded to bfloat16 one by one, norms and biases as they are."""
+    theirs = KINDS["unet"][0]()
+    theirs.save_pretrained(tmp_path / "in")
+
+    def held(path):
+        return jnp.bfloat16 if path.endswith(".kernel") else jnp.float32
+
+    ours = load("unet", tmp_path / "in", param_dtype=held)
+    params = parameters.split(ours)[1]
+    assert {path: x.dtype for path, x in params.items()} == {
+        path: jnp.dtype(held(path)) for path in params
+    }
+    save("unet", ours, tmp_path / "out")
+    kernels = {diffusers_io.torch_name(p) for p in params if p.endswith(".kernel")}
+    want = {k: v.bfloat16() if k in kernels else v for k, v in theirs.state_dict().items()}
+    assert_bitwise(load_file(weight_file(tmp_path / "out")), want)
+    save("unet", ours, tmp_path / "wide", dtype=jnp.float32)
+    want = {k: v.float() for k, v in want.items()}
+    assert_bitwise(reopen(theirs, tmp_path / "wide").state_dict(), want)
+
+
+def test_an_abstract_model_saves_parameters_in_the_layout_of_its_folder(tmp_path):
+    """What a run needs at its end: the structure, the old names, and its own parameters."""
+    diffusers_io.save_text_encoder(tiny_text(1.0), tmp_path / "in")
+    file = weight_file(tmp_path / "in")
+    bare = {k.removeprefix("text_model."): v.clone() for k, v in load_file(file).items()}
+    save_file(bare, file, metadata={"format": "pt"})
+    sharding = functools.partial(mesh.parameter_sharding, mesh.make_mesh(data=1, fsdp=8))
+    params = parameters.split(load("clip_l", tmp_path / "in", sharding=sharding))[1]
+    moved = {path: 2 * x for path, x in params.items()}
+    abstract = load("clip_l", tmp_path / "in", abstract=True)
+    assert parameters.shapes(abstract) == parameters.shapes(load("clip_l", tmp_path / "in"))
+    save("clip_l", abstract, tmp_path / "out", params=moved)
+    assert_bitwise(load_file(weight_file(tmp_path / "out")), {k: 2 * v for k, v in bare.items()})
+    save("clip_l", abstract, tmp_path / "host", params={k: np.asarray(v) for k, v in moved.items()})
+    assert weight_file(tmp_path / "host").read_bytes() == weight_file(tmp_path / "out").read_bytes()
+    before = shape_of(tmp_path / "out")
+    first = next(iter(moved))
+    for wrong in ({**moved, "x.bias": 0}, {**moved, first: np.zeros(3)}, {}):
+        with pytest.raises(
+            ValueError, match=r"paths and shapes of the CLIPTextModel, but \d+ differ"
+        ):
+            save("clip_l", abstract, tmp_path / "out", params=wrong)
+    assert shape_of(tmp_path / "out") == before
+
+
+# --- files written as a stream -------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [7, 64 * 2**20])
+def test_a_streamed_file_is_the_library_s_own_to_the_byte(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk)
+    rng = np.random.default_rng(0)
+    tensors = {
+        "b.weight": rng.normal(size=(3, 5)).astype(jnp.bfloat16),
+        "a.weight": rng.normal(size=(3, 1, 2, 2)).astype(np.float16),
+        "a.bias": rng.normal(size=3).astype(np.float32),
+        "scale": np.float64(3.0),
+        "naïve": np.zeros((0, 4), np.float32),
+    }
+    specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
+    file = epath.Path(tmp_path / "ours.safetensors")
+    tensor_files.write(file, specs, tensors.__getitem__)
+    tensors["scale"] = np.asarray(tensors["scale"])
+    assert file.read_bytes() == serialise(tensors, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"a is int8; .*float32.*choose with dtype="):
+        tensor_files.write(file, {"a": jax.ShapeDtypeStruct((), np.int8)}, lambda name: None)
+
+
+def test_one_tensor_is_held_while_a_file_is_written(tmp_path):
+    """Each is asked for only after the one before it lies in the file."""
+    spec = jax.ShapeDtypeStruct((64, 1024), np.float32)
+    file, done = epath.Path(tmp_path / "x.safetensors"), []
+
+    def produce(name):
+        size = file.stat().length
+        assert len(done) * spec.size * 4 <= size + 2**16, "what came before is not written yet"
+        done.append(name)
+        return np.full(spec.shape, len(done), spec.dtype)
+
+    tensor_files.write(file, {f"t{i}": spec for i in range(8)}, produce)
+    assert done == [f"t{i}" for i in range(8)]
+
+
+def test_reading_lets_go_of_what_it_has_read(tmp_path, monkeypatch):
+    """Pages of a mapped file count as memory: the mapping is dropped now and then."""
+    diffusers_io.save_text_encoder(tiny_text(1.0), tmp_path)
+    opened = []
+    monkeypatch.setattr(
+        tensor_files, "safe_open", lambda *a, **kw: opened.append(a) or safe_open(*a, **kw)
+    )
+    load("clip_l", tmp_path)
+    assert len(opened) == 1
+    monkeypatch.setattr(tensor_files, "REOPEN_BYTES", 1000)
+    load("clip_l", tmp_path)
+    size = sum(t.numel() * 4 for t in load_file(weight_file(tmp_path)).values())
+    assert 4 <= len(opened) - 2 <= size / 1000
+
+
+def test_gathering_keeps_no_copy():
+    """`device_get` of a sharded array would stay with the array: a whole model, on the host."""
+    devices = mesh.make_mesh(data=1, fsdp=8)
+    sharding = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("fsdp"))
+    array = jax.device_put(np.arange(16.0, dtype=np.float32), sharding)
+    first = placement.gather(array)
+    np.testing.assert_array_equal(first, np.arange(16))
+    second = placement.gather(array)
+    assert not np.shares_memory(first, second)
+    assert np.shares_memory(jax.device_get(array), jax.device_get(array))  # what it must not do
+    assert placement.gather(array, wanted=False) is None
+
+
+TWO_PROCESSES = """
+import functools, sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from etils import epath
+from dmpo_jax import diffusers_io, mesh
+from dmpo_jax.diffusers_io import tensor_files
+from dmpo_jax.models import parameters
+source, out = epath.Path(sys.argv[3]), epath.Path(sys.argv[4])
+mesh.SHARDED_FROM = 64
+devices = mesh.make_mesh(data=1, fsdp=4)
+read, counts = tensor_files.TensorFile.read, []
+def counting(self, name, bounds):
+    counts.append((read(self, name, bounds)).size)
+    return read(self, name, bounds)
+tensor_files.TensorFile.read = counting
+unet = diffusers_io.load_unet(source, sharding=functools.partial(mesh.parameter_sharding, devices))
+params = parameters.split(unet)[1]
+total = sum(x.size for x in params.values())
+assert sum(counts) < 0.55 * total, (sum(counts), total)
+assert sum(not x.is_fully_addressable and not x.is_fully_replicated for x in params.values()) > 20
+moved = jax.jit(lambda p: {k: 2 * v for k, v in p.items()})(params)
+if jax.process_index() == 1:
+    def refuse(*args, **kw):
+        raise AssertionError("only process 0 writes")
+    for name in ("write_bytes", "write_text", "replace", "unlink", "mkdir", "copy"):
+        setattr(type(out), name, refuse)
+abstract = diffusers_io.load_unet(source, abstract=True)
+diffusers_io.save_pipeline(abstract, source, out, params=moved, shard_bytes=30_000)
+assert (out / "model_index.json").exists()
+"""
+
+
+def test_two_real_processes_load_their_slices_and_save_together(tmp_path):
+    theirs = KINDS["unet"][0]()
+    theirs.save_pretrained(tmp_path / "in" / "unet")
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (tmp_path / "in" / "model_index.json").write_text(json.dumps(index))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    both = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                TWO_PROCESSES,
+                address,
+                str(i),
+                tmp_path / "in",
+                tmp_path / "out",
+            ],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=180)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], errors
+    want = {k: 2 * v for k, v in theirs.state_dict().items()}
+    assert_bitwise(reopen(theirs, tmp_path / "out" / "unet").state_dict(), want)
+    assert len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) > 2
