@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from dmpo_jax.models import parameters
 from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.parameters import Params
 
@@ -37,7 +36,7 @@ def attach(
     Raises:
         ValueError: a target fits no linear layer or convolution.
     """
-    adapted: Any = parameters.merge(*parameters.split(model))
+    adapted: Any = nnx.merge(*nnx.split(model))
     layers: dict[str, Any] = {
         ".".join(map(str, path)): layer
         for path, layer in nnx.iter_modules(adapted)
@@ -61,7 +60,7 @@ def attach(
     return adapted
 
 
-def partition(params: Params) -> tuple[Params, Params]:
+def partition(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(base, adapters) of an adapted model's parameters."""
     adapters = {path: x for path, x in params.items() if is_adapter(path)}
     return {path: x for path, x in params.items() if path not in adapters}, adapters

@@ -1,7 +1,7 @@
 """A model as (structure, parameters): the functional form that a jitted step takes."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def merge(structure: Any, params: Params) -> Any:
+def merge(structure: Any, params: Mapping[str, Any]) -> Any:
     """The inverse of `split`."""
     keyed: Any = {
         tuple(int(part) if part.isdigit() else part for part in path.split(".")): leaf
@@ -48,7 +48,7 @@ def frozen_dtype(path: str, dtype: Any) -> Any:
 def abstract(model: nnx.Module) -> Any:
     """The model with shapes and dtypes in place of its arrays, which it lets go of."""
     structure, _ = nnx.split(model)
-    return merge(structure, cast(Any, shapes(model)))
+    return merge(structure, shapes(model))
 
 
 def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> Any:
