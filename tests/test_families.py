@@ -335,6 +335,12 @@ def test_source_and_mask_are_cropped_alike(mask_shape):
     assert load_pixels(raw(), "", 32).source is None
 
 
+def test_masks_are_resized_to_the_nearest_pixel():
+    noise = np.uint8(255 * (np.random.default_rng(0).random((64, 64)) < 0.5))
+    pixels = load_pixels(raw((64, 64), mask=png(noise)), "inpaint", 32)
+    np.testing.assert_array_equal(pixels.mask[..., 0], noise[1::2, 1::2] // 255)
+
+
 def test_a_mask_of_another_ratio_or_a_broken_image_makes_a_bad_pair():
     with pytest.raises(ValueError, match=r"source's shape, \(60, 48\), .* but got \(48, 48\)"):
         load_pixels(raw(mask_shape=(48, 48)), "inpaint", 32)
