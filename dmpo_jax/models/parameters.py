@@ -1,6 +1,6 @@
 """A model as (structure, parameters): the functional form that a jitted step takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def merge(structure: Any, params: Params) -> Any:
-    """The inverse of `split`."""
+def merge(structure: Any, params: Mapping[str, Any]) -> Any:
+    """The inverse of `split`; of ShapeDtypeStructs, a model that holds no arrays."""
     keyed: Any = {
         tuple(int(part) if part.isdigit() else part for part in path.split(".")): leaf
         for path, leaf in params.items()
