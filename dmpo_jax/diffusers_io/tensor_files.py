@@ -23,7 +23,8 @@ from dmpo_jax.diffusers_io.layout import Bounds
 
 REOPEN_BYTES = 256 * 2**20  # mapped pages that may be held; reopening costs milliseconds
 CHUNK_BYTES = 64 * 2**20  # written at once
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# In the library's order, wide ones first: every tensor then is aligned to its dtype.
+DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class TensorFile:
@@ -117,8 +118,14 @@ def write(
     Raises:
         ValueError: a dtype that model folders do not hold.
     """
-    # Wide dtypes first, as the library writes: every tensor then is aligned to its dtype.
-    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    ranks = list(DTYPES)
+    for name, spec in specs.items():
+        if spec.dtype.name not in ranks:
+            raise ValueError(
+                f"{name} is {spec.dtype.name}; a model folder holds one of {sorted(ranks)}: "
+                "choose with dtype="
+            )
+    order = sorted(specs, key=lambda name: (ranks.index(specs[name].dtype.name), name))
     header = _header({name: specs[name] for name in order})
     with file.open("wb") if file is not None else contextlib.nullcontext() as stream:
         if stream is not None:
@@ -136,11 +143,6 @@ def _header(specs: Mapping[str, jax.ShapeDtypeStruct]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, spec in specs.items():
-        if spec.dtype.name not in DTYPES:
-            raise ValueError(
-                f"{name} is {spec.dtype.name}; a model folder holds one of {sorted(DTYPES)}: "
-                "choose with dtype="
-            )
         start, end = end, end + nbytes(spec)
         entries[name] = {
             "dtype": DTYPES[spec.dtype.name],

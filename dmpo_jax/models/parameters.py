@@ -27,7 +27,7 @@ def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def merge(structure: Any, params: Mapping[str, Any]) -> Any:
-    """The inverse of `split`."""
+    """The inverse of `split`; of ShapeDtypeStructs, a model that holds no arrays."""
     keyed: Any = {
         tuple(int(part) if part.isdigit() else part for part in path.split(".")): leaf
         for path, leaf in params.items()
