@@ -1,14 +1,17 @@
-"""A PyTorch diffusers folder <-> our modules: `weights` one model, `pipeline` a whole folder."""
+"""A PyTorch diffusers folder <-> our modules.
+
+`weights` is one model, `schedules` the scheduler's config, `pipeline` a whole folder.
+"""
 
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     embed_prompts,
     load_family,
     load_pipeline,
-    load_schedule,
     make_index,
     save_pipeline,
 )
+from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusers_io.weights import (
     find_folder,
     load_text_encoder,
@@ -27,6 +30,7 @@ from dmpo_jax.diffusers_io.weights import (
 
 __all__ = [
     "Pipeline",
+    "Sampling",
     "embed_prompts",
     "find_folder",
     "load_family",
