@@ -83,7 +83,7 @@ def guide(
         prediction = predict(jnp.repeat(x, k, axis=0), jnp.repeat(timesteps, k), told)
         prediction = prediction.astype(jnp.float32).reshape(len(x), k, *prediction.shape[1:])
         # Not a product of matrices, which accelerators compute in fewer bits.
-        return sum(weight * prediction[:, i] for i, weight in enumerate(weights))
+        return (prediction * jnp.asarray(weights, jnp.float32).reshape(1, k, 1, 1, 1)).sum(1)
 
     return guided
 
@@ -276,9 +276,7 @@ def spaced_timesteps(
     """
     most = num_train_timesteps - ends
     if not 1 <= num_steps <= most:
-        raise ValueError(
-            f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}"
-        )
+        raise ValueError(f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}")
     points = num_steps + ends
     if timestep_spacing == "leading":
         ratio = num_train_timesteps // points

@@ -258,9 +258,7 @@ def test_guidance_equals_a_loop_by_hand(sampler, scale):
 
     _, want = trajectory_of_diffusers(theirs, 10, combine)
     guided = guide(predict, (CONTEXT, NEGATIVE), (scale, 1 - scale))
-    got = SAMPLERS[sampler](
-        guided, jnp.asarray(NOISE), schedule=schedule, num_steps=10, **settings
-    )
+    got = SAMPLERS[sampler](guided, jnp.asarray(NOISE), schedule=schedule, num_steps=10, **settings)
     assert relative_error(got, want) < 1e-5
 
 
@@ -320,7 +318,7 @@ def test_errors():
     def call(sample=ddim, **kw):
         return sample(conditional, x, **({"schedule": schedule, "num_steps": 5} | kw))
 
-    with pytest.raises(ValueError, match="2 parts and weights \\[1.0\\]"):
+    with pytest.raises(ValueError, match=r"2 parts and weights \[1.0\]"):
         guide(predict, (CONTEXT, NEGATIVE), (1.0,))
     for wrong in (Told(jnp.zeros((1, 4))), Told(jnp.zeros((3, 4)), jnp.zeros((4, 2)))):
         with pytest.raises(ValueError, match="leading axis of 3"):

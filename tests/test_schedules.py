@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/diffusers_io/schedules.py: a scheduler's config, read as diffusers reads it."""
+"""Tests for dmpo_jax/diffusers_io/schedules.py: a config read as diffusers reads it."""
 
 import contextlib
 import json
@@ -66,7 +66,9 @@ def test_what_a_pipeline_overrides_is_overridden(tmp_path, name):
     """StableDiffusionPipeline, when it is made, sets some of its scheduler's values right."""
     config = CONFIGS[name]
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    with pytest.warns(FutureWarning) if config.get("steps_offset") != 1 else contextlib.nullcontext():
+    with (
+        pytest.warns(FutureWarning) if config.get("steps_offset") != 1 else contextlib.nullcontext()
+    ):
         pipe = diffusers.StableDiffusionPipeline(
             *[None] * 4, scheduler, None, None, requires_safety_checker=False
         )

@@ -93,9 +93,7 @@ def _read_delimited(content: bytes, delimiter: str) -> Iterator[Any]:
         column_types=dict.fromkeys(names, pa.string()),  # "007" is a prompt, not 7
         include_columns=_wanted(names),
     )
-    table = pyarrow.csv.read_csv(
-        io.BytesIO(content), parse_options=parse, convert_options=convert
-    )
+    table = pyarrow.csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=convert)
     for row in table.to_pylist():  # an empty cell says nothing
         yield {key: value or None for key, value in row.items()}
 
@@ -131,13 +129,12 @@ def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
     text = row[_text_key(list(row))]
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"prompt should be a text, but is {text!r}")
-    texts = {key: row.get(key) for key in ("negative_prompt", "image", "mask")}
+    texts: dict[str, Any] = {key: row.get(key) for key in ("negative_prompt", "image", "mask")}
     for key, value in texts.items():
         if not isinstance(value, str | None):
             raise ValueError(f"{key} should be a text, but is {value!r}")
     for key in ("image", "mask"):
-        if texts[key]:
-            texts[key] = str(folder / texts[key])
+        texts[key] = str(folder / texts[key]) if texts[key] else None
     return Prompt(text.strip(), seed=_to_seed(row.get("seed")), **texts)
 
 

@@ -163,5 +163,5 @@ def load_schedule(folder: epath.PathLike) -> tuple[NoiseSchedule, Sampling]:
         )
     given = {key: config[key] for key in SCHEDULE_KEYS if key in config}
     index = path / "model_index.json"
-    kind = weights.read_json(index).get("_class_name") if index.exists() else ""
-    return make_noise_schedule(**given), Sampling(file, config, OVERRIDES.get(kind, {}))
+    kind = weights.read_json(index).get("_class_name") if index.exists() else None
+    return make_noise_schedule(**given), Sampling(file, config, OVERRIDES.get(str(kind), {}))
