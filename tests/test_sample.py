@@ -1,6 +1,7 @@
 """Tests for dmpo_jax/jobs/sample.py: what goes into the sampler, and what is written of it."""
 
 import dataclasses
+import functools
 import json
 import types
 
@@ -36,17 +37,20 @@ def contexts(loaded):
     )
 
 
-def recorded(pipeline, unet, **kw):
+def blackened(make, pipeline, unet, **kw):
     """A sampler that draws black images, and the list of what each batch was drawn from."""
-    settings = {"steps": 2, "guidance_scale": 3.0, "batch_size": 8} | kw
-    sampler = sample.make_sampler(pipeline, unet, **settings)
-    seen = []
+    sampler, seen = make(pipeline, unet, **kw), []
 
     def run(params, *inputs):
         seen.append(inputs)
         return jnp.zeros((8, *sampler.size, 3), jnp.uint8)
 
     return dataclasses.replace(sampler, run=run), seen
+
+
+def recorded(pipeline, unet, **kw):
+    settings = {"steps": 2, "guidance_scale": 3.0, "batch_size": 8} | kw
+    return blackened(sample.make_sampler, pipeline, unet, **settings)
 
 
 def test_images_are_written_as_batches_finish(tmp_path, monkeypatch):
@@ -62,6 +66,8 @@ def test_images_are_written_as_batches_finish(tmp_path, monkeypatch):
             yield images
 
     monkeypatch.setattr(sample.Sampler, "batches", counted)
+    black = functools.partial(blackened, sample.make_sampler)
+    monkeypatch.setattr(sample, "make_sampler", lambda *a, **kw: black(*a, **kw)[0])
     sample.sample(
         model=str(FOLDER),
         prompts=tmp_path / "prompts.json",
