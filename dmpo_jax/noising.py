@@ -219,12 +219,23 @@ def to_sample_and_epsilon(
     The inverse of `add_noise` and `prediction_target` together. Not finite where an
     epsilon prediction meets pure noise (the last timestep under zero terminal SNR).
     """
-    prediction, latents = prediction.astype(jnp.float32), latents.astype(jnp.float32)
     signal = _at(schedule.signal, timesteps, latents.ndim)
     noise = _at(schedule.noise, timesteps, latents.ndim)
-    if schedule.prediction_type == "epsilon":
+    return split_prediction(prediction, latents, signal, noise, schedule.prediction_type)
+
+
+def split_prediction(
+    prediction: Rows,
+    latents: Rows,
+    signal: Float[Array, "..."],
+    noise: Float[Array, "..."],
+    prediction_type: str,
+) -> tuple[Rows, Rows]:
+    """`to_sample_and_epsilon` at any noise level: `latents = signal x0 + noise epsilon`."""
+    prediction, latents = prediction.astype(jnp.float32), latents.astype(jnp.float32)
+    if prediction_type == "epsilon":
         return (latents - noise * prediction) / signal, prediction
-    if schedule.prediction_type == "sample":
+    if prediction_type == "sample":
         return prediction, (latents - signal * prediction) / noise
     return signal * latents - noise * prediction, signal * prediction + noise * latents
 

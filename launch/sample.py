@@ -2,23 +2,38 @@
 
     python launch/sample.py --model=FOLDER --prompts=FILE --out=DIR
 
-Writes DIR/grid.png, a row a prompt, and one PNG an image with its settings inside.
+Writes one PNG an image with its settings inside, and DIR/grid.png, a row a prompt.
+
+FILE has a prompt a line, or is .json, .jsonl, .csv, .tsv or .parquet with `prompt` and, if
+need be, `negative_prompt`, `seed`, `image` and `mask` of each; images are for models that edit
+or inpaint, and their paths relative to FILE.
 """
 
 from absl import app, flags
 
 from dmpo_jax import flags as command
 from dmpo_jax.jobs.sample import sample
+from dmpo_jax.samplers import SAMPLERS
 
 MODEL = flags.DEFINE_string("model", None, "diffusers pipeline folder or hub id", required=True)
-PROMPTS = flags.DEFINE_string("prompts", None, "text file, a prompt a line", required=True)
+PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts, see above", required=True)
 OUT = flags.DEFINE_string("out", None, "folder for the images", required=True)
 VARIANT = flags.DEFINE_string("variant", None, "'fp16' reads *.fp16.safetensors")
-SEED = flags.DEFINE_integer("seed", 0, "of the first image; each next one has the next")
+SEED = flags.DEFINE_integer("seed", 0, "of the first image; each next has the next")
+SAMPLER = flags.DEFINE_enum(
+    "sampler", "auto", ["auto", *SAMPLERS], "auto is the one that the model's folder names"
+)
 IMAGES = flags.DEFINE_integer("images_per_prompt", 1, "images of each prompt", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", 50, "sampler steps an image", lower_bound=1)
 GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "classifier-free guidance; 1 is none")
-NEGATIVE = flags.DEFINE_string("negative_prompt", "", "what guidance leads away from")
+IMAGE_GUIDANCE = flags.DEFINE_float(
+    "image_guidance_scale", 1.5, "towards the given image, for editing models; 1 is none"
+)
+NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "what guidance leads away from, where a prompt names none itself"
+)
+HEIGHT = flags.DEFINE_integer("height", None, "pixels; default the model's own", lower_bound=8)
+WIDTH = flags.DEFINE_integer("width", None, "pixels; default the model's own", lower_bound=8)
 BATCH = flags.DEFINE_integer("batch_size", 8, "images at a time, over all devices", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "to compute in")
 
@@ -35,7 +50,11 @@ def main(argv) -> None:
         images_per_prompt=IMAGES.value,
         steps=STEPS.value,
         guidance_scale=GUIDANCE.value,
+        image_guidance_scale=IMAGE_GUIDANCE.value,
         negative_prompt=NEGATIVE.value,
+        sampler=SAMPLER.value,
+        height=HEIGHT.value,
+        width=WIDTH.value,
         batch_size=BATCH.value,
         dtype=DTYPE.value,
     )

@@ -165,18 +165,6 @@ def test_unsupported_classes_are_named(folder, tmp_path):
         diffusers_io.make_index("FluxPipeline", {})
 
 
-def test_the_schedule_is_read_or_refused(tmp_path):
-    (tmp_path / "scheduler").mkdir()
-    file = tmp_path / "scheduler" / "scheduler_config.json"
-    file.write_text('{"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}')
-    schedule, sampling = diffusers_io.load_schedule(tmp_path)
-    assert (schedule.num_train_timesteps, schedule.prediction_type) == (1000, "v_prediction")
-    assert sampling["timestep_spacing"] == "leading"
-    edit_json(file, thresholding=True)
-    with pytest.raises(ValueError, match="thresholding=True"):
-        diffusers_io.load_schedule(tmp_path)
-
-
 def test_config_keys_that_would_change_the_result_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(UNET))
     edit_json(

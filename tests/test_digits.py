@@ -1,5 +1,7 @@
 """The embedded digits pipeline: opens in PyTorch, and draws the same images as ours."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -17,11 +19,25 @@ FOLDER = digits.PIPELINE
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_images_equal_those_of_pytorch(guidance_scale):
+@pytest.mark.parametrize(
+    ("scheduler", "guidance_scale"),
+    [
+        ("DDIMScheduler", 1.0),
+        ("EulerDiscreteScheduler", 3.0),
+        pytest.param("DDIMScheduler", 3.0, marks=pytest.mark.slow),
+        pytest.param("DPMSolverMultistepScheduler", 3.0, marks=pytest.mark.slow),
+    ],
+)
+def test_images_equal_those_of_pytorch(tmp_path, scheduler, guidance_scale):
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(str(FOLDER))
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER, folder)
+    for name in ("scheduler/scheduler_config.json", "model_index.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("DDIMScheduler", scheduler))
+    pipe = StableDiffusionPipeline.from_pretrained(str(folder))
+    assert type(pipe.scheduler).__name__ == scheduler
     pipe.set_progress_bar_config(disable=True)
     prompts, seeds = list(digits.CAPTIONS[:8]), list(range(8))
     noise = np.stack([jax.random.normal(jax.random.key(s), (8, 8, 4)) for s in seeds])
@@ -32,8 +48,8 @@ def test_images_equal_those_of_pytorch(guidance_scale):
         guidance_scale=guidance_scale,
         output_type="np",
     ).images
-    pipeline = diffusers_io.load_pipeline(FOLDER)
-    unet = diffusers_io.load_unet(FOLDER)
+    pipeline = diffusers_io.load_pipeline(folder)
+    unet = diffusers_io.load_unet(folder)
     sampler = make_sampler(pipeline, unet, steps=20, guidance_scale=guidance_scale, batch_size=8)
     ours = sampler(parameters.split(unet)[1], prompts, seeds)
     assert np.abs(ours / 255.0 - theirs).mean() <= 1 / 255

@@ -1,4 +1,5 @@
-"""A PyTorch diffusers folder <-> our modules: `pipeline` a whole folder, `weights` one model.
+"""A PyTorch diffusers folder <-> our modules: `pipeline` a whole folder, `weights` one model,
+`lora` adapters, `schedules` the scheduler's config.
 
 Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (safetensors,
 a tensor at a time) and `placement` (arrays between host and devices).
@@ -13,10 +14,10 @@ from dmpo_jax.diffusers_io.pipeline import (
     embed_prompts,
     load_family,
     load_pipeline,
-    load_schedule,
     make_index,
     save_pipeline,
 )
+from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusers_io.weights import (
     SHARD_BYTES,
     load_text_encoder,
@@ -32,6 +33,7 @@ __all__ = [
     "LORA_FILE",
     "SHARD_BYTES",
     "Pipeline",
+    "Sampling",
     "embed_prompts",
     "find_folder",
     "load_family",

@@ -12,44 +12,23 @@ from jax.experimental import multihost_utils
 
 from dmpo_jax.diffusers_io import weights
 from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
+from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.models import clip
 from dmpo_jax.models import unet as unets
 from dmpo_jax.models.families import FAMILIES, Family
-from dmpo_jax.noising import NoiseSchedule, make_noise_schedule
+from dmpo_jax.noising import NoiseSchedule
 
-SCHEDULE_KEYS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "trained_betas",
-)
 # CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
 # told a score in place of the target size.
 OTHER_CONDITIONING = ("is_cosxl_edit", "requires_aesthetics_score")
-SAMPLING_KEYS = (
-    "timestep_spacing",
-    "steps_offset",
-    "set_alpha_to_one",
-    "clip_sample",
-    "clip_sample_range",
-)
-# DDIMScheduler's own defaults, which a config.json may leave out; ours are Stable Diffusion's.
-SAMPLING_DEFAULTS = {
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "set_alpha_to_one": True,
-    "clip_sample": False,
-    "clip_sample_range": 1.0,
-}
 
 
 class Pipeline(NamedTuple):
     """What conditions a UNet and decodes its latents; the UNet itself is loaded apart.
 
-    sampling: keyword arguments of `samplers.ddim` that scheduler_config.json states.
+    sampling: which sampler scheduler_config.json names, and the settings of each.
+    zero_negative: whether no negative prompt means embeddings of zeros (SDXL's
+        force_zeros_for_empty_prompt) rather than those of the empty prompt.
     """
 
     folder: epath.Path
@@ -58,7 +37,8 @@ class Pipeline(NamedTuple):
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
     schedule: NoiseSchedule
-    sampling: dict[str, Any]
+    sampling: Sampling
+    zero_negative: bool = False
 
 
 def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
@@ -81,16 +61,6 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
     return path, FAMILIES[kind]
 
 
-def load_schedule(folder: epath.PathLike) -> tuple[NoiseSchedule, dict[str, Any]]:
-    """The noise schedule and DDIM's settings of a pipeline's scheduler_config.json."""
-    config = read_json(find_folder(folder) / "scheduler" / "scheduler_config.json")
-    given = {key: config[key] for key in SCHEDULE_KEYS if key in config}
-    if config.get("thresholding"):
-        raise ValueError("scheduler_config.json asks for thresholding=True; supported: False")
-    sampling = {key: config.get(key, SAMPLING_DEFAULTS[key]) for key in SAMPLING_KEYS}
-    return make_noise_schedule(**given), sampling
-
-
 def load_pipeline(
     folder: epath.PathLike, *, vae: str = "", variant: str | None = None, dtype: Any = jnp.float32
 ) -> Pipeline:
@@ -107,6 +77,7 @@ def load_pipeline(
     from transformers import CLIPTokenizer
 
     path, family = load_family(folder)
+    index = read_json(path / "model_index.json")
     schedule, sampling = load_schedule(path)
     check_parts(path, family)
     encoders, tokenizers = [], []
@@ -126,6 +97,8 @@ def load_pipeline(
         tuple(tokenizers),
         schedule,
         sampling,
+        index["_class_name"].startswith("StableDiffusionXL")
+        and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 

@@ -67,7 +67,7 @@ def evaluate(
         "seeds": seeds,
         "base": str(a),
         "policy": str(b),
-        "sampler": {"name": "ddim", "steps": steps, "guidance_scale": guidance_scale},
+        "sampler": {"name": sampler.name, "steps": steps, "guidance_scale": guidance_scale},
     }
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
