@@ -80,7 +80,7 @@ class Sampler:
 
     @property
     def _image(self) -> str:
-        return getattr(self.pipeline.family, "image", "")
+        return self.pipeline.family.image
 
     def negative_of(self, prompt: Prompt) -> str | None:
         """What guidance leads away from: the prompt's own, else the run's; None is zeros."""
@@ -154,11 +154,6 @@ def make_sampler(
     Raises:
         ValueError: naming the size, step count or scheduler key that cannot be honoured.
     """
-    if pipeline.family.image:
-        raise ValueError(
-            f"{pipeline.folder} is a {pipeline.family.name} pipeline, which needs an image beside "
-            "each prompt: sample it in PyTorch"
-        )
     devices = mesh.make_mesh()
     batch_size = -(-batch_size // devices.size) * devices.size
     vae = pipeline.vae.config
@@ -174,7 +169,7 @@ def make_sampler(
     solve = samplers.SAMPLERS[name]
     # The table is built in this dry run: what is wrong with it is said before anything compiles.
     jax.eval_shape(lambda x: solve(lambda x, _: x, x, **settings), jnp.zeros((1, *shape)))
-    kind = getattr(pipeline.family, "image", "")
+    kind = pipeline.family.image
     image_scale = image_guidance_scale if kind == "edit" else None
     structure, _ = parameters.split(unet)
     predict = families.make_predict(lambda params: parameters.merge(structure, params))
@@ -232,7 +227,7 @@ def encode_source(
     kind: str, vae: Any, images: jax.Array, masks: jax.Array | None, scaling_factor: float
 ) -> jax.Array:
     """`Conditioning.image` of uint8 images `[N, H, W, 3]` and masks `[N, H, W, 1]` of 0 and 1."""
-    return families.image_channels(  # pyright: ignore[reportAttributeAccessIssue]
+    return families.image_channels(
         kind,
         vae.encode,
         images.astype(jnp.float32) / 127.5 - 1,
@@ -316,7 +311,7 @@ def sample(
     """
     asked = prompt_files.load_prompts(prompts)
     pipeline = diffusers_io.load_pipeline(model, variant=variant, dtype=dtype)
-    kind = getattr(pipeline.family, "image", "")
+    kind = pipeline.family.image
     check_images(asked, kind)
     unet = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
     draw = make_sampler(
