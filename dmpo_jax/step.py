@@ -131,13 +131,14 @@ def pair_loss(params, reference, part, setup: Setup):
     return loss, {"loss": loss, **metrics}
 
 
-def predict_both(params, reference, noised, conditioning, setup: Setup, *dropout_key):
+def predict_both(params, reference, noised, conditioning, setup: Setup, dropout_key=None):
     """(the policy's predictions, the reference's or None)."""
     frozen = reference
     if setup.adapters:  # on the same frozen parameters, switched off for the reference
         frozen = {**reference, **lora.switched_off(jax.lax.stop_gradient(params))}
-        dropped = lora.drop(*dropout_key, params, setup.dropout) if dropout_key else params
-        params = {**reference, **dropped}
+        if dropout_key is not None:
+            params = lora.drop(dropout_key, params, setup.dropout)
+        params = {**reference, **params}
     reference_prediction = None
     if setup.needs_reference:
         reference_prediction = jax.lax.stop_gradient(

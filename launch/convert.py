@@ -14,8 +14,8 @@ from dmpo_jax import flags as command
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.single_file import convert_single_file
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's --workdir")
-SINGLE_FILE = flags.DEFINE_string("single_file", None, "a .safetensors file of a whole model")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "", "a run's --workdir")
+SINGLE_FILE = flags.DEFINE_string("single_file", "", "a .safetensors file of a whole model")
 OUT = flags.DEFINE_string("out", None, "folder to write", required=True)
 STEP = flags.DEFINE_integer("step", None, "which checkpoint; default the newest")
 WEIGHTS = flags.DEFINE_enum(
@@ -28,7 +28,11 @@ DTYPE = flags.DEFINE_enum(
 SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "largest weight file, in GB", lower_bound=0.001)
 VERIFY = flags.DEFINE_bool("verify", False, "compare with PyTorch diffusers; needs [eval]")
 LIKE = flags.DEFINE_string("like", "", "with --single_file: a folder whose configs to take")
-flags.mark_flags_as_mutual_exclusive(["checkpoint", "single_file"], required=True)
+flags.register_multi_flags_validator(
+    ["checkpoint", "single_file"],
+    lambda given: bool(given["checkpoint"]) != bool(given["single_file"]),
+    "give either --checkpoint or --single_file",
+)
 
 
 def main(argv) -> None:

@@ -1,5 +1,6 @@
 """What was exported, opened in PyTorch and run beside our own UNet on the same inputs."""
 
+import importlib
 import logging
 from typing import Any
 
@@ -27,8 +28,8 @@ def verify_unet(out: epath.Path, config: configs.Config) -> float:
         ValueError: PyTorch or diffusers is missing, or the difference exceeds 1e-3.
     """
     try:
-        import diffusers
-        import torch
+        diffusers: Any = importlib.import_module("diffusers")
+        torch: Any = importlib.import_module("torch")
     except ImportError as error:
         raise ValueError(
             f"verifying needs PyTorch diffusers ({error}): pip install 'dmpo_jax[eval]'"
@@ -42,7 +43,7 @@ def verify_unet(out: epath.Path, config: configs.Config) -> float:
     inputs = make_inputs(unet.config)
     ours = predict(unet, inputs)
     del unet  # a full-size model is held once at a time
-    theirs: Any = diffusers.UNet2DConditionModel.from_pretrained(
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(
         str(source / "unet"), variant=variant, torch_dtype=torch.float32
     )
     if not merged:

@@ -66,7 +66,7 @@ def partition(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {path: x for path, x in params.items() if path not in adapters}, adapters
 
 
-def _pair(layer: Any, rank: int) -> tuple[nnx.Module, nnx.Module]:
+def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
     """A down to `rank`, of the layer's own kind, and B up again; neither has a bias."""
     kw: Any = {"use_bias": False, "dtype": layer.dtype, "rngs": nnx.Rngs(0)}
     if isinstance(layer, Linear):
