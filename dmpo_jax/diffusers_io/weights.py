@@ -290,8 +290,11 @@ def save_model(
     for name, shard in zip(names, shards, strict=True):
 
         def produce(tensor: str, shard=shard) -> np.ndarray | None:
-            array = placement.gather(arrays[shard[tensor].path], wanted=writes)
-            return _converted(shard[tensor], array) if writes and array is not None else None
+            array = arrays[shard[tensor].path]
+            if not (writes or placement.takes_all(array)):
+                return None
+            gathered = placement.gather(array)
+            return _converted(shard[tensor], gathered) if writes else None
 
         part = folder / f"{name}.part" if writes else None
         tensor_files.write(part, {n: stored.spec for n, stored in shard.items()}, produce)
