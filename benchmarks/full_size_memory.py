@@ -128,13 +128,11 @@ class Drawn:
 
 
 def write(folder: pathlib.Path, source: Source) -> None:
-    from flax import nnx
-
     from dmpo_jax import diffusers_io
     from dmpo_jax.models import parameters
     from dmpo_jax.models.unet import UNet2DConditionModel
 
-    model = nnx.eval_shape(lambda: UNet2DConditionModel(SDXL, rngs=nnx.Rngs(0)))
+    model = parameters.abstract(UNet2DConditionModel, SDXL)
     shapes = parameters.shapes(model)
     params = {path: Drawn(spec, i) for i, (path, spec) in enumerate(shapes.items())}
     diffusers_io.save_unet(

@@ -82,9 +82,7 @@ def load_model(
     config = folders.read_json(folder / "config.json")
     one_dtype = jnp.float32 if _chooses(param_dtype) else param_dtype
     try:
-        model = nnx.eval_shape(
-            lambda: make(config, dtype=dtype, param_dtype=one_dtype, rngs=nnx.Rngs(0))
-        )
+        model = parameters.abstract(make, config, dtype=dtype, param_dtype=one_dtype)
     except Exception as error:  # nothing but the config comes from outside
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())[:800]
