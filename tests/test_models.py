@@ -6,9 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import full_size
 import torch_models
 from dmpo_jax import diffusers_io
 from dmpo_jax.models import parameters
+from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.models.vae import AutoencoderKL
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -144,6 +148,16 @@ def test_attention_scores_are_float32_in_bfloat16():
     got = attention(query, key, value)[0, 0, 0, 0]
     want = 1 / (1 + np.exp(-8 * 0.0625 / 2))
     np.testing.assert_allclose(float(got), want, rtol=5e-3)
+
+
+@pytest.mark.parametrize("name", full_size.MODELS)
+def test_real_models_have_their_number_of_parameters(name):
+    """Laid out abstractly, which takes seconds and no memory even for SDXL."""
+    kind, config, count, _ = full_size.MODELS[name]
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    kw = {} if kind in kinds else {"projection": kind == "clip_projection"}
+    model = parameters.abstract(kinds.get(kind, CLIPTextModel), config, **kw)
+    assert sum(spec.size for spec in parameters.shapes(model).values()) == count
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])

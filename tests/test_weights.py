@@ -1,26 +1,16 @@
-"""PyTorch folders in and out, bit for bit: old ones, sharded ones, onto meshes and from them."""
+"""PyTorch folders in and out, bit for bit: old ones, sharded ones, of two dtypes."""
 
 import functools
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from etils import epath
-from safetensors import safe_open
-from safetensors.numpy import save as serialise
 from safetensors.torch import load_file, save_file
 
 import torch_models
 from dmpo_jax import diffusers_io, mesh
-from dmpo_jax.diffusers_io import placement, tensor_files
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
@@ -39,7 +29,6 @@ from model_folders import (
     weight_file,
 )
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 # --- there and back --------------------------------------------------------------
@@ -201,79 +190,7 @@ def test_an_old_config_loads_and_is_given_back_as_it_was(tmp_path):
     assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
 
 
-# --- meshes, dtypes, parameters held apart -------------------------------------------
-
-
-def split_everything(axes):
-    """Shapes -> shardings over a (2, 4) mesh: each array's first axis, last axis, or both."""
-    devices = mesh.make_mesh(data=2, fsdp=4)
-
-    def rule(shape):
-        names = {"first": ["fsdp"], "last": ["fsdp"], "both": ["fsdp", "data"]}[axes]
-        spec: list[str | None] = [None] * len(shape)
-        places = [len(shape) - 1, 0] if axes != "first" else [0]
-        for place, name in zip(places[: len(shape)], names, strict=False):
-            spec[place] = name if shape[place] % devices.shape[name] == 0 else None
-        return jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*spec))
-
-    return lambda shapes: {path: rule(spec.shape) for path, spec in shapes.items()}
-
-
-@pytest.mark.parametrize("axes", ["first", "last", "both"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_mesh_gets_the_same_bits_and_gives_them_back(kind, axes, tmp_path):
-    """Convolutions, linear layers, norms and embeddings, cut along every side."""
-    theirs = KINDS[kind][0]()
-    theirs.save_pretrained(tmp_path / "in", max_shard_size="30KB")
-    whole = parameters.split(load(kind, tmp_path / "in"))[1]
-    sharding = split_everything(axes)
-    with jax.transfer_guard("disallow"):
-        ours = load(kind, tmp_path / "in", sharding=sharding)
-    params = parameters.split(ours)[1]
-    wanted = sharding(parameters.shapes(ours))
-    assert sum(not x.is_fully_replicated for x in params.values()) > 10
-    for path, array in params.items():
-        assert array.sharding.is_equivalent_to(wanted[path], array.ndim)
-        np.testing.assert_array_equal(array, whole[path])
-        for shard in array.addressable_shards:
-            np.testing.assert_array_equal(shard.data, whole[path][shard.index])
-    save(kind, ours, tmp_path / "out", shard_bytes=30_000)
-    assert_bitwise(reopen(theirs, tmp_path / "out").state_dict(), theirs.state_dict())
-
-
-def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
-    """Of each tensor the slices of its own devices, each once, however many hold it."""
-    KINDS["unet"][0]().save_pretrained(tmp_path)
-    read = tensor_files.TensorFile.read
-    counts = []
-
-    def counting(self, name, bounds):
-        tensor = read(self, name, bounds)
-        counts.append(tensor.size)
-        return tensor
-
-    monkeypatch.setattr(tensor_files.TensorFile, "read", counting)
-    shapes = parameters.shapes(load("unet", tmp_path, abstract=True))
-    total = sum(spec.size for spec in shapes.values())
-    assert not counts
-    load("unet", tmp_path, sharding=split_everything("both"))
-    assert sum(counts) == total
-    # One process of four: the first two devices of eight.
-    everywhere = split_everything("last")
-    addressed = jax.sharding.NamedSharding.addressable_devices_indices_map
-    firsts = jax.devices()[:2]
-
-    def of_the_first(self, shape):
-        return {d: i for d, i in addressed(self, shape).items() if d in firsts}
-
-    monkeypatch.setattr(jax.sharding.NamedSharding, "addressable_devices_indices_map", of_the_first)
-    monkeypatch.setattr(
-        jax, "make_array_from_single_device_arrays", lambda shape, s, blocks: blocks[0]
-    )
-    counts.clear()
-    model = load("unet", tmp_path, sharding=everywhere)
-    assert sum(counts) <= 0.55 * total, (sum(counts), total)  # two of four columns
-    del model
+# --- dtypes, and parameters held apart --------------------------------------------------
 
 
 def test_parameters_of_two_dtypes(tmp_path):
@@ -321,140 +238,3 @@ def test_an_abstract_model_saves_parameters_in_the_layout_of_its_folder(tmp_path
         ):
             save("clip_l", abstract, tmp_path / "out", params=wrong)
     assert shape_of(tmp_path / "out") == before
-
-
-# --- files written as a stream -------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [7, 64 * 2**20])
-def test_a_streamed_file_is_the_library_s_own_to_the_byte(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", chunk)
-    rng = np.random.default_rng(0)
-    tensors = {
-        "b.weight": rng.normal(size=(3, 5)).astype(jnp.bfloat16),
-        "a.weight": rng.normal(size=(3, 1, 2, 2)).astype(np.float16),
-        "a.bias": rng.normal(size=3).astype(np.float32),
-        "scale": np.float64(3.0),
-        "naïve": np.zeros((0, 4), np.float32),
-    }
-    specs = {name: jax.ShapeDtypeStruct(t.shape, t.dtype) for name, t in tensors.items()}
-    file = epath.Path(tmp_path / "ours.safetensors")
-    tensor_files.write(file, specs, tensors.__getitem__)
-    tensors["scale"] = np.asarray(tensors["scale"])
-    assert file.read_bytes() == serialise(tensors, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"a is int8; .*float32.*choose with dtype="):
-        tensor_files.write(file, {"a": jax.ShapeDtypeStruct((), np.int8)}, lambda name: None)
-
-
-def test_one_tensor_is_held_while_a_file_is_written(tmp_path):
-    """Each is asked for only after the one before it lies in the file."""
-    spec = jax.ShapeDtypeStruct((64, 1024), np.float32)
-    file, done = epath.Path(tmp_path / "x.safetensors"), []
-
-    def produce(name):
-        size = file.stat().length
-        assert len(done) * spec.size * 4 <= size + 2**16, "what came before is not written yet"
-        done.append(name)
-        return np.full(spec.shape, len(done), spec.dtype)
-
-    tensor_files.write(file, {f"t{i}": spec for i in range(8)}, produce)
-    assert done == [f"t{i}" for i in range(8)]
-
-
-def test_reading_lets_go_of_what_it_has_read(tmp_path, monkeypatch):
-    """Pages of a mapped file count as memory: the mapping is dropped now and then."""
-    diffusers_io.save_text_encoder(tiny_text(1.0), tmp_path)
-    opened = []
-    monkeypatch.setattr(
-        tensor_files, "safe_open", lambda *a, **kw: opened.append(a) or safe_open(*a, **kw)
-    )
-    load("clip_l", tmp_path)
-    assert len(opened) == 1
-    monkeypatch.setattr(tensor_files, "REOPEN_BYTES", 100)
-    load("clip_l", tmp_path)
-    size = sum(t.numel() * 4 for t in load_file(weight_file(tmp_path)).values())
-    assert 4 <= len(opened) - 2 <= size / 100
-
-
-def test_gathering_keeps_no_copy():
-    """`device_get` of a sharded array would stay with the array: a whole model, on the host."""
-    devices = mesh.make_mesh(data=1, fsdp=8)
-    sharding = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("fsdp"))
-    array = jax.device_put(np.arange(16.0, dtype=np.float32), sharding)
-    first = placement.gather(array)
-    np.testing.assert_array_equal(first, np.arange(16))
-    second = placement.gather(array)
-    assert not np.shares_memory(first, second)
-    assert np.shares_memory(jax.device_get(array), jax.device_get(array))  # what it must not do
-    assert placement.gather(array, wanted=False) is None
-
-
-TWO_PROCESSES = """
-import functools, sys, jax, numpy as np
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from etils import epath
-from dmpo_jax import diffusers_io, mesh
-from dmpo_jax.diffusers_io import tensor_files
-from dmpo_jax.models import parameters
-source, out = epath.Path(sys.argv[3]), epath.Path(sys.argv[4])
-mesh.SHARDED_FROM = 64
-devices = mesh.make_mesh(data=1, fsdp=4)
-read, counts = tensor_files.TensorFile.read, []
-def counting(self, name, bounds):
-    counts.append((read(self, name, bounds)).size)
-    return read(self, name, bounds)
-tensor_files.TensorFile.read = counting
-unet = diffusers_io.load_unet(source, sharding=functools.partial(mesh.parameter_sharding, devices))
-params = parameters.split(unet)[1]
-total = sum(x.size for x in params.values())
-assert sum(counts) < 0.55 * total, (sum(counts), total)
-assert sum(not x.is_fully_addressable and not x.is_fully_replicated for x in params.values()) > 20
-moved = jax.jit(lambda p: {k: 2 * v for k, v in p.items()})(params)
-if jax.process_index() == 1:
-    def refuse(*args, **kw):
-        raise AssertionError("only process 0 writes")
-    for name in ("write_bytes", "write_text", "replace", "unlink", "mkdir", "copy"):
-        setattr(type(out), name, refuse)
-abstract = diffusers_io.load_unet(source, abstract=True)
-diffusers_io.save_pipeline(abstract, source, out, params=moved, shard_bytes=30_000)
-assert (out / "model_index.json").exists()
-"""
-
-
-def test_two_real_processes_load_their_slices_and_save_together(tmp_path):
-    theirs = KINDS["unet"][0]()
-    theirs.save_pretrained(tmp_path / "in" / "unet")
-    index = {"_class_name": "StableDiffusionPipeline"}
-    (tmp_path / "in" / "model_index.json").write_text(json.dumps(index))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    both = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                TWO_PROCESSES,
-                address,
-                str(i),
-                tmp_path / "in",
-                tmp_path / "out",
-            ],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], errors
-    want = {k: 2 * v for k, v in theirs.state_dict().items()}
-    assert_bitwise(reopen(theirs, tmp_path / "out" / "unet").state_dict(), want)
-    assert len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) > 2

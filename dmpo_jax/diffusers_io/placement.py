@@ -35,18 +35,19 @@ def place(
     return jax.make_array_from_single_device_arrays(shape, sharding, blocks)
 
 
-def gather(array: Any, *, wanted: bool = True) -> np.ndarray | None:
-    """The whole array on this host. Every process must ask for the same arrays in one order.
+def takes_all(array: Any) -> bool:
+    """Whether gathering it takes every process: none can reach all of its parts."""
+    apart = isinstance(array, jax.Array) and not array.is_fully_addressable
+    return apart and not array.is_fully_replicated
 
-    Args:
-        wanted: False on a process that only takes part: it may get None.
-    """
+
+def gather(array: Any) -> np.ndarray:
+    """The whole array on this host. Where it `takes_all`, every process must gather the same
+    arrays in one order."""
     if not isinstance(array, jax.Array):
         return np.asarray(array)
-    if not (array.is_fully_addressable or array.is_fully_replicated):
+    if takes_all(array):
         return multihost_utils.process_allgather(array, tiled=True)
-    if not wanted:
-        return None
     # An array keeps the host copy that was made of it; one that shares its buffers and is
     # dropped does not, where a model gathered directly would stay in host memory whole.
     blocks = [shard.data for shard in array.addressable_shards]

@@ -82,9 +82,7 @@ def load_model(
     config = folders.read_json(folder / "config.json")
     one_dtype = jnp.float32 if _chooses(param_dtype) else param_dtype
     try:
-        model = nnx.eval_shape(
-            lambda: make(config, dtype=dtype, param_dtype=one_dtype, rngs=nnx.Rngs(0))
-        )
+        model = parameters.abstract(make, config, dtype=dtype, param_dtype=one_dtype)
     except Exception as error:  # nothing but the config comes from outside
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         reason = kind + " ".join(str(error).split())[:800]
@@ -290,8 +288,11 @@ def save_model(
     for name, shard in zip(names, shards, strict=True):
 
         def produce(tensor: str, shard=shard) -> np.ndarray | None:
-            array = placement.gather(arrays[shard[tensor].path], wanted=writes)
-            return _converted(shard[tensor], array) if writes and array is not None else None
+            array = arrays[shard[tensor].path]
+            if not (writes or placement.takes_all(array)):
+                return None
+            gathered = placement.gather(array)
+            return _converted(shard[tensor], gathered) if writes else None
 
         part = folder / f"{name}.part" if writes else None
         tensor_files.write(part, {n: stored.spec for n, stored in shard.items()}, produce)

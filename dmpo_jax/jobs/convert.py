@@ -122,7 +122,7 @@ def write_pipeline(config: configs.Config, params: Params, out: epath.Path, **kw
         source, variant=variant, sharding=functools.partial(mesh.parameter_sharding, devices)
     )
     _, tuned = parameters.split(unet)
-    unet = parameters.abstract(unet)
+    unet = parameters.without_arrays(unet)
     scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
     lora.fold_in(tuned, jax.device_put(params, mesh.replicated(devices)), scale)
     diffusers_io.save_pipeline(unet, source, out, params=tuned, **kw)

@@ -97,7 +97,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     check_fits(unet, family, pairs)
     unet = adapt(unet, config)
     structure, params = parameters.split(unet)
-    unet = parameters.abstract(unet)  # or it would hold the arrays for ever
+    unet = parameters.without_arrays(unet)  # or it would hold the arrays for ever
     reference = None
     if config.lora.rank:
         reference, params = lora.partition(params)
