@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from etils import epath
 from PIL import Image
 
 import tiny
@@ -379,3 +380,12 @@ def test_sampling_without_an_image_is_refused(inpainting):
     unet = diffusers_io.load_unet(inpainting)
     with pytest.raises(ValueError, match="sd_inpaint pipeline, which needs an image"):
         make_sampler(pipeline, unet, steps=1, guidance_scale=1.0, batch_size=1)
+
+
+@pytest.mark.parametrize("name", debug.FAMILIES)
+def test_debug_pipelines_open_in_pytorch(name, tmp_path):
+    family = debug.FAMILIES[name]
+    debug.write_tiny_pipeline(epath.Path(tmp_path), family)
+    pipeline = getattr(diffusers, family["kind"]).from_pretrained(tmp_path)
+    assert type(pipeline).__name__ == family["kind"]
+    families.check_channels(FAMILY[name], pipeline.unet.config.in_channels, 4)

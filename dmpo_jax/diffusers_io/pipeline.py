@@ -216,4 +216,6 @@ def make_index(kind: str, parts: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """model_index.json of a pipeline class: part -> (library, class)."""
     if kind not in FAMILIES:
         raise ValueError(f"{kind!r} is not supported; supported pipelines: {sorted(FAMILIES)}")
-    return {"_class_name": kind, **{k: list(v) for k, v in parts.items()}}
+    # PyTorch's inpainting pipeline is not opened without a version above 0.5.1.
+    about = {"_class_name": kind, "_diffusers_version": "0.30.0"}
+    return {**about, **{k: list(v) for k, v in parts.items()}}

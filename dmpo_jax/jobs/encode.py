@@ -61,12 +61,10 @@ def encode(
     """
     out = epath.Path(out)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
     config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
     channels = config.get("in_channels", 4)
     families.check_channels(pipeline.family, channels, pipeline.vae.config.latent_channels)
-    size: Any = config.get("sample_size") or pipeline.vae.config.sample_size // factor
-    side = resolution or (size if isinstance(size, int) else min(size)) * factor
+    side = resolution or trained_side(config, pipeline.vae.config)
     about = {
         "model": str(model),
         "vae": vae,
@@ -96,6 +94,13 @@ def encode(
     if any(held_out):
         splits["validation"] = [p for p, held in zip(pairs, held_out, strict=True) if held]
     records.write_pairs(out, splits, embeddings(), about)
+
+
+def trained_side(unet: Any, vae: Any) -> int:
+    """The images' side in pixels that a UNet was trained at, by the two configs."""
+    factor = 2 ** (len(vae.block_out_channels) - 1)
+    size = unet.get("sample_size") or vae.sample_size // factor
+    return (size if isinstance(size, int) else min(size)) * factor
 
 
 def is_done(out: epath.Path, about: dict[str, Any]) -> bool:
