@@ -239,7 +239,6 @@ def dpmpp_2m(
     sigmas = _with_final(sigmas, table, final_sigmas_type)
     last = len(timesteps) - 1
     first_order = np.full(len(timesteps), solver_order == 1)
-    first_order[0] = True
     first_order[last] |= (
         euler_at_final or final_sigmas_type == "zero" or (lower_order_final and last < 14)
     )
@@ -328,7 +327,8 @@ def _with_final(
 
 
 def _half_step_ratio(sigmas: Float32[np.ndarray, "S1"]) -> Float[np.ndarray, "S"]:
-    """h / (2 h of the step before), h a step's length in log(1 / sigma); 0 for the first."""
+    """h / (2 h of the step before), h a step's length in log(1 / sigma); 0, so first order, for
+    the first."""
     with np.errstate(divide="ignore"):
         lengths = np.diff(-np.log(sigmas.astype(np.float64)))
     return np.append(0.0, lengths[1:] / (2 * lengths[:-1]))
