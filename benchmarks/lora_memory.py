@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 SD15 = {
@@ -30,7 +31,7 @@ SD15 = {
 def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     """Two steps of `kind`, "full" or "lora", in this process."""
     import jax
-    import numpy as np
+    import jax.numpy as jnp
 
     from dmpo_jax import optim, step
     from dmpo_jax.models import families, lora, parameters
@@ -67,11 +68,11 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
         tx=tx,
         adapters=kind == "lora",
     )
-    rng = np.random.default_rng(0)
+    keys = jax.random.split(jax.random.key(1), 2)
     batch = PairBatch(
-        rng.standard_normal((1, 2, latents, latents, 8), np.float32),
-        np.ones(1, np.float32),
-        Conditioning(rng.standard_normal((1, 77, 768), np.float32)),
+        jax.random.normal(keys[0], (1, 2, latents, latents, 8)),
+        jnp.ones(1),
+        Conditioning(jax.random.normal(keys[1], (1, 77, 768))),
     )
 
     def size(tree) -> float:
@@ -91,7 +92,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
         state, metrics = update(state, frozen, batch, key)
         margin = float(metrics["margin_abs_max"])
         first = margin if first is None else first
-    analysis = update.memory_analysis()
+    analysis: Any = update.memory_analysis()
     status = pathlib.Path("/proc/self/status").read_text()
     found = re.search(r"VmHWM:\s+(\d+) kB", status)
     return {

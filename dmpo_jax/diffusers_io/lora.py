@@ -34,11 +34,10 @@ def save_lora(adapters: dict[str, Any], folder: epath.PathLike, *, scale: float 
 
     def produce(name: str) -> np.ndarray | None:
         path = paths[name]
-        array = placement.gather(adapters[path], wanted=writes)
-        if array is None:
+        if not writes and not placement.takes_all(adapters[path]):
             return None
-        factor = scale if ".lora_B." in path else 1
-        return to_torch(path, np.float32(factor) * array.astype(np.float32))
+        factor = np.float32(scale if ".lora_B." in path else 1)
+        return to_torch(path, factor * placement.gather(adapters[path]).astype(np.float32))
 
     part = folder / f"{FILE}.part" if writes else None
     if writes:
