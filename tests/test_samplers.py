@@ -221,7 +221,7 @@ def test_compiled_it_is_the_same(sampler):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 25, 27, 50, 243, 998])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 25, 27, 50, 243, 990])
 def test_timesteps_equal_diffusers(spacing, offset, num_steps):
     kw = {"timestep_spacing": spacing, "steps_offset": offset}
     for cls in SCHEDULERS.values():

@@ -157,12 +157,7 @@ def make_sampler(
     devices = mesh.make_mesh()
     batch_size = -(-batch_size // devices.size) * devices.size
     vae = pipeline.vae.config
-    factor = 2 ** (len(vae.block_out_channels) - 1)
-    native = latent_size(unet, pipeline)
-    size = (height or native[0] * factor, width or native[1] * factor)
-    if size[0] % factor or size[1] % factor:
-        raise ValueError(f"height and width must be multiples of {factor} pixels, got {size}")
-    shape = (size[0] // factor, size[1] // factor, vae.latent_channels)
+    size, shape = _sizes(unet, pipeline, height, width)
     name = pipeline.sampling.resolve(sampler)
     settings = {"schedule": pipeline.schedule, "num_steps": steps}
     settings |= pipeline.sampling.settings(name)
@@ -198,6 +193,19 @@ def make_sampler(
         guidance_scale != 1 or image_scale not in (None, 1),
         lambda params, *inputs: run(params, vae_params, *jax.device_put(inputs, rows)),
     )
+
+
+def _sizes(
+    unet: Any, pipeline: diffusers_io.Pipeline, height: int | None, width: int | None
+) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """(height and width in pixels, an image's latents' shape); the UNet's own where None."""
+    vae = pipeline.vae.config
+    factor = 2 ** (len(vae.block_out_channels) - 1)
+    native = latent_size(unet, pipeline)
+    size = (height or native[0] * factor, width or native[1] * factor)
+    if size[0] % factor or size[1] % factor:
+        raise ValueError(f"height and width must be multiples of {factor} pixels, got {size}")
+    return size, (size[0] // factor, size[1] // factor, vae.latent_channels)
 
 
 def guidance_parts(
@@ -327,35 +335,39 @@ def sample(
         width=width,
     )
     params = jax.device_put(parameters.split(unet)[1], mesh.replicated(mesh.make_mesh()))
-    each = [prompt for prompt in asked for _ in range(images_per_prompt)]
+    settings = {"model": str(model), "steps": steps, "guidance_scale": guidance_scale}
+    if kind == "edit":
+        settings["image_guidance_scale"] = image_guidance_scale
     seeds = image_seeds(asked, images_per_prompt, seed)
-    settings = {
-        "model": str(model),
-        "sampler": draw.name,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        **({"image_guidance_scale": image_guidance_scale} if kind == "edit" else {}),
-        "height": draw.size[0],
-        "width": draw.size[1],
-    }
-    out, first, kept = epath.Path(out), 0, []
-    rows = max(GRID_IMAGES // images_per_prompt, 1)
+    _write(draw, params, asked, seeds, settings, epath.Path(out))
+
+
+def _write(
+    draw: Sampler,
+    params: Any,
+    asked: Sequence[Prompt],
+    seeds: Sequence[int],
+    settings: dict[str, Any],
+    out: epath.Path,
+) -> None:
+    """Draws and writes every image, as many of each prompt as there are seeds for it."""
+    columns, first, kept = len(seeds) // len(asked), 0, []
+    each = [prompt for prompt in asked for _ in range(columns)]
+    rows = max(GRID_IMAGES // columns, 1)
+    settings |= {"sampler": draw.name, "height": draw.size[0], "width": draw.size[1]}
     for images in draw.batches(params, each, seeds):
         for i, image in enumerate(images, first):
-            about = {
-                **settings,
-                "prompt": each[i].text,
-                "negative_prompt": draw.negative_of(each[i]),
-            }
-            about |= {"seed": seeds[i]}
-            about |= {k: v for k, v in each[i]._asdict().items() if k in ("image", "mask") and v}
+            prompt = each[i]
+            about = {"prompt": prompt.text, "negative_prompt": draw.negative_of(prompt)}
+            about |= {k: v for k, v in prompt._asdict().items() if k in ("image", "mask") and v}
+            about = {**settings, **about, "seed": seeds[i]}
             save_png(out / f"{i:05}.png", Image.fromarray(image), about)
-        kept += list(images[: max(rows * images_per_prompt - first, 0)])
+        kept += list(images[: max(rows * columns - first, 0)])
         first += len(images)
-    labels = [prompt.text for prompt in asked[:rows]]
     if rows < len(asked):
         LOG.info("grid.png shows the first %d of %d prompts", rows, len(asked))
-    save_png(out / "grid.png", image_grid(np.stack(kept), images_per_prompt, labels=labels))
+    labels = [prompt.text for prompt in asked[:rows]]
+    save_png(out / "grid.png", image_grid(np.stack(kept), columns, labels=labels))
 
 
 def image_seeds(prompts: Sequence[Prompt], images_per_prompt: int, first: int) -> list[int]:
