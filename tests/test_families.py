@@ -27,7 +27,6 @@ from dmpo_jax.data import records, sources
 from dmpo_jax.jobs import debug, train
 from dmpo_jax.jobs.encode import encode, load_pixels
 from dmpo_jax.jobs.run import run
-from dmpo_jax.jobs.sample import make_sampler
 from dmpo_jax.models import families, parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -373,13 +372,6 @@ def test_pairs_of_another_kind_are_refused(inpainting):
     pairs.meta["image_kind"] = ""
     with pytest.raises(ValueError, match="images of kind 'inpaint', the encoded pairs hold ''"):
         train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
-
-
-def test_sampling_without_an_image_is_refused(inpainting):
-    pipeline = diffusers_io.load_pipeline(inpainting)
-    unet = diffusers_io.load_unet(inpainting)
-    with pytest.raises(ValueError, match="sd_inpaint pipeline, which needs an image"):
-        make_sampler(pipeline, unet, steps=1, guidance_scale=1.0, batch_size=1)
 
 
 @pytest.mark.parametrize("name", debug.FAMILIES)

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import types
 
 import jax
 import jax.numpy as jnp
@@ -168,8 +167,7 @@ def test_images_and_masks_reach_a_model_that_sees_them(loaded, tmp_path):
     Image.fromarray(shade).save(tmp_path / "a.png")
     Image.fromarray(shade[..., 0]).save(tmp_path / "m.png")
     image, mask = str(tmp_path / "a.png"), str(tmp_path / "m.png")
-    fields = pipeline.family._asdict() | {"image": "inpaint"}
-    painter = pipeline._replace(family=types.SimpleNamespace(**fields))
+    painter = pipeline._replace(family=pipeline.family._replace(image="inpaint"))
     sampler, seen = recorded(painter, unet)
     sampler({}, [Prompt("a handwritten one", image=image, mask=mask)], [0])
     _, _, images, masks, _ = seen[0]
@@ -179,7 +177,7 @@ def test_images_and_masks_reach_a_model_that_sees_them(loaded, tmp_path):
     np.testing.assert_array_equal(masks[0, 0, :, 0], [0] * 16 + [1] * 16)
     for asked, message in (
         ("a handwritten one", "needs an image beside each prompt, but 'a handwritten one'"),
-        (Prompt("no mask", image=image), "needs an mask beside each prompt, but 'no mask'"),
+        (Prompt("no mask", image=image), "needs a mask beside each prompt, but 'no mask'"),
         (Prompt("lost", image=image + "x", mask=mask), r"a\.pngx cannot be read"),
         (Prompt("text", image=__file__, mask=mask), r"test_sample\.py cannot be read"),
     ):

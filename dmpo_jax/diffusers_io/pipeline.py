@@ -1,5 +1,6 @@
 """A whole pipeline folder: recognise it, load its parts, write it back with another UNet."""
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jax.experimental import multihost_utils
 from dmpo_jax.diffusers_io import weights
 from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
-from dmpo_jax.models import clip
+from dmpo_jax.models import clip, parameters
 from dmpo_jax.models import unet as unets
 from dmpo_jax.models.families import FAMILIES, Family
 from dmpo_jax.noising import NoiseSchedule
@@ -147,26 +148,20 @@ def embed_prompts(
 
     Prompts longer than the tokenizer takes are cut, and their number is logged.
     """
-    run = jax.jit(
-        lambda ids: pipeline.family.embed(
-            [encoder(i) for encoder, i in zip(pipeline.text_encoders, ids, strict=True)]
-        )
-    )
+    structures, params = zip(*map(parameters.split, pipeline.text_encoders), strict=True)
+    positions = min(e.config.max_position_embeddings for e in pipeline.text_encoders)
+    limit = min(positions, *(t.model_max_length for t in pipeline.tokenizers))
     cut = 0
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         padded = batch + [""] * (batch_size - len(batch))  # one shape, one compilation
-        ids = []
-        for tokenizer in pipeline.tokenizers:
-            limit = tokenizer.model_max_length
-            ids.append(
-                tokenizer(padded, padding="max_length", max_length=limit, truncation=True)[
-                    "input_ids"
-                ]
-            )
-        limit = pipeline.tokenizers[0].model_max_length
+        ids = [
+            tokenizer(padded, padding="max_length", max_length=limit, truncation=True)["input_ids"]
+            for tokenizer in pipeline.tokenizers
+        ]
         cut += sum(len(pipeline.tokenizers[0](p)["input_ids"]) > limit for p in batch)
-        context, pooled = run([jnp.asarray(i, jnp.int32) for i in ids])
+        arrays = [jnp.asarray(i, jnp.int32) for i in ids]
+        context, pooled = _embed(pipeline.family, structures, params, arrays)
         context = np.asarray(context, np.float32)
         pooled = None if pooled is None else np.asarray(pooled, np.float32)
         for row in range(len(batch)):
@@ -175,6 +170,13 @@ def embed_prompts(
         logging.warning(
             "%d of %d prompts are longer than the tokenizer takes and were cut", cut, len(prompts)
         )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _embed(family: Family, structures: tuple, params: tuple, ids: list[jax.Array]) -> Any:
+    """Parameters are arguments: as constants they would be compiled in, gigabytes of them."""
+    encoders = map(parameters.merge, structures, params)
+    return family.embed([encoder(i) for encoder, i in zip(encoders, ids, strict=True)])
 
 
 def save_pipeline(unet: Any, source: epath.PathLike, out: epath.PathLike, **kw: Any) -> None:

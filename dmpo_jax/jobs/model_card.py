@@ -1,12 +1,12 @@
 """README.md beside exported weights: what they are, from what, how they were made."""
 
+import importlib.metadata
 import json
 from typing import Any
 
 import jax
 from etils import epath
 
-import dmpo_jax
 from dmpo_jax import config as configs
 from dmpo_jax import diffusers_io
 
@@ -67,7 +67,7 @@ def summary(config: configs.Config, *, step: int, ema: bool) -> str:
     return (
         f"`{config.model.folder}` after {step} updates of `{config.objective}` on "
         f"{step * config.train.batch_size:,} preference pairs ({what} trained{kept}). "
-        f"Made by dmpo_jax {dmpo_jax.__version__}."
+        f"Made by dmpo_jax {importlib.metadata.version('dmpo_jax')}."
     )
 
 

@@ -249,10 +249,10 @@ def check_images(prompts: Sequence[Prompt], kind: str) -> None:
     needed = {"": (), "edit": ("image",), "inpaint": ("image", "mask")}[kind]
     for prompt in prompts:
         for part in needed:
-            path = getattr(prompt, part)
-            if not path:
+            article = "an" if part == "image" else "a"
+            if not getattr(prompt, part):
                 raise ValueError(
-                    f"this model needs an {part} beside each prompt, but {prompt.text!r} has none: "
+                    f"this model needs {article} {part} beside each prompt, but {prompt.text!r} has none: "
                     f"give a table or JSON of prompts with {' and '.join(needed)}"
                 )
     if not needed and any(prompt.image or prompt.mask for prompt in prompts):
