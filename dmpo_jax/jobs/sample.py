@@ -252,8 +252,8 @@ def check_images(prompts: Sequence[Prompt], kind: str) -> None:
             article = "an" if part == "image" else "a"
             if not getattr(prompt, part):
                 raise ValueError(
-                    f"this model needs {article} {part} beside each prompt, but {prompt.text!r} has none: "
-                    f"give a table or JSON of prompts with {' and '.join(needed)}"
+                    f"this model needs {article} {part} beside each prompt, but {prompt.text!r} "
+                    f"has none: give a table or JSON of prompts with {' and '.join(needed)}"
                 )
     if not needed and any(prompt.image or prompt.mask for prompt in prompts):
         LOG.warning("this model draws from text alone: the prompts' images are not looked at")
