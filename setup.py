@@ -42,6 +42,7 @@ DEPENDENCIES = [
     "transformers>=5.0,<6",  # tested with 5.23.0; tokenizers only
 ]
 DIFFUSERS = "diffusers>=0.36,<0.43"  # tested with 0.42.1
+PEFT = "peft>=0.17,<0.22"  # tested with 0.21.2; what diffusers reads LoRA files with
 
 setup(
     name="dmpo_jax",
@@ -59,13 +60,14 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],  # for drivers of CUDA 12 install jax[cuda12]
-        # Scorers that exist in PyTorch only.
-        "eval": ["torch>=2.8,<3", DIFFUSERS],  # tested with 2.13.0
+        # What exists in PyTorch only: opening an export beside ours, single-file checkpoints.
+        "eval": ["torch>=2.8,<3", DIFFUSERS, PEFT],  # tested with 2.13.0
         "wandb": ["wandb>=0.21,<1"],
         "test": [
             "accelerate>=1.10,<2",  # tested with 1.15.0; diffusers loads weights with it
             "beartype>=0.22,<0.24",  # tested with 0.23.1
             DIFFUSERS,
+            PEFT,
             "pyright==1.1.414",
             "pytest>=9,<10",  # tested with 9.2.0
             "ruff==0.17.6",

@@ -52,7 +52,7 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
     LOG.info("%s is in %s", kind, out)
 
 
-def pipeline_class(file: epath.Path) -> str:
+def pipeline_class(file: epath.PathLike) -> str:
     """The diffusers class of what the file holds, by the names and shapes of its tensors."""
     try:
         with safe_open(str(file), framework="numpy") as tensors:
