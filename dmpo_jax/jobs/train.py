@@ -56,11 +56,12 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
     with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
             diffusers_io.write_json(workdir / "config.json", configs.leaves(config))
-        state = make_state(run, params)
-        del params  # now the state's own
-        if restored := checkpoints.restore(abstract(state)):
-            LOG.info("going on from step %d in %s", restored[0], folder)
-            state = restored[1]
+        wanted = abstract_state(run, params)
+        fresh: Any = None if checkpoints.steps() else make_state(run, params)
+        del params  # the state's own now, or in the way of what is restored
+        start, state = checkpoints.restore(wanted) or (0, fresh)
+        if start:
+            LOG.info("going on from step %d in %s", start, folder)
         state = loop(run, state, checkpoints)
     export(config, workdir, int(state.step), trained(state))
 
@@ -170,17 +171,23 @@ def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs) 
 
 def make_state(run: Run, params: dict[str, jax.Array]) -> step.TrainState:
     """The first state, laid out on the mesh. It takes the parameters over: they are donated."""
-    make = functools.partial(step.make_state, tx=run.setup.tx, ema=run.setup.ema_decay > 0)
-    shardings = mesh.parameter_sharding(run.devices, jax.eval_shape(make, params))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(run, params))
     params = jax.device_put(params, mesh.parameter_sharding(run.devices, params))
-    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(_first_state(run), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def abstract(state: step.TrainState) -> step.TrainState:
-    """Shapes and shardings to restore onto."""
+def abstract_state(run: Run, params: dict[str, jax.Array]) -> step.TrainState:
+    """Shapes and shardings of a run's state, to restore onto."""
+    shapes = jax.eval_shape(_first_state(run), params)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        mesh.parameter_sharding(run.devices, shapes),
     )
+
+
+def _first_state(run: Run) -> Callable[..., step.TrainState]:
+    return functools.partial(step.make_state, tx=run.setup.tx, ema=run.setup.ema_decay > 0)
 
 
 def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) -> step.TrainState:

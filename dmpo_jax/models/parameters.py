@@ -12,9 +12,9 @@ Params = dict[str, jax.Array]  # "down_blocks.0.resnets.0.conv1.kernel" -> array
 
 
 def split(model: nnx.Module) -> tuple[Any, Params]:
-    """The model's static structure, and its arrays by dotted attribute path."""
+    """The model's static structure, and its arrays, or their shapes, by dotted attribute path."""
     structure, state = nnx.split(model)
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     return structure, flat
 
 
