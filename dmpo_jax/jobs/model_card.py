@@ -15,8 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained({load})
-{lora}```
-"""
+{lora}```"""
 
 
 def write_card(
@@ -28,7 +27,7 @@ def write_card(
     (out / "README.md").write_text(
         "\n\n".join(
             [
-                front_matter(config),
+                front_matter(config, out),
                 f"# {config.model.folder.rstrip('/').rpartition('/')[2]}, aligned with "
                 f"{config.objective}",
                 summary(config, step=step, ema=ema),
@@ -42,16 +41,17 @@ def write_card(
     )
 
 
-def front_matter(config: configs.Config) -> str:
+def front_matter(config: configs.Config, out: epath.Path) -> str:
     tags = ["diffusion", "preference-alignment", config.objective.replace("_", "-"), "dmpo_jax"]
     tags += ["lora"] if config.lora.rank else []
+    adapter = not (out / "model_index.json").exists()
     base = json.dumps(config.model.folder)  # quoted: a YAML string may hold anything then
     _, family = diffusers_io.load_family(config.model.folder)
     task = "image-to-image" if family.image else "text-to-image"
     lines = [
         "---",
         f"base_model: {base}",
-        f"base_model_relation: {'adapter' if config.lora.rank else 'finetune'}",
+        f"base_model_relation: {'adapter' if adapter else 'finetune'}",
         "library_name: diffusers",
         f"pipeline_tag: {task}",
         "tags:",
