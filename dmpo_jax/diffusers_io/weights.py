@@ -153,7 +153,11 @@ def _read(
     shardings = {} if sharding is None else sharding(wanted)
     places = {name: path for path, name in match.names.items()}
     params: parameters.Params = {}
+    last = None
     for name, file in files.items():
+        if last is not None and last is not file:
+            last.release()  # one file at a time is mapped
+        last = file
         if name not in places:
             continue
         path = places[name]
