@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from safetensors import safe_open
 
-from dmpo_jax.diffusers_io.folders import some
+from dmpo_jax.diffusers_io.folders import one_line, some
 from dmpo_jax.diffusers_io.layout import Bounds
 
 REOPEN_BYTES = 256 * 2**20  # mapped pages that may be held; reopening costs milliseconds
@@ -48,8 +48,9 @@ class TensorFile:
             # PyTorch's zip; or bare, where a safetensors' length would end in zeros.
             pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and any(start[3:]))
             hint = "; it is a pickle: save it again with safe_serialization=True" if pickled else ""
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{file} cannot be read as safetensors: {reason}{hint}") from error
+            raise ValueError(
+                f"{file} cannot be read as safetensors: {one_line(error)}{hint}"
+            ) from error
         self.release()
 
     def _open(self) -> Any:
