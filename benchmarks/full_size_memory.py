@@ -6,7 +6,8 @@ Writes UNet folders of random numbers (at most 21 GB of disk), then loads and ex
 a process of its own. Peak is VmHWM of /proc/self/status: the most that was resident, mapped
 files included; it is set back between loading and exporting. (ru_maxrss would start from
 what the parent held.) The goal is 1.15 times the parameters as held, plus 1 GB. Files leave
-the page cache before each load; exported ones need not have reached the disk.
+the page cache before each load; exported ones need not have reached the disk. CPU seconds
+are given beside seconds, for machines that others use too.
 """
 
 import argparse
@@ -158,13 +159,14 @@ def measure(folder: pathlib.Path, case: Case) -> dict[str, Any]:
     devices = mesh.make_mesh(data=1, fsdp=case.devices)
     drop_cache(folder / "source")
     before = peak_bytes()
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     model = diffusers_io.load_unet(
         folder / "source",
         param_dtype=jnp.float32 if case.held == "float32" else mixed,
         sharding=functools.partial(mesh.parameter_sharding, devices) if case.devices > 1 else None,
     )
     load_seconds, load_peak = time.monotonic() - start, peak_bytes()
+    load_cpu_seconds = time.process_time() - cpu
     params = parameters.split(model)[1]
     held = sum(s.data.nbytes for x in params.values() for s in x.addressable_shards)
     count = sum(x.size for x in params.values())
@@ -172,10 +174,11 @@ def measure(folder: pathlib.Path, case: Case) -> dict[str, Any]:
         raise SystemExit(f"the UNet should have {PARAMETERS} parameters, but has {count}")
 
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    start = time.monotonic()
+    start, cpu = time.monotonic(), time.process_time()
     dtype = None if case.exported is None else np.dtype(case.exported)
     diffusers_io.save_unet(model, folder / "export", dtype=dtype)
     export_seconds, export_peak = time.monotonic() - start, peak_bytes()
+    export_cpu_seconds = time.process_time() - cpu
     written = sum(f.stat().st_size for f in (folder / "export").glob("*.safetensors"))
     diffusers_io.load_unet(folder / "export", abstract=True)  # whole, and of this model
     shutil.rmtree(folder / "export")
@@ -185,8 +188,10 @@ def measure(folder: pathlib.Path, case: Case) -> dict[str, Any]:
         "before_gb": before / GIGA,
         "load_peak_gb": load_peak / GIGA,
         "load_seconds": load_seconds,
+        "load_cpu_seconds": load_cpu_seconds,
         "export_peak_gb": export_peak / GIGA,
         "export_seconds": export_seconds,
+        "export_cpu_seconds": export_cpu_seconds,
         "exported_gb": written / GIGA,
     }
 
@@ -205,13 +210,15 @@ def drop_cache(folder: pathlib.Path) -> None:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    print(f"{'source':18} {'held':17} devices   held   goal | load peak  time | export peak  time")
+    print("GB, seconds (CPU seconds)")
+    print(f"{'source':18} {'held':17} devices   held   goal | load peak         | export peak")
     for row in rows:
         met = max(row["load_peak_gb"], row["export_peak_gb"]) <= row["goal_gb"]
         print(
             f"{row['source']:18} {row['held']:17} {row['devices']:7} {row['held_gb']:6.2f} "
-            f"{row['goal_gb']:6.2f} | {row['load_peak_gb']:6.2f} GB {row['load_seconds']:4.0f} s | "
-            f"{row['export_peak_gb']:8.2f} GB {row['export_seconds']:4.0f} s"
+            f"{row['goal_gb']:6.2f} | {row['load_peak_gb']:6.2f} {row['load_seconds']:4.0f} "
+            f"({row['load_cpu_seconds']:4.0f}) | {row['export_peak_gb']:6.2f} "
+            f"{row['export_seconds']:4.0f} ({row['export_cpu_seconds']:4.0f})"
             f"{'' if met else '  above the goal'}"
         )
 

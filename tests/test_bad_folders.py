@@ -154,6 +154,15 @@ def test_missing_folders_and_parts_are_named(folder, tmp_path):
         diffusers_io.load_pipeline(tmp_path)
 
 
+def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch):
+    def unreachable(*args, **kw):
+        raise OSError("401 Client Error.\n\n" + 90 * "Repository Not Found for url.\n")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    message = refusal(diffusers_io.load_unet, "nobody/nothing")
+    assert "'nobody/nothing' is no local folder, and fetching it as a hub id failed: 401" in message
+
+
 def test_unsupported_classes_are_named(folder, tmp_path):
     edit_json(folder / "config.json", architectures=["T5EncoderModel"])
     with pytest.raises(ValueError, match=r"T5EncoderModel; supported text encoders: .*CLIPText"):

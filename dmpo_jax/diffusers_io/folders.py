@@ -16,6 +16,12 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + rest
 
 
+def one_line(error: Exception) -> str:
+    """What a library says over many lines, in one that is not too long."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 600 else f"{text[:600]} ..."
+
+
 def find_folder(folder: epath.PathLike) -> epath.Path:
     """A local or object-storage path as it is; a hub id (`org/name`), downloaded and cached.
 
@@ -33,8 +39,9 @@ def find_folder(folder: epath.PathLike) -> epath.Path:
             patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
             return epath.Path(snapshot_download(str(folder), allow_patterns=patterns))
         except Exception as error:
+            reason = one_line(error)
             raise ValueError(
-                f"{str(folder)!r} is no local folder, and fetching it as a hub id failed: {error}"
+                f"{str(folder)!r} is no local folder, and fetching it as a hub id failed: {reason}"
             ) from error
     raise ValueError(f"model folder {str(folder)!r} does not exist")
 

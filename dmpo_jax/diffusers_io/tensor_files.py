@@ -12,13 +12,14 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from safetensors import safe_open
 
-from dmpo_jax.diffusers_io.folders import some
+from dmpo_jax.diffusers_io.folders import one_line, some
 from dmpo_jax.diffusers_io.layout import Bounds
 
 REOPEN_BYTES = 256 * 2**20  # mapped pages that may be held; reopening costs milliseconds
@@ -35,12 +36,11 @@ class TensorFile:
     """
 
     def __init__(self, file: epath.Path, local: epath.Path):
-        self._local, self._touched = str(local), 0
+        self._local = str(local)
         try:
-            self._handle = safe_open(self._local, framework="numpy")
+            handle = self._open()
             self.names = {
-                name: tuple(self._handle.get_slice(name).get_shape())
-                for name in self._handle.offset_keys()
+                name: tuple(handle.get_slice(name).get_shape()) for name in handle.offset_keys()
             }
         except Exception as error:
             with local.open("rb") as stream:
@@ -48,23 +48,29 @@ class TensorFile:
             # PyTorch's zip; or bare, where a safetensors' length would end in zeros.
             pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and any(start[3:]))
             hint = "; it is a pickle: save it again with safe_serialization=True" if pickled else ""
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{file} cannot be read as safetensors: {reason}{hint}") from error
+            raise ValueError(
+                f"{file} cannot be read as safetensors: {one_line(error)}{hint}"
+            ) from error
+        self.release()
+
+    def _open(self) -> Any:
+        return safe_open(self._local, framework="numpy")
 
     def read(self, name: str, bounds: Bounds) -> np.ndarray:
         """A copy of that part of the tensor, in the dtype it is stored in."""
-        if self._touched > REOPEN_BYTES:  # drops the mapping, and with it what was read of it
-            self._handle, self._touched = safe_open(self._local, framework="numpy"), 0
-        whole = all(b == (0, n) for b, n in zip(bounds, self.names[name], strict=True))
-        if whole:
+        if self._touched > REOPEN_BYTES:
+            self.release()
+        self._handle = self._handle or self._open()
+        if bounds == tuple((0, n) for n in self.names[name]):
             tensor = self._handle.get_tensor(name)
         else:
             tensor = self._handle.get_slice(name)[tuple(slice(*b) for b in bounds)]
         self._touched += tensor.nbytes
         return tensor
 
-    def close(self) -> None:
-        del self._handle
+    def release(self) -> None:
+        """Drops the mapping, and with it the pages that were read of it; reading maps it anew."""
+        self._handle, self._touched = None, 0
 
 
 @contextlib.contextmanager
@@ -87,7 +93,6 @@ def opened(files: Mapping[epath.Path, frozenset[str]]) -> Iterator[dict[str, Ten
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
                 local = file.copy(epath.Path(folder) / file.name)
             held = TensorFile(file, local)
-            stack.callback(held.close)
             if absent := sorted(expected - held.names.keys()):
                 raise ValueError(
                     f"{file} lacks {len(absent)} tensors that the index says it holds: "

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from dmpo_jax.diffusers_io import folders, placement, tensor_files
-from dmpo_jax.diffusers_io.folders import some
+from dmpo_jax.diffusers_io.folders import one_line, some
 from dmpo_jax.diffusers_io.layout import (
     BUFFERS,
     LEGACY,
@@ -85,8 +85,9 @@ def load_model(
         model = parameters.abstract(make, config, dtype=dtype, param_dtype=one_dtype)
     except Exception as error:  # nothing but the config comes from outside
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        reason = kind + " ".join(str(error).split())[:800]
-        raise ValueError(f"{folder / 'config.json'} describes no model: {reason}") from error
+        raise ValueError(
+            f"{folder / 'config.json'} describes no model: {kind}{one_line(error)}"
+        ) from error
     wanted = parameters.shapes(model)
     if _chooses(param_dtype):
         wanted = {
@@ -153,7 +154,11 @@ def _read(
     shardings = {} if sharding is None else sharding(wanted)
     places = {name: path for path, name in match.names.items()}
     params: parameters.Params = {}
+    last = None
     for name, file in files.items():
+        if last is not None and last is not file:
+            last.release()  # one file at a time is mapped
+        last = file
         if name not in places:
             continue
         path = places[name]
