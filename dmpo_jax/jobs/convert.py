@@ -1,6 +1,7 @@
 """A training checkpoint -> a folder or file that PyTorch diffusers opens."""
 
 import functools
+import gc
 import logging
 from typing import Any
 
@@ -123,6 +124,7 @@ def write_pipeline(config: configs.Config, params: Params, out: epath.Path, **kw
     )
     _, tuned = parameters.split(unet)
     unet = parameters.without_arrays(unet)
+    gc.collect()  # modules refer to one another in circles: their arrays would stay
     scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
     lora.fold_in(tuned, jax.device_put(params, mesh.replicated(devices)), scale)
     diffusers_io.save_pipeline(unet, source, out, params=tuned, **kw)

@@ -1,5 +1,6 @@
 """What was exported, opened in PyTorch and run beside our own UNet on the same inputs."""
 
+import gc
 import importlib
 import logging
 from typing import Any
@@ -42,7 +43,8 @@ def verify_unet(out: epath.Path, config: configs.Config) -> float:
         unet = with_adapters(unet, out, config)
     inputs = make_inputs(unet.config)
     ours = predict(unet, inputs)
-    del unet  # a full-size model is held once at a time
+    del unet
+    gc.collect()  # a full-size model is held once at a time
     theirs = diffusers.UNet2DConditionModel.from_pretrained(
         str(source / "unet"), variant=variant, torch_dtype=torch.float32
     )
