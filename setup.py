@@ -70,6 +70,7 @@ setup(
             PEFT,
             "pyright==1.1.414",
             "pytest>=9,<10",  # tested with 9.2.0
+            "pytest-xdist>=3.6,<4",  # tested with 3.8.0
             "ruff==0.17.6",
             "torch==2.13.0",
         ],
