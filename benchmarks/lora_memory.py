@@ -9,6 +9,7 @@ process's peak resident memory (VmHWM). Writes results/lora_memory_DTYPE.json be
 
 import argparse
 import functools
+import gc
 import json
 import pathlib
 import re
@@ -49,10 +50,10 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     del model
     frozen, adapters = lora.partition(params)
     if kind == "full":
-        adapters, frozen = frozen, {path: x.astype(held(path)) for path, x in frozen.items()}
-    elif dtype != "float32":
-        frozen = {path: x.astype(held(path)) for path, x in frozen.items()}
+        adapters = frozen
+    frozen = {p: jnp.array(x, held(p), copy=kind == "full") for p, x in frozen.items()}
     del params
+    gc.collect()
     tx = optim.make_optimizer(1e-5)
     state = jax.jit(functools.partial(step.make_state, tx=tx), donate_argnums=0)(adapters)
     del adapters

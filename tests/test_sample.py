@@ -259,3 +259,17 @@ def test_sdxl_draws_what_pytorch_draws(tmp_path):
         ).images
         assert np.abs(image / 255.0 - theirs[0]).mean() <= 0.5 / 255
     assert np.ptp(ours) > 20
+
+
+def test_long_prompts_are_cut_and_counted(loaded, caplog):
+    """Never dropped: the tokens that fit are embedded, and the number of prompts is logged."""
+    pipeline, _ = loaded
+    limit = pipeline.tokenizers[0].model_max_length
+    words = "a handwritten one " * limit
+    ids = pipeline.tokenizers[0](words, max_length=limit, truncation=True)["input_ids"]
+    fits = pipeline.tokenizers[0].decode(ids[1:-1])
+    prompts = [words, "a handwritten two", fits]
+    long, short, same = (c for c, _ in diffusers_io.embed_prompts(pipeline, prompts))
+    np.testing.assert_array_equal(long, same)
+    assert np.abs(long - short).max() > 0.1
+    assert "1 of 3 prompts are longer than the tokenizer takes and were cut" in caplog.text

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
@@ -128,7 +129,8 @@ def make_reference(params: dict[str, jax.Array], dtype: Callable[[str], Any]) ->
     """A copy of the parameters, in the dtype that each is computed with, where they lie."""
 
     def copy(params):
-        return {path: x.astype(dtype(path)) for path, x in params.items()}
+        # Said outright: an output that is an input may share its buffer, which is donated later.
+        return {path: jnp.array(x, dtype(path), copy=True) for path, x in params.items()}
 
     return jax.jit(copy, out_shardings=jax.tree.map(lambda x: x.sharding, params))(params)
 
