@@ -13,3 +13,14 @@ def triple():
     """(policy, reference, target), each [B=3, 2, 4, 4, 1]."""
     keys = jax.random.split(jax.random.key(0), 3)
     return tuple(jax.random.normal(k, (3, 2, 4, 4, 1)) for k in keys)
+
+
+@pytest.fixture(scope="module")
+def quick_steps():
+    """Compiles training steps in a third of the time, for what does not ask for quick programs."""
+    from dmpo_jax import step
+
+    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **quick})
+        yield

@@ -10,11 +10,11 @@ from safetensors.numpy import load_file, save_file
 
 import tiny
 from dmpo_jax import diffusers_io
-from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
 
 pytestmark = [
+    pytest.mark.usefixtures("quick_steps"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
@@ -28,16 +28,8 @@ LORA = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compile():
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **quick})
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, quick_steps):
     return tiny.write(tmp_path_factory.mktemp("tiny"))
 
 

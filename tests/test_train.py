@@ -22,7 +22,10 @@ from dmpo_jax.jobs.run import run
 from dmpo_jax.objectives import OBJECTIVES
 
 # Orbax leaves coroutines of reads that failed to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("quick_steps"),
+]
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -32,17 +35,8 @@ def _collect():
     gc.collect()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compile():
-    """A third of the compile time; what is held here does not ask for quick programs."""
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **quick})
-        yield
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, quick_steps):
     return tiny.write(tmp_path_factory.mktemp("tiny"))
 
 
