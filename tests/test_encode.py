@@ -248,7 +248,7 @@ class KilledError(BaseException):
     pass
 
 
-@pytest.mark.parametrize("where", ["prompts-00001", "store-00000", "pairs-00002"])
+@pytest.mark.parametrize("where", ["prompts-00001", "pairs-00002"])
 def test_what_is_done_is_not_done_again(where, made, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     save = encode_parts.shards.save_json
@@ -470,8 +470,9 @@ def test_map_ahead_keeps_order_and_holds_few():
 
     def items():
         nonlocal taken
-        for taken in range(60):
-            yield taken
+        for i in range(60):
+            taken = i
+            yield i
 
     def slow(i):
         time.sleep(0.002 * (i % 3))
