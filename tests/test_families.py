@@ -364,7 +364,7 @@ def test_a_missing_column_is_named_before_encoding(inpainting, column, tmp_path)
     sources.write_pick_a_pic(tmp_path / "all.parquet", rows(3))
     table = pq.read_table(tmp_path / "all.parquet").drop_columns([column])
     pq.write_table(table, tmp_path / "pairs.parquet")
-    with pytest.raises(ValueError, match=rf"sd_inpaint .* column '{column}' .* pairs.parquet"):
+    with pytest.raises(ValueError, match=rf"sd_inpaint .* column '{column}' .*pairs.parquet"):
         encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
 
 

@@ -195,7 +195,7 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
     if not (out / records.MARKER).exists():
         return False
     try:
-        meta = records.open_pairs(out).meta
+        meta = records.load_meta(out)
     except records.NotWholeError:
         return False
     # What encodings were before they could be told otherwise.

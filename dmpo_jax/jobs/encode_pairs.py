@@ -13,7 +13,7 @@ from dmpo_jax.data import faults, prompt_store, records, shards, sources
 from dmpo_jax.data.pairs import EncodedPair, PairSerializer
 from dmpo_jax.data.shards import Shard, ShardWriter
 from dmpo_jax.jobs.ahead import Device, map_ahead
-from dmpo_jax.jobs.encode_parts import Part, Table, Work, found_sidecar, whole_sidecar
+from dmpo_jax.jobs.encode_parts import Part, Table, Work, found_sidecar, whole_sidecars
 from dmpo_jax.jobs.pixels import Pixels, load_pixels
 from dmpo_jax.writers import Progress
 
@@ -29,9 +29,9 @@ def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
         ValueError: the source gave another prompt than when they were listed.
     """
     own = work.parts[index::count]
-    done = {part: whole_sidecar(work, "pairs", part.number) for part in own}
-    tally = sum_tallies(work, filter(None, done.values()))
-    mine = [part for part in own if done[part] is None]
+    done = whole_sidecars(work, "pairs", [part.number for part in own])
+    tally = sum_tallies(work, done.values())
+    mine = [part for part in own if part.number not in done]
     settings = {name: work.about[name] for name in ("resolution", "image_kind", "crop")}
     read = functools.partial(_loaded, **settings)
     ahead = work.num_threads + IN_FLIGHT * work.batch_size
