@@ -30,9 +30,7 @@ class Mixture:
             encoded for different models, or differ in shapes, naming what differs.
     """
 
-    def __init__(
-        self, sets: Sequence[EncodedPairs], weights: Sequence[float | int] | None = None
-    ):
+    def __init__(self, sets: Sequence[EncodedPairs], weights: Sequence[float | int] | None = None):
         if not sets:
             raise ValueError("a mixture needs at least one folder of encoded pairs, but got none")
         if weights is None:

@@ -7,7 +7,7 @@ the step, resuming is O(1), and the batches do not depend on how many processes 
 
 import concurrent.futures
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -166,6 +166,26 @@ def make_epoch(
     return batches()  # rows are checked now, not at the first batch
 
 
+def is_mean_only(meta: Mapping[str, Any]) -> bool:
+    """Whether the moments of a folder (its encoded.json) are means without log-variances.
+
+    Raises:
+        ValueError: the folder says neither "sample" nor "mean".
+    """
+    kind = meta.get("moments", "sample")
+    if kind not in ("sample", "mean"):
+        raise ValueError(
+            f'the encoded pairs\' moments should be "sample" or "mean", but are {kind!r}: encode '
+            "them with this version"
+        )
+    return kind == "mean"
+
+
+def latent_channels(meta: Mapping[str, Any]) -> int:
+    """C, of the moments that a folder holds: 2C with log-variances, C without."""
+    return meta["shapes"]["moments"]["shape"][-1] // (1 if is_mean_only(meta) else 2)
+
+
 class _Reader:
     """Fills batches with the pairs and prompts of some data sets of one shape."""
 
@@ -211,9 +231,11 @@ class _Reader:
         # Each record is copied and let go before the next is read: its memory is then used
         # again, still in the cache, where a batch of them would be cleared by the kernel.
         pair = self._sources[element.source][element.record]
+        if element.flips:
+            pair = pair.flip()
         prompt = self._prompts[element.source](0 if element.drops_prompt else pair.prompt)
         arrays: Any = batch
-        arrays.moments[row] = pair.flipped if element.flips else pair.moments
+        arrays.moments[row] = pair.moments
         arrays.preference[row] = pair.preference
         context, pooled, time_ids, image = arrays.conditioning
         context[row] = prompt.context
@@ -230,11 +252,6 @@ def _sets(pairs: EncodedPairs | Mixture) -> Sequence[EncodedPairs]:
 def _check_flipped(sets: Sequence[EncodedPairs]) -> None:
     for number, pairs in enumerate(sets):
         which = f"folder {number} of the mixture" if len(sets) > 1 else "the folder"
-        if pairs.meta["image_kind"]:
-            raise ValueError(
-                f"pairs with an image beside each prompt cannot be flipped, but {which} holds "
-                f"image_kind={pairs.meta['image_kind']!r}: train without flips"
-            )
         if not pairs.meta.get("flipped", False):
             raise ValueError(
                 f"flips were asked for, but {which} of encoded pairs does not hold them: encode "
