@@ -4,6 +4,7 @@ Nothing here counts or remembers, so element 10**12 costs what element 0 does.
 """
 
 import fractions
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,9 +28,9 @@ class Element(NamedTuple):
 class Order:
     """Element i of some data sets mixed by weight: `order[i]` -> (source, record).
 
-    Any n elements in a row hold a share of each set that is exact to a few elements within
-    a block of 1,024, and the sets' epochs are their own: each pair of a set comes once
-    before any of it comes again.
+    Of the first n elements each set has its share, exact to a few whenever n is a multiple of
+    1,024, within which the sets come at random. Each set has epochs of its own: all of its
+    pairs come once before any of them comes again.
 
     Args:
         lengths: records of each set.
@@ -43,26 +44,51 @@ class Order:
         self, lengths: Sequence[int], weights: Sequence[float | int], *, seed: int, shuffle: bool
     ):
         self._parts = whole_parts(weights)
+        self._seed = _seed_of(seed, len(lengths)) if shuffle else None
         sets = []
         for number, length in enumerate(lengths):
             records = grain.MapDataset.range(length).seed(_seed_of(seed, number))
             # Record numbers are shuffled, not records: Grain then knows no file.
             sets.append((records.shuffle() if shuffle else records).repeat())
         self._sets = sets
-        self._slots = None
-        if shuffle and len(sets) > 1:
-            # In turns, a row of the batch, and so a host or a microbatch, would often hold one
-            # set alone.
-            slots = grain.MapDataset.range(BLOCK).seed(_seed_of(seed, len(sets)))
-            self._slots = slots.shuffle().repeat()
+        self._block = functools.lru_cache(maxsize=64)(self._make_block)  # a few batches' worth
 
     def __getitem__(self, element: int) -> tuple[int, int]:
         if len(self._sets) == 1:
             return 0, self._sets[0][element]
-        if self._slots is not None:
-            element = element // BLOCK * BLOCK + self._slots[element]
-        source, place = interleave(element, self._parts)
-        return source, self._sets[source][place]
+        number, within = divmod(element, BLOCK)
+        sources, places = self._block(number)
+        source = int(sources[within])
+        return source, self._sets[source][int(places[within])]
+
+    def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a block's elements: their sources, and their places among the source's own."""
+        before, after = (counts_of(n * BLOCK, self._parts) for n in (number, number + 1))
+        held = [b - a for a, b in zip(before, after, strict=True)]
+        if self._seed is None:
+            rank = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in held])
+        else:
+            rank = _stream(self._seed, number).random(BLOCK)
+        sources = np.repeat(np.arange(len(held)), held)[np.argsort(rank, kind="stable")]
+        places = np.empty(BLOCK, np.int64)
+        for source, start in enumerate(before):
+            places[sources == source] = start + np.arange(held[source])
+        return sources, places
+
+
+def counts_of(n: int, parts: Sequence[int]) -> list[int]:
+    """How many of the first n elements are each source's, shared out in proportions `parts`.
+
+    The first source has its exact share, rounded up, the next its share of what is left, and
+    so on: so no count ever falls as n grows. The rule of Grain's `mix`, whose weights are
+    rounded too.
+    """
+    counts, rest = [], sum(parts)
+    for part in parts:
+        left = n * (rest - part) // rest
+        counts.append(n - left)
+        n, rest = left, rest - part
+    return counts
 
 
 def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
@@ -80,22 +106,6 @@ def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
     return tuple(x // divisor for x in parts)
 
 
-def interleave(i: int, parts: Sequence[int]) -> tuple[int, int]:
-    """(source, place) of element i where sources take turns in the proportions `parts`.
-
-    place counts the source's own elements from 0, without a gap. Of any first n elements
-    the first source has its exact share, rounded up, the next its share of what is left,
-    and so on: the rule of Grain's `mix`, which rounds the weights too.
-    """
-    rest, after = sum(parts), i + 1
-    for source, part in enumerate(parts):
-        left, left_after = (x * (rest - part) // rest for x in (i, after))
-        if left == left_after:  # the count of all later sources stays, so this one's grows
-            return source, i - left
-        i, after, rest = left, left_after, rest - part
-    raise AssertionError("the last source takes what no other does")
-
-
 class Draws:
     """What is drawn for an element: `draws(i)` -> (drops_prompt, drops_image, flips).
 
@@ -111,10 +121,7 @@ class Draws:
         self._drops_images, self._flip = drops_images, flip
 
     def __call__(self, element: int) -> tuple[bool, bool, bool]:
-        # Philox is a counter-based generator: a fresh stream for every (seed, element).
-        stream = np.random.Generator(
-            np.random.Philox(key=np.array([self._seed, element], np.uint64))
-        )
+        stream = _stream(self._seed, element)
         drawn = stream.random()
         # One draw for both: prompt alone below p, both below 2p, image alone below 3p.
         p = self._dropout / 2
@@ -125,6 +132,11 @@ class Draws:
             self._drops_images and p <= drawn < 3 * p,
             bool(self._flip and flips),
         )
+
+
+def _stream(seed: int, number: int) -> np.random.Generator:
+    # Philox is a counter-based generator: a fresh stream for every (seed, number).
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
 
 def _seed_of(seed: int, number: int) -> int:
