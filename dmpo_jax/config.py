@@ -25,6 +25,7 @@ else:
 
 JOBS = ("collect", "encode", "train", "evaluate")
 DTYPES = ("bfloat16", "float32")
+MOMENTS, STORED = ("sample", "mean"), ("bfloat16", "float16", "float32")
 # Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
 OPTIMIZERS = ("adamw", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
@@ -61,10 +62,12 @@ LEAVES: dict[str, tuple[Any, str]] = {
         "instead of data.encoded: several such folders, each FOLDER=WEIGHT, of the pairs",
     ),
     "data.flip": (False, "train on half of the pairs flipped; they must be stored flipped too"),
+    "data.moments": ("sample", "what encode keeps of an image: sample (mean, variance) or mean"),
+    "data.moments_dtype": ("bfloat16", f"encode stores them in; one of {', '.join(STORED)}"),
     "data.resolution": (config_dict.placeholder(int), "images' side in pixels; unset: the model's"),
     "data.prompt_dropout": (0.2, "fraction with an empty prompt; editing: as many with no image"),
-    "data.validation_fraction": (0.01, "of the pairs, held out and never trained on"),
-    "data.num_threads": (16, "that read pairs, on each host"),
+    "data.validation_fraction": (0.01, "of the prompts, their pairs held out and never trained on"),
+    "data.num_threads": (16, "that read and decode, on each host"),
     "data.prefetch": (2, "batches made ready ahead of the step"),
     "train.steps": (2000, "updates in all, those before a resume included"),
     "train.batch_size": (2048, "pairs an update, over all devices"),
@@ -231,6 +234,8 @@ def _check_names(config: Config, objective_names: set[str]):
         )
     choices = {
         "model.compute_dtype": DTYPES,
+        "data.moments": MOMENTS,
+        "data.moments_dtype": STORED,
         "optimizer.name": OPTIMIZERS,
         "optimizer.schedule": SCHEDULES,
     }

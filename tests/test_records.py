@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dmpo_jax.data import records
+from dmpo_jax.data import prompt_store, records, shards
 from dmpo_jax.data.records import EncodedPair, PromptEmbedding
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -233,11 +233,15 @@ def test_killed_write_does_not_look_whole(tmp_path, where):
 
 
 def test_marker_is_written_last(tmp_path, monkeypatch):
-    def write_text(self, *_args, **_kwargs):
-        if self.name == records.MARKER:
-            raise KilledError
+    kind = type(epath.Path(tmp_path))
+    original = kind.write_text
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", write_text)
+    def write_text(self, *args, **kw):
+        if records.MARKER in self.name:
+            raise KilledError
+        return original(self, *args, **kw)
+
+    monkeypatch.setattr(kind, "write_text", write_text)
     with pytest.raises(KilledError):
         write(tmp_path)
     monkeypatch.undo()
@@ -256,7 +260,7 @@ def damage_shard(folder):
 
 
 def damage_prompts(folder):
-    (folder / records.PROMPTS).unlink()
+    (folder / prompt_store.shard_name(0)).unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_marker, damage_shard, damage_prompts])
@@ -282,7 +286,7 @@ def test_readable_errors(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / records.MARKER).read_text())
     (tmp_path / records.MARKER).write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99, but this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, but this version reads 1 and 2"):
         records.open_pairs(tmp_path)
     with pytest.raises(ValueError, match="already holds"):
         write(tmp_path)
@@ -290,8 +294,8 @@ def test_readable_errors(tmp_path):
 
 def test_remote_folders_are_written_and_read_through_local_copies(tmp_path, monkeypatch):
     bucket = tmp_path / "bucket"
-    monkeypatch.setattr(records, "_is_remote", lambda folder: folder.name == "bucket")
-    monkeypatch.setattr(records.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(shards, "is_remote", lambda path: "bucket" in path.parts)
+    monkeypatch.setattr(shards.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     write(bucket)
     assert not list((tmp_path / "tmp").iterdir())

@@ -5,7 +5,7 @@ A folder holds
     encoded_pairs-SPLIT.array_record-NNNNN  the pairs, with dataset_info.json and
                             features.json: a TFDS dataset, so that
                             `tfds.builder_from_directory(folder)` opens it too
-    prompts.array_record    record j: the embeddings of prompt j; 0 is the empty prompt
+    prompts.array_record-NNNNN  the embeddings of each prompt (`prompt_store`)
     encoded.json            what was encoded, with which model, every file's size
 
 `encoded.json` is written last. Without it, or with a file missing or cut short, the
@@ -13,78 +13,45 @@ folder is not whole and is not opened: a cut ArrayRecord file reads as an empty 
 without an error.
 """
 
-import contextlib
-import hashlib
-import io
 import itertools
 import json
-import math
-import operator
 import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
-from jaxtyping import Float, Int
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
-# Still 1 with `image` and `image_kind`: folders without them read as they did, and a version
-# that does not know `image` fails at a folder that has it.
-FORMAT = 1
+from dmpo_jax.data import prompt_store, shards
+from dmpo_jax.data.pairs import ARRAYS, EncodedPair, PairSerializer, make_features, pair_bytes
+from dmpo_jax.data.prompt_store import PromptEmbedding, PromptStore
+from dmpo_jax.data.shards import Shard, ShardWriter
+
+# Format 1 had one file of prompts; flipped variants and means alone came with 2.
+FORMAT, READABLE = 2, (1, 2)
 MARKER = "encoded.json"
-PROMPTS = "prompts.array_record"
+FEATURES = "features.json"
 NAME = "encoded_pairs"
 SPLITS = ("train", "validation")
 REQUIRED_META = ("model", "scaling_factor")
+RESERVED_META = {"format", "counts", "shapes", "prompt_shards", "files"}
+DEFAULT_META = {"image_kind": "", "moments": "sample", "skipped": {}}
 OURS = re.compile(
-    rf"{NAME}-.*\.array_record-\d+|{re.escape(PROMPTS)}|(dataset_info|features)\.json"
+    rf"\.?({NAME}-.*\.array_record-\d+|{prompt_store.FILE.pattern})(\.partial)?"
+    r"|(dataset_info|features)\.json"
 )
-SHARD_BYTES = 256 * 2**20
-DTYPES = ("float16", "float32")
+SHARD_BYTES = 256 * 2**20  # of what `write_pairs` writes
 
 
 class NotWholeError(ValueError):
     """The folder's encoding did not finish, or its copy did not."""
 
 
-class EncodedPair(NamedTuple):
-    """One record.
-
-    id: where the pair came from. prompt: index into the prompt store. preference: the
-    probability that image 0 is preferred. moments: of the VAE, unscaled: mean, then
-    log-variance, on the last axis; float16 or float32. sizes: original height and width,
-    crop top and left, target height and width, in pixels. image: what the UNet sees of a
-    given image (`Conditioning.image`), of all pairs of a folder or of none.
-    """
-
-    id: str
-    prompt: int
-    preference: float
-    moments: Float[np.ndarray, "2 h w M"]
-    sizes: Int[np.ndarray, "2 6"]
-    image: Float[np.ndarray, "h w E"] | None = None
-
-    def swap_to_chosen(self) -> "EncodedPair":
-        """The same pair with index 0 preferred: preference in [0.5, 1]."""
-        if self.preference >= 0.5:
-            return self
-        return self._replace(
-            preference=1 - self.preference, moments=self.moments[::-1], sizes=self.sizes[::-1]
-        )
-
-
-class PromptEmbedding(NamedTuple):
-    """A prompt and what the text encoders made of it; float16 or float32."""
-
-    text: str
-    context: Float[np.ndarray, "S D"]
-    pooled: Float[np.ndarray, "P"] | None = None
+def shard_name(split: str, k: int) -> str:
+    """The name of a split's k-th file."""
+    return f"{NAME}-{split}.array_record-{k:05d}"
 
 
 def write_pairs(
@@ -101,7 +68,8 @@ def write_pairs(
         prompts: read once. The first is the empty prompt.
         meta: goes into encoded.json: at least `model` (its identity) and `scaling_factor`
             (of the VAE); `image_kind`, a `Family.image`, where the pairs have images;
-            anything JSON can hold. Counts, shapes and dtypes are added.
+            `moments`, "mean" where they are means alone; anything JSON can hold. Counts,
+            shapes and dtypes are added.
 
     Raises:
         ValueError: if the folder is already whole; if a pair or a prompt is malformed, not
@@ -112,32 +80,139 @@ def write_pairs(
         raise ValueError(f"splits are {SPLITS}, but got {sorted(unknown)}")
     if "train" not in splits:
         raise ValueError(f"a 'train' split is needed, but got {sorted(splits)}")
-    if missing := set(REQUIRED_META) - set(meta):
-        raise ValueError(f"meta needs {REQUIRED_META}, but {sorted(missing)} is missing")
-    if reserved := {"format", "counts", "shapes", "files"} & set(meta):
-        raise ValueError(f"meta may not set {sorted(reserved)}: the writer adds them")
-    json.dumps(dict(meta))  # fails here rather than after hours of encoding
-    _clear(folder)
-    with _local_copy_of(folder) as local:
-        shapes = _write_prompts(local / PROMPTS, prompts)
-        counts = {"prompts": shapes.pop("prompts")}
-        imaged = bool(meta.get("image_kind"))
-        for described, split, count in _write_splits(local, splits, counts["prompts"], imaged):
-            counts[split] = count
-            shapes |= described
-        files = {p.name: p.stat().length for p in local.iterdir() if OURS.fullmatch(p.name)}
-        if local != folder:
-            for name in files:
-                (local / name).copy(folder / name, overwrite=True)
+    _check_meta(meta)
+    clear(folder)
+    stored, shapes = _write_store(folder, iter(prompts))
+    count = sum(shard.records for shard in stored)
+    serialize, written = None, {}
+    for split in sorted(splits):
+        pairs, written[split] = iter(splits[split]), []
+        while (pair := next(pairs, None)) is not None:
+            if serialize is None:
+                imaged, moments = bool(meta.get("image_kind")), meta.get("moments", "sample")
+                serialize = PairSerializer(pair, prompts=count, imaged=imaged, moments=moments)
+            most = max(1, SHARD_BYTES // max(pair_bytes(serialize.shapes), 1))
+            with ShardWriter(folder, shard_name(split, len(written[split]))) as writer:
+                for each in itertools.chain([pair], itertools.islice(pairs, most - 1)):
+                    writer.write(serialize(each))
+                written[split].append(writer.close())
+        if serialize is None or not written[split]:
+            raise ValueError(f"split {split!r} needs at least one pair, but got none")
+        shapes = {**serialize.shapes, **shapes}
+    finish(folder, meta, written, stored, shapes)
+
+
+def _write_store(
+    folder: epath.Path, prompts: Iterator[PromptEmbedding]
+) -> tuple[list[Shard], dict[str, Any]]:
+    """The files of the prompt store, and the shapes of what is in them."""
+    stored, shapes, first = [], {}, next(prompts, None)
+    while first is not None or not stored:  # no prompt at all is refused as it is written
+        rest = itertools.islice(prompts, prompt_store.PER_SHARD - 1)
+        chunk = [] if first is None else itertools.chain([first], rest)
+        shard, got = prompt_store.write_prompts(folder, len(stored), chunk)
+        shapes = shapes or got
+        if got != shapes:
+            raise ValueError(f"the prompts of {shard.name} should be {shapes}, but got {got}")
+        stored.append(shard)
+        first = next(prompts, None)
+    return stored, shapes
+
+
+def finish(
+    folder: epath.Path,
+    meta: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Shard]],
+    prompts: Sequence[Shard],
+    shapes: Mapping[str, Any],
+) -> None:
+    """Writes the TFDS metadata of files that are there, and, last, encoded.json.
+
+    Args:
+        meta: as of `write_pairs`.
+        splits: the files of each split, `shard_name(split, k)` for k from 0 on.
+        prompts: the files of the prompt store.
+        shapes: of the pairs' arrays, and of the prompts' `context` and `pooled`.
+    """
+    _check_meta(meta)
+    _write_info(folder, splits, shapes)
+    written = [*prompts, *itertools.chain.from_iterable(splits.values())]
+    files = {shard.name: shard.size for shard in written}
+    files |= {name: (folder / name).stat().length for name in ("dataset_info.json", FEATURES)}
+    counts = {split: sum(s.records for s in of_split) for split, of_split in splits.items()}
     whole = {
-        "image_kind": "",
+        **DEFAULT_META,
         **meta,
+        "flipped": bool(shapes["flipped"]),
         "format": FORMAT,
-        "counts": counts,
+        "counts": {"prompts": sum(shard.records for shard in prompts), **counts},
         "shapes": shapes,
+        "prompt_shards": [shard.records for shard in prompts],
         "files": files,
     }
-    (folder / MARKER).write_text(json.dumps(whole, indent=1))
+    shards.save_json(folder / MARKER, whole)
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    if missing := set(REQUIRED_META) - set(meta):
+        raise ValueError(f"meta needs {REQUIRED_META}, but {sorted(missing)} is missing")
+    if reserved := RESERVED_META & set(meta):
+        raise ValueError(f"meta may not set {sorted(reserved)}: the writer adds them")
+    json.dumps(dict(meta))  # fails here rather than after hours of encoding
+
+
+def _write_info(
+    folder: epath.Path, splits: Mapping[str, Sequence[Shard]], shapes: Mapping[str, Any]
+) -> None:
+    """dataset_info.json and features.json."""
+    with shards.local_copy_of(folder) as local:
+        identity = DatasetIdentity(
+            name=NAME,
+            version=tfds.core.Version(f"{FORMAT}.0.0"),
+            data_dir=os.fspath(local),
+            module_name="",
+        )
+        info = tfds.core.DatasetInfo(
+            builder=identity,
+            description="Encoded preference pairs.",
+            features=make_features(shapes),
+        )
+        info.set_file_format("array_record")
+        info.set_splits(
+            tfds.core.splits.SplitDict(
+                [
+                    tfds.core.SplitInfo(
+                        name=split,
+                        shard_lengths=[shard.records for shard in of_split],
+                        num_bytes=sum(shard.record_bytes for shard in of_split),
+                        filename_template=tfds.core.ShardedFileTemplate(
+                            data_dir=local,
+                            dataset_name=NAME,
+                            split=split,
+                            filetype_suffix="array_record",
+                            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+                        ),
+                    )
+                    for split, of_split in sorted(splits.items())
+                ]
+            )
+        )
+        info.write_to_directory(os.fspath(local))
+
+
+def clear(folder: epath.Path) -> None:
+    """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _load_meta(folder)
+    except NotWholeError:
+        pass
+    else:
+        raise ValueError(f"{folder} already holds encoded pairs: delete it or choose another")
+    (folder / MARKER).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name):
+            path.unlink()
 
 
 def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
@@ -155,32 +230,27 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
     if not folder.exists():
         raise FileNotFoundError(f"no encoded pairs at {folder}: run encode first")
     meta = _load_meta(folder)
-    if meta["format"] != FORMAT:
+    if meta["format"] not in READABLE:
         raise ValueError(
-            f"{folder} has format {meta['format']}, but this version reads {FORMAT}: "
-            "delete it and run encode again"
+            f"{folder} has format {meta['format']}, but this version reads "
+            f"{' and '.join(map(str, READABLE))}: delete it and run encode again"
         )
-    meta.setdefault("image_kind", "")  # folders made before there were images
-    meta["shapes"].setdefault("image", None)
-    if _is_remote(folder) and not os.fspath(folder).startswith("gs://"):
-        folder = _staged(folder, meta["files"])
+    # Folders of format 1, some made before there were images.
+    meta = {**DEFAULT_META, "flipped": False, "prompt_shards": [], **meta}
+    meta["shapes"] = {**dict.fromkeys(ARRAYS), **meta["shapes"]}
+    if shards.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        folder = shards.stage(folder, meta["files"], NAME)
     return EncodedPairs(folder, meta)
 
 
 def _load_meta(folder: epath.Path) -> dict[str, Any]:
     """encoded.json of a folder that is whole; NotWholeError otherwise."""
     unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
-    try:
-        meta = json.loads((folder / MARKER).read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)") from error
-    present = {path.name for path in folder.iterdir()}
-    for name, size in meta["files"].items():
-        # Remote files appear whole or not at all, and asking each for its size is slow.
-        if name not in present or (
-            not _is_remote(folder) and (folder / name).stat().length != size
-        ):
-            raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
+    meta = shards.load_json(folder / MARKER)
+    if meta is None:
+        raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)")
+    if name := shards.first_not_whole(folder, meta["files"]):
+        raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
     return meta
 
 
@@ -189,7 +259,7 @@ class EncodedPairs:
 
     def __init__(self, folder: epath.Path, meta: dict[str, Any]):
         self.meta = meta
-        self.prompts = PromptStore(folder, meta["counts"]["prompts"])
+        self.prompts = PromptStore(folder, meta["prompt_shards"], total=meta["counts"]["prompts"])
         self._builder: Any = tfds.builder_from_directory(folder)
 
     def split(self, name: str) -> "PairSource":
@@ -214,227 +284,5 @@ class PairSource:
         return len(self._source)
 
     def __getitem__(self, i: int) -> EncodedPair:
-        record = self._source[_checked(i, len(self))]
+        record = self._source[prompt_store.checked_index(i, len(self))]
         return EncodedPair(**{**record, "id": record["id"].decode()})
-
-
-class PromptStore:
-    """Random access to prompt embeddings; nothing is kept in memory."""
-
-    def __init__(self, folder: epath.Path, count: int):
-        self._source = ArrayRecordDataSource([os.fspath(folder / PROMPTS)])
-        if len(self._source) != count:
-            raise ValueError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {count}")
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, j: int) -> PromptEmbedding:
-        record = self._source[_checked(j, len(self))]
-        with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
-            text = arrays["text"].tobytes().decode()
-            return PromptEmbedding(text, arrays["context"], arrays.get("pooled"))
-
-
-def _checked(i: int, length: int) -> int:
-    i = operator.index(i)
-    if not 0 <= i < length:  # IndexError ends a for loop over a source
-        raise IndexError(f"index {i} is outside [0, {length})")
-    return i
-
-
-def _write_prompts(path: epath.Path, prompts: Iterable[PromptEmbedding]) -> dict[str, Any]:
-    """Returns their shapes, and under "prompts" their number."""
-    first, count = None, 0
-    # group_size 1: reading one record must not decompress its neighbours.
-    open_writer: Any = ArrayRecordWriter
-    with contextlib.closing(open_writer(os.fspath(path), "group_size:1")) as writer:
-        for count, prompt in enumerate(prompts, start=1):
-            what = f"prompt {count - 1} ({prompt.text[:40]!r})"
-            described = {"context": _described(prompt.context), "pooled": None}
-            arrays: dict[str, Any] = {"context": prompt.context}
-            if prompt.pooled is not None:
-                described["pooled"], arrays["pooled"] = _described(prompt.pooled), prompt.pooled
-            if first is None:
-                if prompt.text:
-                    raise ValueError(f"prompt 0 must be the empty prompt, but got {what}")
-                first = described
-            if described != first or prompt.context.ndim != 2:
-                raise ValueError(f"{what} should be {first}, context [S, D], but got {described}")
-            for name, array in arrays.items():
-                _check_floats(f"{what}: {name}", array)
-            arrays["text"] = np.frombuffer(prompt.text.encode(), np.uint8)
-            buffer = io.BytesIO()
-            np.savez(buffer, **arrays)
-            writer.write(buffer.getvalue())
-    if first is None:
-        raise ValueError("prompts are needed, the empty prompt first, but got none")
-    return {**first, "prompts": count}
-
-
-def _write_splits(
-    folder: epath.Path, splits: Mapping[str, Iterable[EncodedPair]], prompts: int, imaged: bool
-) -> Iterator[tuple[dict[str, Any], str, int]]:
-    """Writes the TFDS dataset; yields (shapes and dtypes, split, pairs in it).
-
-    imaged: whether every pair must have an image, or none may.
-    """
-    writer = shapes = None
-    per_write = 16  # TFDS rewrites its metadata at every call
-    for split in sorted(splits):
-        pairs, count = iter(splits[split]), 0
-        while chunk := list(itertools.islice(pairs, per_write)):
-            if shapes is None:
-                shapes = _shapes(chunk[0])
-            chunk = [_checked_pair(pair, shapes, prompts, imaged) for pair in chunk]
-            if writer is None:  # only now are the shapes known to be legal
-                writer = _make_writer(folder, shapes)
-            if not count:
-                writer.initialize_splits([split])
-            writer.add_examples({split: [_present(pair) for pair in chunk]})
-            count += len(chunk)
-        if writer is None or shapes is None or not count:
-            raise ValueError(f"split {split!r} needs at least one pair, but got none")
-        writer.close_splits([split])
-        yield shapes, split, count
-
-
-def _shapes(pair: EncodedPair) -> dict[str, Any]:
-    """Shape and dtype of the pair's arrays; None for an image that it does not have."""
-    image = None if pair.image is None else _described(pair.image)
-    return {"moments": _described(pair.moments), "image": image}
-
-
-def _present(pair: EncodedPair) -> dict[str, Any]:
-    return {name: value for name, value in pair._asdict().items() if value is not None}
-
-
-def _make_writer(folder: epath.Path, shapes: dict[str, Any]) -> tfds.core.SequentialWriter:
-    arrays = {name: described for name, described in shapes.items() if described}
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "prompt": tfds.features.Scalar(np.int32),
-            "preference": tfds.features.Scalar(np.float32),
-            "sizes": tfds.features.Tensor(shape=(2, 6), dtype=np.int32),
-        }
-        # As bytes: tf.Example has no float16, and its float lists are slow to parse.
-        | {
-            name: tfds.features.Tensor(
-                shape=tuple(described["shape"]),
-                dtype=np.dtype(described["dtype"]),
-                encoding="bytes",
-            )
-            for name, described in arrays.items()
-        }
-    )
-    identity = DatasetIdentity(
-        name=NAME,
-        version=tfds.core.Version(f"{FORMAT}.0.0"),
-        data_dir=os.fspath(folder),
-        module_name="",
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity, description="Encoded preference pairs.", features=features
-    )
-    size = sum(math.prod(d["shape"]) * np.dtype(d["dtype"]).itemsize for d in arrays.values())
-    return tfds.core.SequentialWriter(
-        info, max_examples_per_shard=max(1, SHARD_BYTES // size), file_format="array_record"
-    )
-
-
-def _checked_pair(
-    pair: EncodedPair, shapes: dict[str, Any], prompts: int, imaged: bool
-) -> EncodedPair:
-    """The pair with index 0 chosen and the stored dtypes, or a ValueError naming it."""
-    what = f"pair {pair.id!r}"
-    if not 0 <= pair.preference <= 1:  # also refuses nan
-        raise ValueError(f"{what}: preference must lie in [0, 1], but got {pair.preference}")
-    if not 0 <= pair.prompt < prompts:
-        raise ValueError(f"{what}: prompt must lie in [0, {prompts}), but got {pair.prompt}")
-    _check_arrays(what, pair, shapes, imaged)
-    if pair.sizes.shape != (2, 6) or pair.sizes.dtype.kind not in "iu":
-        raise ValueError(f"{what}: sizes should be integers [2, 6], but got {pair.sizes!r}")
-    return pair._replace(
-        prompt=int(pair.prompt),
-        preference=float(pair.preference),
-        sizes=pair.sizes.astype(np.int32),
-    ).swap_to_chosen()
-
-
-def _check_arrays(what: str, pair: EncodedPair, shapes: dict[str, Any], imaged: bool) -> None:
-    got, shape = _shapes(pair), pair.moments.shape
-    legal = len(shape) == 4 and shape[0] == 2 and shape[3] % 2 == 0
-    if got["moments"] != shapes["moments"] or not legal:
-        raise ValueError(
-            f"{what}: moments should be [2, h, w, 2C], {shapes['moments']}, but got "
-            f"{got['moments']}"
-        )
-    _check_floats(f"{what}: moments", pair.moments)
-    if imaged != (pair.image is not None):
-        needed = "should have an image, as meta's image_kind says" if imaged else "has an image"
-        said = "none" if imaged else "no image_kind in meta: name it"
-        raise ValueError(f"{what} {needed}, but got {said}")
-    if pair.image is not None:
-        legal = pair.image.ndim == 3 and pair.image.shape[:2] == shape[1:3]
-        if got["image"] != shapes["image"] or not legal:
-            raise ValueError(
-                f"{what}: image should be [h, w, E], {shapes['image']}, h and w as of the moments "
-                f"{list(shape)}, but got {got['image']}"
-            )
-        _check_floats(f"{what}: image", pair.image)
-
-
-def _check_floats(what: str, array: np.ndarray) -> None:
-    if array.dtype.name not in DTYPES:
-        raise ValueError(f"{what} should be one of {DTYPES}, but got {array.dtype.name}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{what} is not finite")
-
-
-def _described(array: np.ndarray) -> dict[str, Any]:
-    return {"shape": list(array.shape), "dtype": array.dtype.name}
-
-
-def _clear(folder: epath.Path) -> None:
-    """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        _load_meta(folder)
-    except NotWholeError:
-        pass
-    else:
-        raise ValueError(f"{folder} already holds encoded pairs: delete it or choose another")
-    (folder / MARKER).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if OURS.fullmatch(path.name):
-            path.unlink()
-
-
-def _is_remote(folder: epath.Path) -> bool:
-    return "://" in os.fspath(folder)
-
-
-@contextlib.contextmanager
-def _local_copy_of(folder: epath.Path) -> Iterator[epath.Path]:
-    """Where to write: ArrayRecord writes local files only."""
-    if not _is_remote(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as local:
-        yield epath.Path(local)
-
-
-def _staged(folder: epath.Path, files: Mapping[str, int]) -> epath.Path:
-    """A local copy, kept between runs; files that are already there are not copied again."""
-    key = hashlib.sha256(json.dumps([os.fspath(folder), files]).encode()).hexdigest()[:16]
-    local = epath.Path(tempfile.gettempdir()) / f"dmpo_jax-{NAME}-{key}"
-    local.mkdir(parents=True, exist_ok=True)
-    for name, size in files.items():
-        target = local / name
-        if target.exists() and target.stat().length == size:
-            continue
-        # Under a name of its own until whole: processes of one machine stage at once.
-        partial = (folder / name).copy(local / f"{name}.{os.getpid()}", overwrite=True)
-        partial.replace(target)
-    return local

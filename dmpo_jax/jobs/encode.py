@@ -1,34 +1,34 @@
-"""Raw pairs -> encoded pairs: VAE moments of both images, and each distinct prompt once."""
+"""Raw pairs -> encoded pairs: VAE moments of both images, and each distinct prompt once.
 
+The source is cut into parts, and `OUT/parts` says which of them are done:
+
+    plan.json           what is being encoded, with what; another plan is refused
+    prompts-NNNNN.json  the distinct prompts of a part
+    store-NNNNN.json    of a file of the prompt store that is whole
+    pairs-NNNNN.json    of a part whose files are whole, and what was left out of it
+
+Each is written after the files it speaks of, so that a second run goes on from there.
+"""
+
+import hashlib
 import logging
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from PIL import Image
+from jax.experimental import multihost_utils
 
 from dmpo_jax import diffusers_io, mesh
-from dmpo_jax.data import records, sources
-from dmpo_jax.models import families, parameters
-from dmpo_jax.writers import Progress
+from dmpo_jax.data import records, shards, sources
+from dmpo_jax.jobs import encode_pairs, encode_parts
+from dmpo_jax.jobs.encode_parts import PARTS, Work
+from dmpo_jax.jobs.pixels import NEEDS, Crop
+from dmpo_jax.models import families
 
 LOG = logging.getLogger(__name__)
-MAX_BAD = 0.01  # share of pairs that may be unreadable before the job gives up
-NEEDS = {"": (), "edit": ("source",), "inpaint": ("source", "mask")}  # fields of RawPair
-
-
-class Pixels(NamedTuple):
-    """A raw pair at the model's resolution R; source and mask where its family needs them."""
-
-    pair: sources.RawPair
-    images: np.ndarray  # [2, R, R, 3] uint8
-    sizes: np.ndarray  # [2, 6] int32
-    source: np.ndarray | None  # [R, R, 3] uint8
-    mask: np.ndarray | None  # [R, R, 1] uint8, 1 where to repaint
+PLAN = "plan.json"
 
 
 def encode(
@@ -39,61 +39,148 @@ def encode(
     vae: str = "",
     variant: str | None = None,
     resolution: int | None = None,
-    validation_fraction: float = 0.01,
+    validation_fraction: float | int = 0.01,
     batch_size: int = 32,
     dtype: Any = jnp.float32,
+    moments: Literal["sample", "mean"] = "sample",
+    moments_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    flip: bool = False,
+    crop: Crop = "center",
+    ties: Literal["keep", "drop"] = "keep",
+    max_bad: float | int = 0.01,
+    num_threads: int = 16,
+    pairs_per_shard: int = 1024,
 ) -> None:
     """Encodes every pair of `source` (KIND:PATH) with the VAE and text encoders of `model`.
 
     With an editing or inpainting model also the image, and the mask, given with each pair.
-    Does nothing where `out` already holds the same encoding, whole.
+    Does nothing where `out` already holds the same encoding, whole; goes on where a run with
+    the same arguments stopped, to the same files byte for byte. With several processes
+    (jax.distributed) each encodes its share on its own devices, and `out` is a folder that
+    all of them see; the files do not depend on how many there are.
 
     Args:
-        resolution: side of the images in pixels, resized on the shorter side and cropped
-            at the centre; None is the size that the UNet was trained at.
-        validation_fraction: of the pairs, chosen by a hash of their id.
-        batch_size: pairs encoded at a time, rounded up to a multiple of the devices.
+        resolution: side of the images in pixels, resized on the shorter side and cropped;
+            None is the size that the UNet was trained at.
+        validation_fraction: of the prompts, chosen by a hash of their text, with all their
+            pairs; where it is above 0 and there are two prompts or more, at least one.
+        batch_size: pairs encoded at a time by each process, rounded up to a multiple of its
+            devices.
+        dtype: to compute in.
+        moments: "sample" keeps what latents are drawn from, mean and log-variance; "mean"
+            the mean alone, half as many bytes, for latents without that noise.
+        moments_dtype: as they are stored.
+        flip: also stores each pair mirrored left to right: images, source and mask together.
+        crop: "center", or "random", at a place drawn from the pair's id.
+        ties: "keep" pairs that nobody prefers, or "drop" them.
+        max_bad: share of bad records above which the job gives up.
+        num_threads: decode images ahead of the devices.
+        pairs_per_shard: about so many pairs share a file, and are lost to a kill at most.
 
     Raises:
-        ValueError: `out` holds another encoding; more than 1 % of the images are
-            unreadable; a part of the model is missing or does not fit the others; or a pair
-            lacks an image that the model is given.
+        ValueError: `out` holds another encoding, or an unfinished one; too many records are
+            bad; a part of the model is missing or does not fit the others; or the source
+            lacks a column with what the model is given.
     """
     out = epath.Path(out)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
     config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
     channels = config.get("in_channels", 4)
     families.check_channels(pipeline.family, channels, pipeline.vae.config.latent_channels)
-    side = resolution or trained_side(config, pipeline.vae.config)
     about = {
         "model": str(model),
         "vae": vae,
         "source": source,
-        "resolution": side,
+        "resolution": resolution or trained_side(config, pipeline.vae.config),
         "validation_fraction": validation_fraction,
         "scaling_factor": pipeline.vae.config.scaling_factor,
         "shift_factor": pipeline.vae.config.shift_factor or 0.0,
         "image_kind": pipeline.family.image,
+        "moments": moments,
+        "moments_dtype": moments_dtype,
+        "crop": crop,
+        "ties": ties,
     }
-    if is_done(out, about):
+    if is_done(out, {**about, "flipped": flip}):
         LOG.info("%s is encoded already", out)
         return
-    raw = sources.open_source(source)
-    prompts = list(dict.fromkeys(["", *_prompts(raw, pipeline.family)]))
-    number = {prompt: i for i, prompt in enumerate(prompts)}
+    raw = sources.open_source(source, ties=ties)
+    check_columns(raw, source, pipeline.family)
+    devices = mesh.make_mesh(devices=jax.local_devices())
+    work = Work(
+        out=out,
+        source=raw,
+        parts=encode_parts.make_parts(raw.units(), pairs_per_shard),
+        pipeline=pipeline,
+        devices=devices,
+        about=about,
+        flip=flip,
+        batch_size=-(-batch_size // devices.size) * devices.size,
+        num_threads=num_threads,
+        max_bad=max_bad,
+    )
+    plan = make_plan(work, jnp.dtype(dtype).name, pairs_per_shard)
+    run(work, plan, jax.process_index(), jax.process_count(), wait_for_all)
 
-    def embeddings() -> Iterator[records.PromptEmbedding]:
-        embedded = diffusers_io.embed_prompts(pipeline, prompts)
-        for prompt, (context, pooled) in zip(prompts, embedded, strict=True):
-            pooled = None if pooled is None else pooled.astype(np.float16)
-            yield records.PromptEmbedding(prompt, context.astype(np.float16), pooled)
 
-    pairs = list(_encoded(raw, number, pipeline, side, batch_size))
-    held_out = [is_held_out(pair.id, validation_fraction) for pair in pairs]
-    splits = {"train": [p for p, held in zip(pairs, held_out, strict=True) if not held]}
-    if any(held_out):
-        splits["validation"] = [p for p, held in zip(pairs, held_out, strict=True) if held]
-    records.write_pairs(out, splits, embeddings(), about)
+def run(
+    work: Work, plan: Mapping[str, Any], index: int, count: int, wait: Callable[[str], None]
+) -> None:
+    """What process `index` of `count` does; `wait` returns when all have come to its name."""
+    if index == 0:
+        begin(work.out, plan)
+    wait("begun")
+    encode_parts.list_prompts(work, index, count)
+    wait("listed")
+    table = encode_parts.load_table(work)
+    encode_parts.write_prompts(work, table, index, count)
+    encode_pairs.write_pairs(work, table, index, count)
+    wait("written")
+    if index == 0:
+        encode_pairs.finish(work, table)
+    wait("finished")
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"encode: {name}")
+
+
+def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
+    """Makes `out` ready: empty of encodings but for an unfinished one of the same plan.
+
+    Raises:
+        ValueError: an unfinished encoding of another plan is there.
+    """
+    found = shards.load_json(out / PARTS / PLAN)
+    if found is None:
+        records.clear(out)
+        if (out / PARTS).exists():
+            (out / PARTS).rmtree()
+        (out / PARTS).mkdir()
+        shards.save_json(out / PARTS / PLAN, dict(plan))
+    elif said := _differences(found, plan):
+        raise ValueError(
+            f"{out} holds an unfinished encoding of another kind ({said}): delete it or choose "
+            "another folder"
+        )
+    else:
+        LOG.info("going on with the encoding in %s", out)
+        (out / records.MARKER).unlink(missing_ok=True)
+
+
+def make_plan(work: Work, dtype: str, pairs_per_shard: int) -> dict[str, Any]:
+    """What must be the same for a run to go on with another's parts."""
+    units = hashlib.sha256(repr([list(map(tuple, part.units)) for part in work.parts]).encode())
+    return {
+        **work.about,
+        "flipped": work.flip,
+        "compute_dtype": dtype,
+        "pairs_per_shard": pairs_per_shard,
+        "parts": len(work.parts),
+        "source_units": units.hexdigest(),
+    }
 
 
 def trained_side(unet: Any, vae: Any) -> int:
@@ -103,158 +190,35 @@ def trained_side(unet: Any, vae: Any) -> int:
     return (size if isinstance(size, int) else min(size)) * factor
 
 
-def is_done(out: epath.Path, about: dict[str, Any]) -> bool:
+def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
     """Whether `out` holds this encoding, whole; ValueError where it holds another."""
     if not (out / records.MARKER).exists():
         return False
-    meta = records.open_pairs(out).meta
-    if other := {k: (meta.get(k), v) for k, v in about.items() if meta.get(k) != v}:
-        said = ", ".join(
-            f"{k}: {have!r} there, {want!r} asked" for k, (have, want) in other.items()
-        )
+    try:
+        meta = records.open_pairs(out).meta
+    except records.NotWholeError:
+        return False
+    # What encodings were before they could be told otherwise.
+    dtype = meta["shapes"]["moments"]["dtype"]
+    if said := _differences(
+        {"crop": "center", "ties": "keep", "moments_dtype": dtype} | meta, about
+    ):
         raise ValueError(f"{out} holds another encoding ({said}): choose another folder")
     return True
 
 
-def is_held_out(name: str, fraction: float) -> bool:
-    """Whether a pair is in the validation split: a function of its id alone."""
-    return zlib.crc32(name.encode()) % 10_000 < round(fraction * 10_000)
+def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    """In words, where `want` differs from `have`; '' where it does not."""
+    return ", ".join(
+        f"{k}: {have.get(k)!r} there, {v!r} asked" for k, v in want.items() if have.get(k) != v
+    )
 
 
-def prepare(
-    image: np.ndarray, resolution: int, resampling: Image.Resampling = Image.Resampling.LANCZOS
-) -> tuple[np.ndarray, tuple[int, int, int, int, int, int]]:
-    """uint8 `[H, W, C]` -> uint8 `[R, R, C]`, and SDXL's six sizes in pixels; C 3 or 1.
-
-    The shorter side is resized to R, then the centre is cropped; the sizes hold the
-    original height and width, the crop's top and left after resizing, and R twice.
-    """
-    height, width = image.shape[:2]
-    scale = resolution / min(height, width)
-    h, w = max(round(height * scale), resolution), max(round(width * scale), resolution)
-    if (h, w) != (height, width):
-        # Pillow has no channel axis of 1.
-        resized = Image.fromarray(np.squeeze(image, 2) if image.shape[2] == 1 else image)
-        image = np.asarray(resized.resize((w, h), resampling)).reshape(h, w, -1)
-    top, left = (h - resolution) // 2, (w - resolution) // 2
-    image = image[top : top + resolution, left : left + resolution]
-    return image, (height, width, top, left, resolution, resolution)
-
-
-def _prompts(raw: sources.Source, family: families.Family) -> Iterator[str]:
-    """Every pair's prompt; ValueError at a pair without what the family is given."""
-    for pair in raw:
-        for field in NEEDS[family.image]:
-            if getattr(pair, field) is None:
-                column = sources.GIVEN[field]
-                raise ValueError(
-                    f"a {family.name} model needs the column {column!r} in every pair, but "
-                    f"{pair.id} has none: add it, or take a text-to-image model"
-                )
-        yield pair.prompt
-
-
-def load_pixels(pair: sources.RawPair, kind: str, resolution: int) -> Pixels:
-    """Decodes, resizes and crops what a family of image kind `kind` needs of a pair.
-
-    Raises:
-        ValueError: an image is unreadable, or the mask does not lie on its source.
-    """
-    ready = [prepare(sources.decode_image(x), resolution) for x in pair.images]
-    images, sizes = (np.stack(x) for x in zip(*ready, strict=True))
-    source = mask = None
-    if "source" in NEEDS[kind]:
-        source, of_source = prepare(sources.decode_image(pair.source or b""), resolution)
-        if "mask" in NEEDS[kind]:
-            given = sources.decode_mask(pair.mask or b"")
-            mask, of_mask = prepare(given, resolution, Image.Resampling.NEAREST)
-            if of_mask[2:] != of_source[2:]:  # another aspect ratio is cropped elsewhere
-                raise ValueError(
-                    f"the mask should have its source's shape, {of_source[:2]}, or one of the "
-                    f"same ratio, but got {of_mask[:2]}"
-                )
-    return Pixels(pair, images, sizes.astype(np.int32), source, mask)
-
-
-def make_run(pipeline: diffusers_io.Pipeline) -> Callable[..., Any]:
-    """`run(VAE's parameters, images [B, 2, R, R, 3], source, mask) -> (moments, image)`.
-
-    All in uint8 as in `Pixels`, out in float32; image is None where the family has none.
-    """
-    structure, _ = parameters.split(pipeline.vae)
-    kind, scaling = pipeline.family.image, pipeline.vae.config.scaling_factor
-
-    @jax.jit
-    def run(params, images, source, mask):
-        vae = parameters.merge(structure, params)
-
-        def encode(x):
-            return vae.encode(x).astype(jnp.float32)
-
-        def in_range(x):
-            return x.astype(jnp.float32) / 127.5 - 1
-
-        flat = encode(in_range(images.reshape(-1, *images.shape[2:])))
-        moments = flat.reshape(*images.shape[:2], *flat.shape[1:])
-        if not kind:
-            return moments, None
-        mask = None if mask is None else mask.astype(jnp.float32)
-        given = in_range(source)
-        return moments, families.image_channels(kind, encode, given, mask, scaling_factor=scaling)
-
-    return run
-
-
-def _encoded(
-    raw: sources.Source,
-    number: dict[str, int],
-    pipeline: diffusers_io.Pipeline,
-    resolution: int,
-    batch_size: int,
-) -> Iterator[records.EncodedPair]:
-    devices = mesh.make_mesh()
-    sharding = mesh.batch_sharding(devices)
-    batch_size = -(-batch_size // devices.size) * devices.size
-    params = jax.device_put(parameters.split(pipeline.vae)[1], mesh.replicated(devices))
-    run = make_run(pipeline)
-
-    def stack(arrays: list[np.ndarray | None]) -> np.ndarray | None:
-        """Rows of one shape, whatever is left for the last batch: one compilation."""
-        rows = [x for x in arrays if x is not None]
-        return np.stack(rows + rows[:1] * (batch_size - len(rows))) if rows else None
-
-    def flush(batch: Sequence[Pixels]):
-        inputs = [stack([getattr(x, f) for x in batch]) for f in ("images", "source", "mask")]
-        found = run(params, *jax.device_put(inputs, sharding))
-        moments, image = jax.tree.map(lambda x: np.asarray(x).astype(np.float16), found)
-        for i, (pair, _, sizes, _, _) in enumerate(batch):
-            yield records.EncodedPair(
-                pair.id,
-                number[pair.prompt],
-                pair.preference,
-                moments[i],
-                sizes,
-                None if image is None else image[i],
-            )
-
-    batch, bad = [], 0
-    with Progress(len(raw), description="encoding") as progress:
-        for pair in raw:
-            try:
-                batch.append(load_pixels(pair, pipeline.family.image, resolution))
-            except ValueError as error:
-                bad += 1
-                LOG.warning("pair %s is left out: %s", pair.id, error)
-                if bad > max(MAX_BAD * len(raw), 1):
-                    raise ValueError(
-                        f"{bad} of {len(raw)} pairs cannot be read, above {MAX_BAD:.0%}; the last "
-                        f"is {pair.id}: {error}"
-                    ) from error
-                continue
-            if len(batch) == batch_size:
-                yield from flush(batch)
-                progress.advance(len(batch))
-                batch = []
-        if batch:
-            yield from flush(batch)
-            progress.advance(len(batch))
+def check_columns(raw: sources.Source, name: str, family: families.Family) -> None:
+    """ValueError where the source has not what the family is given beside the latents."""
+    if missing := sorted(NEEDS[family.image] - raw.given):
+        columns = " and ".join(repr(sources.GIVEN[field]) for field in missing)
+        raise ValueError(
+            f"a {family.name} model needs the column {columns} in every pair, but {name} has "
+            "none: add it, or take a text-to-image model"
+        )

@@ -82,6 +82,10 @@ def _encode(config: Config, workdir: epath.Path) -> None:
         resolution=config.data.resolution,
         validation_fraction=config.data.validation_fraction,
         dtype=config.model.compute_dtype,
+        moments=config.data.moments,
+        moments_dtype=config.data.moments_dtype,
+        flip=config.data.flip,
+        num_threads=config.data.num_threads,
     )
 
 
