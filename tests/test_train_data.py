@@ -57,7 +57,7 @@ def test_the_kind_of_moments_is_the_folders_word(model, tmp_path, moments):
 def test_moments_that_do_not_fit_the_unet_are_refused(model, tmp_path):
     """Eight channels: 2C of this model if they were a sample's, but they are said to be means."""
     encoded = write(tmp_path / "a", moments="mean", channels=8)
-    with pytest.raises(ValueError, match="4 .*channels|channels.* 8"):
+    with pytest.raises(ValueError, match=r"4 .*channels|channels.* 8"):
         prepare(tiny.make_config(model, encoded), tmp_path)
     marker = tmp_path / "a" / records.MARKER
     meta = json.loads(marker.read_text())
