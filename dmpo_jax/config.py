@@ -12,6 +12,7 @@ A file in configs/ starts from `defaults()`, changes a few leaves and returns it
 import copy
 import difflib
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict, config_dict
@@ -56,6 +57,10 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "model.compute_dtype": ("bfloat16", "of activations; parameters are always float32"),
     "data.source": ("", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made"),
     "data.encoded": ("", "folder of encoded pairs; '' is WORKDIR/encoded"),
+    "data.mix": (
+        config_dict.placeholder(tuple),
+        "instead of data.encoded: several such folders, each FOLDER=WEIGHT, of the pairs",
+    ),
     "data.flip": (False, "train on half of the pairs flipped; they must be stored flipped too"),
     "data.moments": ("sample", "what encode keeps of an image: sample (mean, variance) or mean"),
     "data.moments_dtype": ("bfloat16", f"encode stores them in; one of {', '.join(STORED)}"),
@@ -332,9 +337,45 @@ def _check_jobs(config: Config):
             f"debug.family must be one of {', '.join(FAMILIES)}, or '', but got "
             f"{config.debug.family!r}"
         )
+    yield from _check_mix(config)
     source = config.data.source
     if source and not all(source.partition(":")):
         yield f"data.source must be KIND:PATH, but got {source!r}"
+
+
+def _check_mix(config: Config):
+    if not config.data.mix:
+        return
+    try:
+        parse_mix(config.data.mix)
+    except ValueError as error:
+        yield str(error)
+    if config.data.encoded:
+        yield (
+            f"data.mix takes the place of data.encoded, but got {config.data.mix!r} and "
+            f"{config.data.encoded!r}: set one of them"
+        )
+    if "encode" in config.jobs:
+        yield (
+            "data.mix names folders that are encoded already, but jobs has encode: drop it from "
+            "jobs, or data.mix"
+        )
+
+
+def parse_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
+    """[(folder, weight)] of `data.mix`; ValueError at what is not FOLDER=WEIGHT."""
+    found = []
+    for entry in entries:
+        folder, _, weight = str(entry).rpartition("=")
+        try:
+            found.append((folder, float(weight)))
+        except ValueError:
+            folder = ""
+        if not folder or not 0 < found[-1][1] < float("inf"):
+            raise ValueError(
+                f"data.mix must be of FOLDER=WEIGHT, weights above 0, but got {entry!r}"
+            )
+    return found
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -358,6 +399,10 @@ def identity(config: Config) -> dict[str, Any]:
         "optimizer": config.optimizer.to_dict(),
         "debug": pick(config.debug, "family"),
     }
+    if config.data.mix:
+        found["data"]["mix"] = list(config.data.mix)
+    if config.data.flip:
+        found["data"]["flip"] = True
     if config.optimizer.schedule != "constant":
         found["train"]["steps"] = config.train.steps
     if config.train.ema_decay:

@@ -160,17 +160,21 @@ def sample_latents(
     *,
     scaling_factor: float,
     shift_factor: float = 0.0,
+    mean_only: bool = False,
 ) -> Latents:
     """Draws latents from the VAE's posterior and scales them as the UNet expects.
 
     Args:
-        moments: unscaled mean, then log-variance, on the last axis (M = 2C).
+        moments: unscaled mean, then log-variance, on the last axis (M = 2C); with
+            mean_only the mean alone (M = C), which is then what is drawn.
         scaling_factor: of the VAE's config: 0.18215 for SD1.5, 0.13025 for SDXL.
         shift_factor: likewise; 0 for both.
 
     Returns:
         `(mean + std * noise - shift_factor) * scaling_factor`, float32.
     """
+    if mean_only:
+        return (moments.astype(jnp.float32) - shift_factor) * scaling_factor
     if moments.shape[-1] % 2:
         raise ValueError(
             f"moments shape should be [..., 2C], mean then log-variance, but got {moments.shape}"

@@ -47,6 +47,7 @@ class Setup(NamedTuple):
     adapters: bool = False  # whether the state's parameters are adapters on the frozen ones
     dropout: float = 0.0  # of the adapters
     ema_decay: float = 0.0
+    mean_only: bool = False  # whether batches hold the moments' mean alone
 
 
 def make_state(
@@ -156,6 +157,7 @@ def noise_batch(key: Key[Array, ""], batch: PairBatch, setup: Setup) -> Noised:
         moments,
         scaling_factor=setup.scaling_factor,
         shift_factor=setup.shift_factor,
+        mean_only=setup.mean_only,
     )
     return noise_pair(noise_key, latents, setup.schedule)
 

@@ -30,7 +30,8 @@ class Conditioning(NamedTuple):
 
 class PairBatch(NamedTuple):
     """Encoded pairs: the unscaled VAE moments (mean, then log-variance, on the last
-    axis) and the probability, in [0.5, 1], that image 0 is the preferred one."""
+    axis, or the mean alone: `Setup.mean_only`) and the probability, in [0.5, 1], that
+    image 0 is the preferred one."""
 
     moments: Float[Array, "B 2 H W M"]
     preference: PerPair

@@ -166,6 +166,16 @@ def test_sample_latents_clips_the_log_variance():
     )
 
 
+def test_means_alone_are_what_is_drawn():
+    means = jax.random.normal(jax.random.key(1), (3, 2, 4, 4, 5)).astype(jnp.bfloat16)  # odd, legal
+    got = sample_latents(
+        jax.random.key(0), means, scaling_factor=0.2, shift_factor=1.0, mean_only=True
+    )
+    assert got.shape == means.shape
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, (means.astype(jnp.float32) - 1.0) * 0.2, rtol=1e-6)
+
+
 def test_schedule_is_hashed_by_identity():
     schedule = make_noise_schedule()
     noise = jax.jit(noise_pair, static_argnums=2)

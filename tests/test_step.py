@@ -313,3 +313,17 @@ def test_accumulation_reduces_means_and_maxima():
     assert float(metrics["margin_abs_max"]) == 3.0
     cut = step.microbatches(jnp.arange(8), 4)
     np.testing.assert_array_equal(cut, np.arange(8).reshape(2, 4).T)
+
+
+def test_means_alone_are_noised_as_moments_without_variance_are():
+    """The same timesteps and noise; and [.., C] is no [.., 2C] by accident."""
+    setup, batch = make_setup(), make_batch(4)
+    mean = jnp.asarray(batch.moments[..., :4])
+    certain = batch._replace(moments=jnp.concatenate([mean, jnp.full_like(mean, -30.0)], -1))
+    want = step.noise_batch(jax.random.key(1), certain, setup)
+    alone = setup._replace(mean_only=True)
+    got = step.noise_batch(jax.random.key(1), batch._replace(moments=mean), alone)
+    assert got.latents.shape == mean.shape
+    np.testing.assert_array_equal(got.timesteps, want.timesteps)
+    np.testing.assert_array_equal(got.target, want.target)
+    np.testing.assert_allclose(got.latents, want.latents, atol=1e-6)

@@ -5,14 +5,18 @@ batch s is element s * B + r, whichever process holds it. So the position in the
 the step, resuming is O(1), and the batches do not depend on how many processes read them.
 """
 
+import concurrent.futures
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
 import numpy as np
 from jaxtyping import Float
 
+from dmpo_jax.data.mixture import Mixture
+from dmpo_jax.data.order import Draws, Element, Order
 from dmpo_jax.data.records import EncodedPairs
 from dmpo_jax.types import Conditioning, PairBatch
 
@@ -24,26 +28,29 @@ class Batches:
     """Batch s of the endless data, as a function of s alone: `batches[s]`.
 
     Args:
-        pairs: what `records.open_pairs` returns.
+        pairs: what `records.open_pairs` returns, or several of them in a `Mixture`: each
+            set then has its share of the elements, and epochs of its own.
         split: name of the split.
         global_batch: B, rows over all processes.
         rows: the global rows that this process holds, in this order (`mesh.local_rows`).
-        seed: of order and dropout, in [0, 2**32).
+        seed: of order, dropout and flips, in [0, 2**32).
         prompt_dropout: the probability that a pair is given the empty prompt, prompt 0. Where
             the pairs have images to edit, it is the image's too: half of each come together,
             so that p = prompt_dropout / 2 of the pairs lose the prompt alone, p the image
             alone and p both, as InstructPix2Pix does with p = 0.05 (arXiv 2211.09800). A
             dropped image is zeros. What is to be inpainted is never dropped.
         shuffle: a fresh order each epoch; otherwise the stored order, again and again.
+        flip: half of the elements are the pair flipped horizontally, both images or neither.
+        num_threads: that read rows; 0 reads in the caller's thread.
 
     Raises:
         ValueError: if rows are repeated or outside [0, B), or the dropout outside [0, 1] (with
-            images to edit, above 2/3).
+            images to edit, above 2/3); if flips are asked for that were not stored.
     """
 
     def __init__(
         self,
-        pairs: EncodedPairs,
+        pairs: EncodedPairs | Mixture,
         split: str,
         *,
         global_batch: int,
@@ -51,44 +58,39 @@ class Batches:
         seed: int,
         prompt_dropout: float = 0.0,
         shuffle: bool = True,
+        flip: bool = False,
+        num_threads: int = 0,
     ):
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1], but got {prompt_dropout}")
-        self._drops_images = pairs.meta["image_kind"] == "edit"
-        if self._drops_images and prompt_dropout > 2 / 3:
+        drops_images = pairs.meta["image_kind"] == "edit"
+        if drops_images and prompt_dropout > 2 / 3:
             raise ValueError(
                 "prompt_dropout must be at most 2/3 for pairs with images to edit, of which it "
                 f"drops half as many again, but got {prompt_dropout}"
             )
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2**32), but got {seed}")
+        sets = _sets(pairs)
+        if flip:
+            _check_flipped(sets)
         self._rows = _checked_rows(rows, global_batch)
         self._global_batch = global_batch
-        self._seed = seed
-        self._prompt_dropout = prompt_dropout
-        self._reader = _Reader(pairs, split)
-        order = grain.MapDataset.range(len(self._reader)).seed(seed)
-        # Element numbers are shuffled, not records: Grain then knows no file.
-        self._order = (order.shuffle() if shuffle else order).repeat()
+        self._reader = _Reader(sets, split, num_threads)
+        weights = pairs.weights if isinstance(pairs, Mixture) else [1]
+        self._order = Order(self._reader.lengths, weights, seed=seed, shuffle=shuffle)
+        self._draws = Draws(
+            seed=seed, prompt_dropout=prompt_dropout, drops_images=drops_images, flip=flip
+        )
 
     def __getitem__(self, step: int) -> PairBatch:
         """This process's rows of batch `step`, in the order of `rows`."""
-        elements = [step * self._global_batch + r for r in self._rows]
-        records: list[Any] = [self._order[i] for i in elements]
-        return self._reader.batch(records, [self._drops(i) for i in elements])
-
-    def _drops(self, element: int) -> tuple[bool, bool]:
-        """Whether the element loses its prompt, and its image."""
-        # Philox is a counter-based generator: a fresh stream for every (seed, element).
-        key = np.array([self._seed, element], np.uint64)
-        drawn = np.random.Generator(np.random.Philox(key=key)).random()
-        # One draw for both: prompt alone below p, both below 2p, image alone below 3p.
-        p = self._prompt_dropout / 2
-        return drawn < self._prompt_dropout, self._drops_images and p <= drawn < 3 * p
+        numbers = [step * self._global_batch + r for r in self._rows]
+        return self._reader.batch([Element(*self._order[i], *self._draws(i)) for i in numbers])
 
 
 def make_batches(
-    pairs: EncodedPairs,
+    pairs: EncodedPairs | Mixture,
     split: str,
     *,
     global_batch: int,
@@ -97,6 +99,7 @@ def make_batches(
     start_step: int = 0,
     prompt_dropout: float = 0.0,
     shuffle: bool = True,
+    flip: bool = False,
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[PairBatch]:
@@ -104,14 +107,14 @@ def make_batches(
 
     Args:
         start_step: the first batch, reached in O(1).
-        num_threads: batches read at once; 0 reads in the caller's thread.
+        num_threads: that read rows; 0 reads in the caller's thread, and not ahead.
         prefetch: batches held ready.
         others: see `Batches`.
 
     Returns:
-        An iterator of numpy PairBatches, dtypes as stored: moments `[len(rows), 2, h, w, 2C]`.
-        pooled and time_ids (float32) are None unless the prompts carry pooled embeddings, and
-        image `[len(rows), h, w, E]` unless the pairs do.
+        An iterator of numpy PairBatches, dtypes as stored: moments `[len(rows), 2, h, w, 2C]`,
+        or C where only means are stored. pooled and time_ids (float32) are None unless the
+        prompts carry pooled embeddings, and image `[len(rows), h, w, E]` unless the pairs do.
     """
     batches = Batches(
         pairs,
@@ -121,75 +124,139 @@ def make_batches(
         seed=seed,
         prompt_dropout=prompt_dropout,
         shuffle=shuffle,
+        flip=flip,
+        num_threads=num_threads,
     )
     steps = grain.MapDataset.range(start_step, LAST_STEP).map(batches.__getitem__)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+    # Rows are read by the pool's threads; Grain's keep it busy from one batch to the next.
+    ahead = min(2, prefetch) if num_threads else 0
+    return iter(steps.to_iter_dataset(grain.ReadOptions(ahead, prefetch if ahead else 0)))
 
 
 def make_epoch(
-    pairs: EncodedPairs, split: str, *, global_batch: int, rows: Sequence[int] | np.ndarray
+    pairs: EncodedPairs | Mixture,
+    split: str,
+    *,
+    global_batch: int,
+    rows: Sequence[int] | np.ndarray,
 ) -> Iterator[tuple[PairBatch, Float[np.ndarray, "B"]]]:
     """One pass in stored order, each pair once, for validation.
+
+    A mixture's sets come one after the other, whatever their weights, those without the
+    split left out.
 
     Yields:
         (batch, weights): weights float32, 1 for a pair and 0 for the padding that fills
         the last batch, so that every process makes the same number of equal steps.
     """
     rows = _checked_rows(rows, global_batch)
-    reader = _Reader(pairs, split)
+    sets = _sets(pairs)
+    if isinstance(pairs, Mixture):
+        sets = [one for one in sets if split in one.meta["counts"]]
+    reader = _Reader(sets, split)
+    places = [Element(s, i) for s, length in enumerate(reader.lengths) for i in range(length)]
 
     def batches() -> Iterator[tuple[PairBatch, np.ndarray]]:
-        for start in range(0, len(reader), global_batch):
-            elements = [start + r for r in rows]
-            weights = np.array([i < len(reader) for i in elements], np.float32)
-            records = [i if i < len(reader) else 0 for i in elements]
-            yield reader.batch(records, [(False, False)] * len(rows)), weights
+        for start in range(0, len(places), global_batch):
+            numbers = [start + r for r in rows]
+            weights = np.array([i < len(places) for i in numbers], np.float32)
+            batch = reader.batch([places[i if i < len(places) else 0] for i in numbers])
+            yield batch, weights
 
     return batches()  # rows are checked now, not at the first batch
 
 
+def is_mean_only(meta: Mapping[str, Any]) -> bool:
+    """Whether the moments of a folder (its encoded.json) are means without log-variances.
+
+    Raises:
+        ValueError: the folder says neither "sample" nor "mean".
+    """
+    kind = meta.get("moments", "sample")
+    if kind not in ("sample", "mean"):
+        raise ValueError(
+            f'the encoded pairs\' moments should be "sample" or "mean", but are {kind!r}: encode '
+            "them with this version"
+        )
+    return kind == "mean"
+
+
+def latent_channels(meta: Mapping[str, Any]) -> int:
+    """C, of the moments that a folder holds: 2C with log-variances, C without."""
+    return meta["shapes"]["moments"]["shape"][-1] // (1 if is_mean_only(meta) else 2)
+
+
 class _Reader:
-    """Stacks records and their prompts into batches."""
+    """Fills batches with the pairs and prompts of some data sets of one shape."""
 
-    def __init__(self, pairs: EncodedPairs, split: str):
-        self._source = pairs.split(split)
+    def __init__(self, sets: Sequence[EncodedPairs], split: str, num_threads: int = 0):
+        self._sources = [pairs.split(split) for pairs in sets]
+        self.lengths = [len(source) for source in self._sources]
         # Prompts recur (the empty one above all): a bounded cache, shared by the threads.
-        self._prompt = functools.lru_cache(maxsize=CACHED_PROMPTS)(pairs.prompts.__getitem__)
+        cached = functools.lru_cache(maxsize=max(CACHED_PROMPTS // len(sets), 1))
+        self._prompts = [cached(pairs.prompts.__getitem__) for pairs in sets]
+        self._shapes = sets[0].meta["shapes"]
+        self._num_threads = num_threads
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
 
-    def __len__(self) -> int:
-        return len(self._source)
+    def batch(self, elements: Sequence[Element]) -> PairBatch:
+        """The elements in the order given."""
+        batch = self._empty(len(elements))
 
-    def batch(self, records: Sequence[int], dropped: Sequence[tuple[bool, bool]]) -> PairBatch:
-        """The records in the order given.
+        def fill(numbers: range) -> None:
+            for row in numbers:
+                self._fill(batch, row, elements[row])
 
-        dropped: (prompt, image), whether a record gets prompt 0, and zeros, for its own.
-        """
-        pairs = [self._source[i] for i in records]
-        prompts = [
-            self._prompt(0 if drop else pair.prompt)
-            for pair, (drop, _) in zip(pairs, dropped, strict=True)
-        ]
-        pooled: Any = [prompt.pooled for prompt in prompts]
-        time_ids: Any = None
-        if pooled[0] is None:  # the store holds pooled embeddings for all prompts or none
-            pooled = None
+        everything, parts = range(len(elements)), min(self._num_threads, len(elements))
+        if self._pool is None:
+            fill(everything)
         else:
-            pooled = np.stack(pooled)
-            time_ids = np.stack([pair.sizes for pair in pairs]).astype(np.float32)
-        context: Any = np.stack([prompt.context for prompt in prompts])
-        image: Any = None
-        if pairs[0].image is not None:  # as with pooled
-            images: list[Any] = [pair.image for pair in pairs]
-            image = np.stack(
-                [
-                    np.zeros_like(x) if drop else x
-                    for x, (_, drop) in zip(images, dropped, strict=True)
-                ]
+            for _ in self._pool.map(fill, [everything[part::parts] for part in range(parts)]):
+                pass  # an error comes up here
+        return batch
+
+    def _empty(self, rows: int) -> PairBatch:
+        def array(name: str) -> Any:
+            described = self._shapes.get(name)
+            if described is None:
+                return None
+            return np.empty((rows, *described["shape"]), np.dtype(described["dtype"]))
+
+        pooled = array("pooled")
+        time_ids = None if pooled is None else np.empty((rows, 2, 6), np.float32)
+        conditioning = Conditioning(array("context"), pooled, time_ids, array("image"))
+        return PairBatch(array("moments"), np.empty(rows, np.float32), conditioning)
+
+    def _fill(self, batch: PairBatch, row: int, element: Element) -> None:
+        # Each record is copied and let go before the next is read: its memory is then used
+        # again, still in the cache, where a batch of them would be cleared by the kernel.
+        pair = self._sources[element.source][element.record]
+        if element.flips:
+            pair = pair.flip()
+        prompt = self._prompts[element.source](0 if element.drops_prompt else pair.prompt)
+        arrays: Any = batch
+        arrays.moments[row] = pair.moments
+        arrays.preference[row] = pair.preference
+        context, pooled, time_ids, image = arrays.conditioning
+        context[row] = prompt.context
+        if pooled is not None:
+            pooled[row], time_ids[row] = prompt.pooled, pair.sizes
+        if image is not None:
+            image[row] = 0 if element.drops_image else pair.image
+
+
+def _sets(pairs: EncodedPairs | Mixture) -> Sequence[EncodedPairs]:
+    return pairs.sets if isinstance(pairs, Mixture) else [pairs]
+
+
+def _check_flipped(sets: Sequence[EncodedPairs]) -> None:
+    for number, pairs in enumerate(sets):
+        which = f"folder {number} of the mixture" if len(sets) > 1 else "the folder"
+        if not pairs.meta.get("flipped", False):
+            raise ValueError(
+                f"flips were asked for, but {which} of encoded pairs does not hold them: encode "
+                "with flips, or train without"
             )
-        moments: Any = np.stack([pair.moments for pair in pairs])
-        preference: Any = np.array([pair.preference for pair in pairs], np.float32)
-        conditioning = Conditioning(context, pooled, time_ids, image)
-        return PairBatch(moments, preference, conditioning)
 
 
 def _checked_rows(rows: Sequence[int] | np.ndarray, global_batch: int) -> list[int]:

@@ -8,7 +8,7 @@ import io
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,16 +16,18 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from jaxtyping import Float
 
+from dmpo_jax.data.examples import read_example, write_example
 from dmpo_jax.data.shards import Shard, ShardWriter
 
 PROMPTS = "prompts.array_record"
 FILE = re.compile(rf"{re.escape(PROMPTS)}(-\d+)?")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
+NPZ = b"PK"  # how records of format 1 begin: npz, which takes ten times as long to open
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 class PromptEmbedding(NamedTuple):
-    """A prompt and what the text encoders made of it; float16 or float32."""
+    """A prompt and what the text encoders made of it; bfloat16, float16 or float32."""
 
     text: str
     context: Float[np.ndarray, "S D"]
@@ -35,8 +37,19 @@ class PromptEmbedding(NamedTuple):
 class PromptStore:
     """Random access to prompt embeddings; nothing is kept in memory."""
 
-    def __init__(self, folder: epath.Path, counts: Sequence[int], *, total: int):
-        """counts: records of each file, so that none is opened before it is read."""
+    def __init__(
+        self,
+        folder: epath.Path,
+        counts: Sequence[int],
+        *,
+        total: int,
+        shapes: Mapping[str, Any],
+    ):
+        """counts: records of each file, so that none is opened before it is read.
+
+        shapes: of `context` and `pooled`, as in encoded.json.
+        """
+        self._shapes = {name: shapes.get(name) for name in ("context", "pooled")}
         names = [shard_name(k) for k in range(len(counts))] if counts else [PROMPTS]
         files: list[Any] = [os.fspath(folder / name) for name in names]
         if counts:
@@ -50,6 +63,9 @@ class PromptStore:
 
     def __getitem__(self, j: int) -> PromptEmbedding:
         record = self._source[checked_index(j, len(self))]
+        if not record.startswith(NPZ):
+            values = read_example(record, self._shapes)
+            return PromptEmbedding(values["text"].decode(), values["context"], values.get("pooled"))
         with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
             text = arrays["text"].tobytes().decode()
             return PromptEmbedding(text, arrays["context"], arrays.get("pooled"))
@@ -126,7 +142,5 @@ def _shapes(prompt: PromptEmbedding) -> dict[str, Any]:
 def _serialized(what: str, prompt: PromptEmbedding) -> bytes:
     arrays = {name: x for name, x in prompt._asdict().items() if x is not None and name != "text"}
     for name, array in arrays.items():
-        check_floats(f"{what}: {name}", array, DTYPES[1:])  # a npy file has no bfloat16
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays, text=np.frombuffer(prompt.text.encode(), np.uint8))
-    return buffer.getvalue()
+        check_floats(f"{what}: {name}", array)
+    return write_example({**arrays, "text": prompt.text.encode()})

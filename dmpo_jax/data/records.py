@@ -20,11 +20,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 
 from dmpo_jax.data import prompt_store, shards
+from dmpo_jax.data.examples import read_example
 from dmpo_jax.data.pairs import ARRAYS, EncodedPair, PairSerializer, make_features, pair_bytes
 from dmpo_jax.data.prompt_store import PromptEmbedding, PromptStore
 from dmpo_jax.data.shards import Shard, ShardWriter
@@ -266,7 +268,12 @@ class EncodedPairs:
 
     def __init__(self, folder: epath.Path, meta: dict[str, Any]):
         self.meta = meta
-        self.prompts = PromptStore(folder, meta["prompt_shards"], total=meta["counts"]["prompts"])
+        self.prompts = PromptStore(
+            folder,
+            meta["prompt_shards"],
+            total=meta["counts"]["prompts"],
+            shapes=meta["shapes"],
+        )
         self._builder: Any = tfds.builder_from_directory(folder)
 
     def split(self, name: str) -> "PairSource":
@@ -278,18 +285,28 @@ class EncodedPairs:
         if name not in self._builder.info.splits:
             names = sorted(self._builder.info.splits)
             raise ValueError(f"there is no split {name!r}, only {names}")
-        return PairSource(self._builder.as_data_source(name))
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = self._builder.as_data_source(name, deserialize_method=raw)
+        return PairSource(source, self.meta["shapes"])
 
 
 class PairSource:
     """Random access to the pairs of one split; nothing is kept in memory."""
 
-    def __init__(self, source: Any):
-        self._source = source
+    def __init__(self, source: Any, shapes: Mapping[str, Any]):
+        """source: of records as bytes. shapes: of their arrays, as in encoded.json."""
+        self._source, self._shapes = source, shapes
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, i: int) -> EncodedPair:
         record = self._source[prompt_store.checked_index(i, len(self))]
-        return EncodedPair(**{**record, "id": record["id"].decode()})
+        values = read_example(record, self._shapes)
+        return EncodedPair(
+            id=values["id"].decode(),
+            prompt=values["prompt"][0],
+            preference=values["preference"][0],
+            sizes=np.array(values["sizes"], np.int32).reshape(2, 6),
+            **{name: values[name] for name in ARRAYS if name in values},
+        )

@@ -85,7 +85,7 @@ def make_debug(config: Config, workdir: epath.Path) -> Config:
         config.model.folder = str(model)
         config.model.vae = ""
         config.data.source = f"pickapic:{pairs}"
-        config.data.encoded = ""
+        config.data.encoded, config.data.mix, config.data.flip = "", None, False
         config.jobs = ("encode", "train")
     return config
 

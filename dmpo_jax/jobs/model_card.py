@@ -79,6 +79,8 @@ def how_to_use(config: configs.Config, out: epath.Path) -> str:
 
 
 def about_data(config: configs.Config, workdir: epath.Path) -> dict[str, Any]:
+    if config.data.mix:
+        return {"pairs (folder=weight)": ", ".join(config.data.mix)}
     marker = epath.Path(config.data.encoded or workdir / "encoded") / "encoded.json"
     if not marker.exists():
         return {"pairs": str(marker.parent)}

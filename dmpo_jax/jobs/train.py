@@ -14,6 +14,7 @@ from etils import epath
 from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
+from dmpo_jax.data.mixture import Mixture
 from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.models import families, lora, parameters
@@ -33,7 +34,7 @@ class Run(NamedTuple):
     config: configs.Config
     workdir: epath.Path
     devices: jax.sharding.Mesh
-    pairs: records.EncodedPairs
+    pairs: records.EncodedPairs | Mixture
     unet: Any  # the policy without arrays: those are in `reference` and the state
     reference: dict[str, jax.Array] | None  # frozen; with LoRA what the adapters sit on
     setup: step.Setup
@@ -84,7 +85,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     """
     devices = mesh.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
     mesh.check_batch(config.train.batch_size, config.train.accumulation, devices)
-    pairs = records.open_pairs(config.data.encoded or workdir / "encoded")
+    pairs = open_pairs(config, workdir)
     folder, family = diffusers_io.load_family(config.model.folder)
     schedule, _ = diffusers_io.load_schedule(folder)
     objective = OBJECTIVES[config.objective]
@@ -119,10 +120,19 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
         adapters=config.lora.rank > 0,
         dropout=config.lora.dropout,
         ema_decay=config.train.ema_decay,
+        mean_only=pipeline.is_mean_only(pairs.meta),
     )
     key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
     run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
     return run, params
+
+
+def open_pairs(config: configs.Config, workdir: epath.Path) -> records.EncodedPairs | Mixture:
+    """The encoded pairs that a config names: one folder, or several by weight."""
+    if not config.data.mix:
+        return records.open_pairs(config.data.encoded or workdir / "encoded")
+    folders, weights = zip(*configs.parse_mix(config.data.mix), strict=True)
+    return Mixture([records.open_pairs(folder) for folder in folders], weights)
 
 
 def make_reference(params: dict[str, jax.Array], dtype: Callable[[str], Any]) -> Any:
@@ -148,10 +158,10 @@ def make_optimizer(config: configs.Config) -> tuple[Callable[[Any], jax.Array], 
     return learning_rate, tx
 
 
-def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs) -> None:
+def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs | Mixture) -> None:
     """ValueError where the encoded pairs were made for another model."""
     shapes = pairs.meta["shapes"]
-    latent, width = shapes["moments"]["shape"][-1] // 2, shapes["context"]["shape"][-1]
+    latent, width = pipeline.latent_channels(pairs.meta), shapes["context"]["shape"][-1]
     wanted = unet.config.cross_attention_dim
     families.check_channels(family, unet.config.in_channels, latent)
     if (kind := pairs.meta["image_kind"]) != family.image:
@@ -259,6 +269,7 @@ def make_batches(run: Run, start: int) -> Iterator[PairBatch]:
         seed=config.seed,
         start_step=start,
         prompt_dropout=config.data.prompt_dropout,
+        flip=config.data.flip,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )

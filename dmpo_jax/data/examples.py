@@ -1,0 +1,49 @@
+"""Records as TFDS writes them, tf.Example protos, for arrays of known shape.
+
+`tfds` reads them too, in ten times the time: 84 us a pair of SD1.5 against 9, where reading
+its bytes takes 150.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
+import numpy as np
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+
+def read_example(record: bytes, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record by name.
+
+    Args:
+        shapes: `{"shape", "dtype"}` of each array that is stored as bytes; None, or absent,
+            for what is none.
+
+    Returns:
+        Arrays (read-only views, little endian as stored); bytes of other byte features; and
+        lists of numbers.
+    """
+    values: dict[str, Any] = {}
+    for name, feature in tf_example_pb2.Example.FromString(record).features.feature.items():
+        kind = feature.WhichOneof("kind")
+        value = getattr(feature, kind).value
+        if kind == "bytes_list":
+            value = value[0]
+            if described := shapes.get(name):
+                # Never a view of the proto itself: `value` is bytes of its own.
+                value = np.frombuffer(value, np.dtype(described["dtype"]))
+                value = value.reshape(described["shape"])
+        values[name] = value
+    return values
+
+
+def write_example(values: Mapping[str, np.ndarray | bytes]) -> bytes:
+    """A record of byte features: bytes, and arrays as theirs. Inverse of `read_example`."""
+
+    def feature(value: np.ndarray | bytes) -> tf_feature_pb2.Feature:
+        data = value if isinstance(value, bytes) else value.tobytes()
+        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[data]))
+
+    features = {name: feature(value) for name, value in values.items()}
+    example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
+    return example.SerializeToString(deterministic=True)

@@ -1,0 +1,146 @@
+"""What each element of the endless shuffled data is: a function of (seed, element) alone.
+
+Nothing here counts or remembers, so element 10**12 costs what element 0 does.
+"""
+
+import fractions
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+BLOCK = 1024  # elements of a mixture that are shuffled among each other
+
+
+class Element(NamedTuple):
+    """A record (number `record` of data set `source`) and what becomes of it."""
+
+    source: int
+    record: int
+    drops_prompt: bool = False
+    drops_image: bool = False
+    flips: bool = False
+
+
+class Order:
+    """Element i of some data sets mixed by weight: `order[i]` -> (source, record).
+
+    Of the first n elements each set has its share, exact to a few whenever n is a multiple of
+    1,024, within which the sets come at random. Each set has epochs of its own: all of its
+    pairs come once before any of them comes again.
+
+    Args:
+        lengths: records of each set.
+        weights: shares of the elements, in any unit; above 0. One for each set.
+        seed: in [0, 2**32).
+        shuffle: a fresh order each epoch, and the sets shuffled among each other; otherwise
+            the stored order, again and again, and the sets in turns.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], weights: Sequence[float | int], *, seed: int, shuffle: bool
+    ):
+        self._parts = whole_parts(weights)
+        self._seed = _seed_of(seed, len(lengths)) if shuffle else None
+        sets = []
+        for number, length in enumerate(lengths):
+            records = grain.MapDataset.range(length).seed(_seed_of(seed, number))
+            # Record numbers are shuffled, not records: Grain then knows no file.
+            sets.append((records.shuffle() if shuffle else records).repeat())
+        self._sets = sets
+        self._block = functools.lru_cache(maxsize=64)(self._make_block)  # a few batches' worth
+
+    def __getitem__(self, element: int) -> tuple[int, int]:
+        if len(self._sets) == 1:
+            return 0, self._sets[0][element]
+        number, within = divmod(element, BLOCK)
+        sources, places = self._block(number)
+        source = int(sources[within])
+        return source, self._sets[source][int(places[within])]
+
+    def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a block's elements: their sources, and their places among the source's own."""
+        before, after = (counts_of(n * BLOCK, self._parts) for n in (number, number + 1))
+        held = [b - a for a, b in zip(before, after, strict=True)]
+        if self._seed is None:
+            rank = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in held])
+        else:
+            rank = _stream(self._seed, number).random(BLOCK)
+        sources = np.repeat(np.arange(len(held)), held)[np.argsort(rank, kind="stable")]
+        places = np.empty(BLOCK, np.int64)
+        for source, start in enumerate(before):
+            places[sources == source] = start + np.arange(held[source])
+        return sources, places
+
+
+def counts_of(n: int, parts: Sequence[int]) -> list[int]:
+    """How many of the first n elements are each source's, shared out in proportions `parts`.
+
+    The first source has its exact share, rounded up, the next its share of what is left, and
+    so on: so no count ever falls as n grows. The rule of Grain's `mix`, whose weights are
+    rounded too.
+    """
+    counts, rest = [], sum(parts)
+    for part in parts:
+        left = n * (rest - part) // rest
+        counts.append(n - left)
+        n, rest = left, rest - part
+    return counts
+
+
+def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
+    """The smallest whole numbers in the weights' proportions, taken as they are written.
+
+    Raises:
+        ValueError: at a weight that is not above 0 and finite.
+    """
+    if not all(0 < w < math.inf for w in weights):
+        raise ValueError(f"weights must be above 0 and finite, but got {list(weights)}")
+    exact = [fractions.Fraction(str(w)) for w in weights]  # 0.1 is a tenth here
+    unit = math.lcm(*(x.denominator for x in exact))
+    parts = [int(x * unit) for x in exact]
+    divisor = math.gcd(*parts)
+    return tuple(x // divisor for x in parts)
+
+
+class Draws:
+    """What is drawn for an element: `draws(i)` -> (drops_prompt, drops_image, flips).
+
+    Args:
+        prompt_dropout: the share of elements that lose their prompt.
+        drops_images: whether images are dropped too: half of each come together, so that
+            p = prompt_dropout / 2 lose the prompt alone, p the image alone and p both.
+        flip: whether half of the elements are flipped.
+    """
+
+    def __init__(self, *, seed: int, prompt_dropout: float, drops_images: bool, flip: bool):
+        self._seed, self._dropout = seed, prompt_dropout
+        self._drops_images, self._flip = drops_images, flip
+
+    def __call__(self, element: int) -> tuple[bool, bool, bool]:
+        stream = _stream(self._seed, element)
+        drawn = stream.random()
+        # One draw for both: prompt alone below p, both below 2p, image alone below 3p.
+        p = self._dropout / 2
+        # Drawn second, and whether or not it is asked for: the first stays what it was.
+        flips = stream.random() < 0.5
+        return (
+            drawn < self._dropout,
+            self._drops_images and p <= drawn < 3 * p,
+            bool(self._flip and flips),
+        )
+
+
+def _stream(seed: int, number: int) -> np.random.Generator:
+    # Philox is a counter-based generator: a fresh stream for every (seed, number).
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Of stream `number`; that of a set alone is the seed itself."""
+    if number == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
