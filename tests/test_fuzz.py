@@ -136,6 +136,7 @@ def run(spec, name, expected, outcomes):
             tally.skip(item)
             continue
         assert item == expected(item.id), item.id
+        assert 0 <= item.preference <= 1
         decoded = faults.decode_pair(item)
         if isinstance(decoded, sources.Skipped):
             tally.skip(decoded)
