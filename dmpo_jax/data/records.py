@@ -23,6 +23,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.splits import SplitDict
 
 from dmpo_jax.data import prompt_store, shards
 from dmpo_jax.data.pairs import ARRAYS, EncodedPair, PairSerializer, make_features, pair_bytes
@@ -179,7 +180,7 @@ def _write_info(
         )
         info.set_file_format("array_record")
         info.set_splits(
-            tfds.core.splits.SplitDict(
+            SplitDict(
                 [
                     tfds.core.SplitInfo(
                         name=split,
