@@ -3,6 +3,8 @@
 import io
 
 import numpy as np
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 
@@ -42,3 +44,16 @@ def check_units(source, rows: int) -> list:
         prompts = set(source.prompts(unit))
         assert {pair.prompt for pair in part if hasattr(pair, "prompt")} <= prompts
     return [item for part in held for item in part]
+
+
+class _Bucket(MemoryFileSystem):
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("s3://"))
+
+
+def make_bucket(monkeypatch) -> MemoryFileSystem:
+    """What s3:// paths then are: object storage in memory."""
+    store = _Bucket()
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: store)
+    return store

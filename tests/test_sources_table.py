@@ -7,12 +7,10 @@ import pickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from etils.epath import backend
-from fsspec.implementations import memory
 
 from dmpo_jax.data import sources
 from dmpo_jax.data.sources import source as base
-from raw_pairs import check_units, image, write_images
+from raw_pairs import check_units, image, make_bucket, write_images
 
 FORMATS = ["jsonl", "json", "csv", "tsv", "parquet"]
 
@@ -298,8 +296,7 @@ def test_label_is_said_to_be_of_image_0(tmp_path, caplog):
 def test_object_storage(monkeypatch):
     """A bucket in memory: the table, its images beside it, and parquet."""
     images = [image(i) for i in range(2)]
-    store = memory.MemoryFileSystem()
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: store)
+    store = make_bucket(monkeypatch)
     row = {"prompt": "a", "chosen": "im/0.png", "rejected": "s3://bucket/im/1.png"}
     store.pipe("s3://bucket/t.jsonl", json.dumps(row).encode())
     for i, data in enumerate(images):
