@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -293,10 +294,49 @@ def test_another_encoding_is_refused(made, whole, tmp_path, monkeypatch):
     encode(made, whole)  # the same one: nothing to do
 
 
+def test_settings_that_do_not_exist_are_refused(made, tmp_path):
+    with pytest.raises(
+        ValueError, match="crop should be one of 'center', 'random', but got 'left'"
+    ):
+        encode(made, tmp_path, crop="left")
+
+
 def test_a_process_whose_files_are_not_seen_is_named(made, tmp_path, monkeypatch):
     monkeypatch.setattr(encode_pairs, "write_pairs", lambda *_: None)
     with pytest.raises(ValueError, match=r"pairs-00000.json is missing: is .* processes share"):
         encode(made, tmp_path)
+
+
+TWO_PROCESSES = """
+import sys, jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dmpo_jax.jobs.encode import encode
+encode(source=sys.argv[3], model=sys.argv[4], out=sys.argv[5], validation_fraction=0.3,
+       batch_size=8, pairs_per_shard=6, num_threads=2)
+"""
+
+
+@pytest.mark.slow
+def test_two_real_processes_write_the_same_files(made, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    own = [*made, str(tmp_path / "out")]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(i), *own],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=180)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert_same_files(whole, tmp_path / "out")
 
 
 # --- images ---------------------------------------------------------------------

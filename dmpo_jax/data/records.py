@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.splits import SplitDict
 
 from dmpo_jax.data import prompt_store, shards
 from dmpo_jax.data.examples import read_example
@@ -181,7 +182,7 @@ def _write_info(
         )
         info.set_file_format("array_record")
         info.set_splits(
-            tfds.core.splits.SplitDict(
+            SplitDict(
                 [
                     tfds.core.SplitInfo(
                         name=split,

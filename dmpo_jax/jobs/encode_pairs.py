@@ -209,9 +209,8 @@ class _Files:
                     f"pair {pixels.id!r} has a prompt that was not there when the prompts were "
                     f"listed ({pixels.prompt[:40]!r}): encode data that does not change meanwhile"
                 )
-            moments, image, flipped, flipped_image = (
-                None if array is None else array[i] for array in arrays
-            )
+            rows: Any = [None if array is None else array[i] for array in arrays]
+            moments, image, flipped, flipped_image = rows
             pair = EncodedPair(
                 pixels.id,
                 number,
