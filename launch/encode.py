@@ -9,12 +9,11 @@ with --distributed, --out being a folder that all of them see. --inspect encodes
 writes a page that shows the pairs, DIR/index.html.
 """
 
-import jax
 from absl import app, flags
 
 from dmpo_jax import flags as command
 from dmpo_jax.data.sources import SOURCES
-from dmpo_jax.jobs.encode import encode
+from dmpo_jax.jobs.encode import encode, join_processes
 
 KINDS = ", ".join(sorted(SOURCES))
 SOURCE = flags.DEFINE_string("source", None, f"raw pairs, KIND:PATH; kinds: {KINDS}", required=True)
@@ -58,11 +57,11 @@ def main(argv) -> None:
         inspect_source(SOURCE.value, INSPECT.value)
         return
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        join_processes()
     encode(
         source=SOURCE.value,
-        model=MODEL.value,
-        out=OUT.value,
+        model=MODEL.value or "",
+        out=OUT.value or "",
         vae=VAE.value,
         variant=VARIANT.value,
         resolution=RESOLUTION.value,

@@ -10,8 +10,8 @@ import torch
 from dmpo_jax import diffusers_io, scorers
 from dmpo_jax.data import digits
 from dmpo_jax.jobs.collect import draw_labels, image_seeds
-from dmpo_jax.jobs.encode import prepare
 from dmpo_jax.jobs.evaluate import compare
+from dmpo_jax.jobs.pixels import prepare
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.models import parameters
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -14,6 +15,7 @@ import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -25,7 +27,8 @@ import torch_pipelines
 from dmpo_jax import diffusers_io
 from dmpo_jax.data import records, sources
 from dmpo_jax.jobs import debug, train
-from dmpo_jax.jobs.encode import encode, load_pixels
+from dmpo_jax.jobs.encode import encode
+from dmpo_jax.jobs.pixels import load_pixels
 from dmpo_jax.jobs.run import run
 from dmpo_jax.models import families, parameters
 
@@ -343,11 +346,12 @@ def test_masks_are_resized_to_the_nearest_pixel():
 
 
 def test_a_mask_of_another_ratio_or_a_broken_image_makes_a_bad_pair():
-    with pytest.raises(ValueError, match=r"source's shape, \(60, 48\), .* but got \(48, 48\)"):
-        load_pixels(raw(mask_shape=(48, 48)), "inpaint", 32)
+    skipped = load_pixels(raw(mask_shape=(48, 48)), "inpaint", 32)
+    assert skipped.reason == "mask's shape"
+    assert re.search(r"source's shape, \(60, 48\), .* but got \(48, 48\)", skipped.detail)
     for field in ("source", "mask"):
-        with pytest.raises(ValueError, match="cannot decode an image of 3 bytes"):
-            load_pixels(raw(**{field: b"bad"}), "inpaint", 32)
+        skipped = load_pixels(raw(**{field: b"bad"}), "inpaint", 32)
+        assert f"{field}: cannot decode an image of 3 bytes" in skipped.detail
 
 
 @pytest.fixture(scope="module")
@@ -357,11 +361,19 @@ def inpainting(tmp_path_factory):
 
 @pytest.mark.parametrize("column", ["jpg_source", "mask"])
 def test_a_missing_column_is_named_before_encoding(inpainting, column, tmp_path):
-    made = rows(3)
-    del made[2][column]
-    sources.write_pick_a_pic(tmp_path / "pairs.parquet", made)
-    with pytest.raises(ValueError, match=rf"sd_inpaint .* column '{column}' .* pairs.parquet:2"):
+    sources.write_pick_a_pic(tmp_path / "all.parquet", rows(3))
+    table = pq.read_table(tmp_path / "all.parquet").drop_columns([column])
+    pq.write_table(table, tmp_path / "pairs.parquet")
+    with pytest.raises(ValueError, match=rf"sd_inpaint .* column '{column}' .*pairs.parquet"):
         encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
+
+
+def test_a_pair_without_its_source_is_left_out(inpainting, tmp_path):
+    made = rows(3)
+    del made[2]["jpg_source"]
+    sources.write_pick_a_pic(tmp_path / "pairs.parquet", made)
+    encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
+    assert records.open_pairs(tmp_path / "out").meta["skipped"] == {"no source": 1}
 
 
 def test_pairs_of_another_kind_are_refused(inpainting):

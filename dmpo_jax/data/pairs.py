@@ -8,6 +8,7 @@ import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Int
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dmpo_jax.data.prompt_store import check_floats, described
 
@@ -102,15 +103,18 @@ class PairSerializer:
     def __init__(self, first: EncodedPair, *, prompts: int, imaged: bool, moments: str = "sample"):
         self.shapes = _shapes(first)
         self._prompts, self._imaged, self._mean = prompts, imaged, moments == "mean"
-        self._features: tfds.features.FeaturesDict | None = None
+        self._features: Any = None
+        self._serializer: Any = None
 
     def __call__(self, pair: EncodedPair) -> bytes:
         pair = self._checked(pair)
         if self._features is None:  # only now are the shapes known to be legal
             self._features = make_features(self.shapes)
-        return self._features.serialize_example(
-            {name: value for name, value in pair._asdict().items() if value is not None}
-        )
+            self._serializer = ExampleSerializer(self._features.get_serialized_info())
+        given = {name: value for name, value in pair._asdict().items() if value is not None}
+        example = self._serializer.get_tf_example(self._features.encode_example(given))
+        # A plain SerializeToString puts the fields in another order in every process.
+        return example.SerializeToString(deterministic=True)
 
     def _checked(self, pair: EncodedPair) -> EncodedPair:
         """The pair with index 0 chosen and the stored dtypes, or a ValueError naming it."""

@@ -24,6 +24,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.splits import SplitDict
 
 from dmpo_jax.data import prompt_store, shards
 from dmpo_jax.data.examples import read_example
@@ -181,7 +182,7 @@ def _write_info(
         )
         info.set_file_format("array_record")
         info.set_splits(
-            tfds.core.splits.SplitDict(
+            SplitDict(
                 [
                     tfds.core.SplitInfo(
                         name=split,
@@ -206,7 +207,7 @@ def clear(folder: epath.Path) -> None:
     """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _load_meta(folder)
+        _whole_meta(folder)
     except NotWholeError:
         pass
     else:
@@ -229,9 +230,18 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
         ValueError: if it has another format version.
     """
     folder = epath.Path(folder)
+    meta = load_meta(folder)
+    if shards.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        folder = shards.stage(folder, meta["files"], NAME)
+    return EncodedPairs(folder, meta)
+
+
+def load_meta(folder: epath.PathLike) -> dict[str, Any]:
+    """encoded.json of a folder that is whole; raises as `open_pairs`."""
+    folder = epath.Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"no encoded pairs at {folder}: run encode first")
-    meta = _load_meta(folder)
+    meta = _whole_meta(folder)
     if meta["format"] not in READABLE:
         raise ValueError(
             f"{folder} has format {meta['format']}, but this version reads "
@@ -240,12 +250,10 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
     # Folders of format 1, some made before there were images.
     meta = {**DEFAULT_META, "flipped": False, "prompt_shards": [], **meta}
     meta["shapes"] = {**dict.fromkeys(ARRAYS), **meta["shapes"]}
-    if shards.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
-        folder = shards.stage(folder, meta["files"], NAME)
-    return EncodedPairs(folder, meta)
+    return meta
 
 
-def _load_meta(folder: epath.Path) -> dict[str, Any]:
+def _whole_meta(folder: epath.Path) -> dict[str, Any]:
     """encoded.json of a folder that is whole; NotWholeError otherwise."""
     unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
     meta = shards.load_json(folder / MARKER)

@@ -4,7 +4,7 @@ import concurrent.futures
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -20,7 +20,7 @@ _END = object()
 
 def map_ahead(
     function: Callable[[A], B], items: Iterable[A], *, threads: int, ahead: int
-) -> Iterator[B]:
+) -> Generator[B, None, None]:
     """`map(function, items)`, in order, run in threads; at most `ahead` results are held.
 
     Items are taken in a thread of their own. Whatever is raised there or by the function is

@@ -13,7 +13,7 @@ Each is written after the files it speaks of, so that a second run goes on from 
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,20 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from dmpo_jax import diffusers_io, mesh
-from dmpo_jax.data import records, shards, sources
+from dmpo_jax.data import prompt_store, records, shards, sources
 from dmpo_jax.jobs import encode_pairs, encode_parts
 from dmpo_jax.jobs.encode_parts import PARTS, Work
-from dmpo_jax.jobs.pixels import NEEDS, Crop
+from dmpo_jax.jobs.pixels import NEEDS
 from dmpo_jax.models import families
 
 LOG = logging.getLogger(__name__)
 PLAN = "plan.json"
+CHOICES = {
+    "moments": ("sample", "mean"),
+    "moments_dtype": prompt_store.DTYPES,
+    "crop": ("center", "random"),
+    "ties": ("keep", "drop"),
+}
 
 
 def encode(
@@ -42,11 +48,11 @@ def encode(
     validation_fraction: float | int = 0.01,
     batch_size: int = 32,
     dtype: Any = jnp.float32,
-    moments: Literal["sample", "mean"] = "sample",
-    moments_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    moments: str = "sample",
+    moments_dtype: str = "bfloat16",
     flip: bool = False,
-    crop: Crop = "center",
-    ties: Literal["keep", "drop"] = "keep",
+    crop: str = "center",
+    ties: str = "keep",
     max_bad: float | int = 0.01,
     num_threads: int = 16,
     pairs_per_shard: int = 1024,
@@ -69,7 +75,7 @@ def encode(
         dtype: to compute in.
         moments: "sample" keeps what latents are drawn from, mean and log-variance; "mean"
             the mean alone, half as many bytes, for latents without that noise.
-        moments_dtype: as they are stored.
+        moments_dtype: "bfloat16", "float16" or "float32", as they are stored.
         flip: also stores each pair mirrored left to right: images, source and mask together.
         crop: "center", or "random", at a place drawn from the pair's id.
         ties: "keep" pairs that nobody prefers, or "drop" them.
@@ -83,6 +89,7 @@ def encode(
             lacks a column with what the model is given.
     """
     out = epath.Path(out)
+    check_choices(moments=moments, moments_dtype=moments_dtype, crop=crop, ties=ties)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
     config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
     channels = config.get("in_channels", 4)
@@ -141,6 +148,11 @@ def run(
     wait("finished")
 
 
+def join_processes() -> None:
+    """Makes this process one of several, as the cluster tells jax.distributed."""
+    jax.distributed.initialize()
+
+
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
@@ -183,6 +195,14 @@ def make_plan(work: Work, dtype: str, pairs_per_shard: int) -> dict[str, Any]:
     }
 
 
+def check_choices(**asked: str) -> None:
+    """ValueError at a setting that is not one of CHOICES."""
+    for name, value in asked.items():
+        if value not in CHOICES[name]:
+            allowed = ", ".join(map(repr, CHOICES[name]))
+            raise ValueError(f"{name} should be one of {allowed}, but got {value!r}")
+
+
 def trained_side(unet: Any, vae: Any) -> int:
     """The images' side in pixels that a UNet was trained at, by the two configs."""
     factor = 2 ** (len(vae.block_out_channels) - 1)
@@ -195,7 +215,7 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
     if not (out / records.MARKER).exists():
         return False
     try:
-        meta = records.open_pairs(out).meta
+        meta = records.load_meta(out)
     except records.NotWholeError:
         return False
     # What encodings were before they could be told otherwise.

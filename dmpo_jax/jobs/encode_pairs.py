@@ -13,7 +13,7 @@ from dmpo_jax.data import faults, prompt_store, records, shards, sources
 from dmpo_jax.data.pairs import EncodedPair, PairSerializer
 from dmpo_jax.data.shards import Shard, ShardWriter
 from dmpo_jax.jobs.ahead import Device, map_ahead
-from dmpo_jax.jobs.encode_parts import Part, Table, Work, found_sidecar, whole_sidecar
+from dmpo_jax.jobs.encode_parts import Part, Table, Work, found_sidecar, whole_sidecars
 from dmpo_jax.jobs.pixels import Pixels, load_pixels
 from dmpo_jax.writers import Progress
 
@@ -29,11 +29,9 @@ def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
         ValueError: the source gave another prompt than when they were listed.
     """
     own = work.parts[index::count]
-    done = {part: whole_sidecar(work, "pairs", part.number) for part in own}
-    tally = faults.Tally(limit=work.max_bad, total=sum(part.rows for part in own))
-    for sidecar in filter(None, done.values()):
-        tally = tally.merge(faults.Tally.from_json(sidecar["tally"]))
-    mine = [part for part in own if done[part] is None]
+    done = whole_sidecars(work, "pairs", [part.number for part in own])
+    tally = sum_tallies(work, done.values())
+    mine = [part for part in own if part.number not in done]
     settings = {name: work.about[name] for name in ("resolution", "image_kind", "crop")}
     read = functools.partial(_loaded, **settings)
     ahead = work.num_threads + IN_FLIGHT * work.batch_size
@@ -50,14 +48,10 @@ def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
             flip=work.flip,
         ) as device,
         Watch(work, device, table, own, mine) as watch,
-        contextlib.closing(_Files(work, table)) as files,
+        contextlib.closing(_Files(work, table, tally)) as files,
     ):
         pending: collections.deque[Any] = collections.deque()
         for batch in _batches(loaded, work.batch_size):
-            for skipped in batch.skipped:
-                tally.skip(skipped)
-            for _ in batch.pixels:
-                tally.ok()
             future = device.submit(batch.pixels) if batch.pixels else None
             pending.append((batch, future))
             if len(pending) > IN_FLIGHT:
@@ -74,10 +68,7 @@ def finish(work: Work, table: Table) -> None:
         ValueError: a part is not there, or no pair is left to train on.
     """
     whole = [found_sidecar(work, "pairs", part.number) for part in work.parts]
-    tally = faults.Tally(limit=work.max_bad, total=sum(part.rows for part in work.parts))
-    for sidecar in whole:
-        tally = tally.merge(faults.Tally.from_json(sidecar["tally"]))
-    tally.check()
+    tally = sum_tallies(work, whole)
     splits: dict[str, list[Shard]] = {}
     for sidecar in whole:
         for split, shard in sidecar["files"].items():
@@ -97,10 +88,29 @@ def finish(work: Work, table: Table) -> None:
     ]
     shapes = _common([sidecar["shapes"] for sidecar in whole if sidecar["shapes"]])
     shapes |= _common([sidecar["shapes"] for sidecar in stored])
-    about = {**work.about, "skipped": dict(tally.counts), "split_by": "prompt"}
+    about = {
+        **work.about,
+        "skipped": dict(tally.counts),
+        "tied_pairs": tally.ties,
+        "split_by": "prompt",
+    }
     records.finish(
         work.out, about, splits, [Shard(**sidecar["files"]["store"]) for sidecar in stored], shapes
     )
+
+
+def sum_tallies(work: Work, sidecars: Iterable[Any]) -> faults.Tally:
+    """What the parts counted, together; TooManyBadError if that is too much already."""
+    tally = make_tally(work)
+    for sidecar in sidecars:
+        tally.merge(faults.Tally.from_json(sidecar["tally"]))
+    tally.check()
+    return tally
+
+
+def make_tally(work: Work) -> faults.Tally:
+    """An empty one, of a part or of the whole."""
+    return faults.Tally(limit=work.max_bad, total=sum(part.rows for part in work.parts))
 
 
 class _Batch(NamedTuple):
@@ -141,25 +151,28 @@ def _batches(loaded: Iterable[tuple[Part, Any]], size: int) -> Iterator[_Batch]:
 
 
 class _Files:
-    """The files of one part at a time. `close` abandons those that are not whole."""
+    """The files of one part at a time. `close` abandons those that are not whole.
 
-    def __init__(self, work: Work, table: Table):
-        self._work, self._table = work, table
+    tally: of the parts done; each part's is added to it, and checked, when it is whole.
+    """
+
+    def __init__(self, work: Work, table: Table, tally: faults.Tally):
+        self._work, self._table, self._whole_tally = work, table, tally
         self._splits = records.SPLITS if work.about["validation_fraction"] else records.SPLITS[:1]
         self._stack = contextlib.ExitStack()
         self._writers: dict[str, ShardWriter] = {}
         self._serialize: PairSerializer | None = None
-        self._tally = faults.Tally(limit=1.0, total=0)
+        self._tally = make_tally(work)
 
     def close(self) -> None:
         self._stack.close()
         self._writers, self._serialize = {}, None
 
     def add(self, batch: _Batch, future: Any) -> int:
-        """Writes a batch, and after a part's last what the part holds; the pairs written."""
+        """Writes a batch, and after a part's last what the part holds; the rows done with."""
         work, number = self._work, batch.part.number
         if not self._writers:
-            self._tally = faults.Tally(limit=1.0, total=batch.part.rows)
+            self._tally = make_tally(work)
             for split in self._splits:
                 writer = ShardWriter(work.out, records.shard_name(split, number))
                 self._writers[split] = self._stack.enter_context(writer)
@@ -169,7 +182,7 @@ class _Files:
             self._serialize = self._serialize or self._make_serializer(pair)
             split = "validation" if held_out else "train"
             self._writers[split].write(self._serialize(pair))
-            self._tally.ok()
+            self._tally.ok(pair.preference)
         if batch.last:
             shapes = self._serialize.shapes if self._serialize else None
             files = {split: writer.close()._asdict() for split, writer in self._writers.items()}
@@ -182,7 +195,9 @@ class _Files:
             }
             shards.save_json(work.sidecar("pairs", number), about)
             self.close()
-        return len(batch.pixels)
+            self._whole_tally.merge(self._tally)
+            self._whole_tally.check()
+        return len(batch.pixels) + len(batch.skipped)
 
     def _pairs(self, batch: _Batch, future: Any) -> Iterator[tuple[EncodedPair, bool]]:
         """(pair, whether it is for validation)."""
@@ -194,9 +209,8 @@ class _Files:
                     f"pair {pixels.id!r} has a prompt that was not there when the prompts were "
                     f"listed ({pixels.prompt[:40]!r}): encode data that does not change meanwhile"
                 )
-            moments, image, flipped, flipped_image = (
-                None if array is None else array[i] for array in arrays
-            )
+            rows: Any = [None if array is None else array[i] for array in arrays]
+            moments, image, flipped, flipped_image = rows
             pair = EncodedPair(
                 pixels.id,
                 number,
@@ -228,8 +242,9 @@ class Watch:
     ):
         total, self._left = (sum(part.rows for part in parts) for parts in (own, mine))
         self._device, self._batches, self._timed = device, 0, 0
-        moments, image = device.shapes(work.about["resolution"], work.about["image_kind"])
-        self._bytes = sum(x.nbytes for x in (moments, image) if x is not None) // work.batch_size
+        arrays = device.shapes(work.about["resolution"], work.about["image_kind"])
+        held = [x.size * x.dtype.itemsize for x in arrays if x is not None]
+        self._bytes = sum(held) // work.batch_size
         self._bytes *= 1 + work.flip
         LOG.info(
             "%d pairs, %d of them encoded before, %d prompts; %s to come for pairs, %d bytes each, "
@@ -253,7 +268,9 @@ class Watch:
             LOG.info("the devices waited for images %.1f %% of the time", 100 * share)
 
     def advance(self, pairs: int) -> None:
-        """Counts the pairs of a batch."""
+        """Counts the pairs of a batch, skipped ones included."""
+        if not pairs:  # a part that ended with a full batch
+            return
         self._left -= pairs
         self._batches += 1
         if self._batches == 1:

@@ -123,7 +123,9 @@ def hash_share(prompt: str) -> float:
 def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
     """Writes this process's files of the prompt store."""
     starts = range(0, len(table.number), prompt_store.PER_SHARD)
-    mine = [k for k in range(len(starts))[index::count] if not whole_sidecar(work, "store", k)]
+    own = range(len(starts))[index::count]
+    done = whole_sidecars(work, "store", own)
+    mine = [k for k in own if k not in done]
     total = min(len(mine) * prompt_store.PER_SHARD, len(table.number))
     with Progress(total, description="prompts") as progress:
         for k in mine:
@@ -144,13 +146,17 @@ def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[Pro
         yield PromptEmbedding(text, context.astype(np.float16), pooled)
 
 
-def whole_sidecar(work: Work, kind: str, number: int) -> dict[str, Any] | None:
-    """What a sidecar says, if it and the files that it speaks of are whole."""
-    found = shards.load_json(work.sidecar(kind, number))
-    if found is None:
-        return None
-    files = {shard["name"]: shard["size"] for shard in found["files"].values()}
-    return None if shards.first_not_whole(work.out, files) else found
+def whole_sidecars(work: Work, kind: str, numbers: Iterable[int]) -> dict[int, Any]:
+    """What the sidecars say, of those that are whole with the files that they speak of."""
+    whole, present = {}, shards.list_names(work.out)
+    for number in numbers:
+        found = shards.load_json(work.sidecar(kind, number))
+        if found is None:
+            continue
+        files = {shard["name"]: shard["size"] for shard in found["files"].values()}
+        if shards.first_not_whole(work.out, files, present) is None:
+            whole[number] = found
+    return whole
 
 
 def found_sidecar(work: Work, kind: str, number: int) -> Any:

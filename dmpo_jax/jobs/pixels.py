@@ -1,7 +1,7 @@
 """A raw pair's images at the model's resolution: resized, cropped, with what SDXL is told."""
 
 import hashlib
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -15,7 +15,6 @@ NEEDS = {  # image kind of a family -> fields of RawPair
     "edit": frozenset({"source"}),
     "inpaint": frozenset({"source", "mask"}),
 }
-Crop = Literal["center", "random"]
 Place = tuple[float, float]  # of a crop: among the rows, and columns, where it may begin; [0, 1)
 
 
@@ -32,14 +31,14 @@ class Pixels(NamedTuple):
 
 
 def load_pixels(
-    pair: RawPair, kind: str, resolution: int, crop: Crop = "center"
+    pair: RawPair, kind: str, resolution: int, crop: str = "center"
 ) -> Pixels | Skipped:
     """Decodes, resizes and crops what a family of image kind `kind` needs of a pair.
 
     All images of a pair are cropped at the same place, so that source and mask stay on what
     was made of them. Skipped: what is wrong with the pair, its mask's shape included.
     """
-    decoded = faults.decode_pair(pair, NEEDS[kind])
+    decoded: Any = faults.decode_pair(pair, NEEDS[kind])
     if isinstance(decoded, Skipped):
         return decoded
     place = None if crop == "center" else draw_place(pair.id)
