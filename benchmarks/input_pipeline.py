@@ -122,6 +122,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def make_data(folder: pathlib.Path, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """Encoded pairs of random latents, and JPEGs; both as large as real ones."""
     import ml_dtypes
+    from etils import epath
 
     from dmpo_jax.data import records
     from dmpo_jax.jobs.make_digits import write_tokenizer
@@ -150,7 +151,7 @@ def make_data(folder: pathlib.Path, model: str, args: argparse.Namespace) -> dic
     jpegs.mkdir()
     for i in range(2 * 64):
         (jpegs / f"{i}.jpg").write_bytes(picture(rng, pixels))
-    write_tokenizer(folder / f"{model}_tokenizer")
+    write_tokenizer(epath.Path(folder / f"{model}_tokenizer"))
     os.sync()  # or dropping them from the page cache would do nothing
     image = statistics.mean(path.stat().st_size for path in jpegs.iterdir())
     stored = sum(path.stat().st_size for path in (folder / model).glob("*train*"))
@@ -354,7 +355,8 @@ def profile(args: argparse.Namespace) -> dict[str, float]:
     }
     picked, start = elements(pairs), time.perf_counter()
     next(picked)  # which sets the order up
-    spent, last = dict.fromkeys(STAGES, 0.0), 0.0
+    spent: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+    last = 0.0
 
     def done(stage: str) -> None:
         nonlocal last

@@ -1,6 +1,7 @@
 """Tests for dmpo_jax/data/examples.py, and for records that TFDS or older versions wrote."""
 
 import io
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -39,7 +40,7 @@ def test_round_trip(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_reads_what_tfds_reads(dtype):
     rng = np.random.default_rng(0)
-    pair = {
+    pair: dict[str, Any] = {
         "id": "pair-0",
         "prompt": 3,
         "preference": 0.7,
@@ -50,7 +51,8 @@ def test_reads_what_tfds_reads(dtype):
     shapes = {name: described(pair[name]) for name in ("moments", "flipped")}
     features = make_features(shapes)
     record = features.serialize_example(pair)
-    ours, theirs = read_example(record, shapes), features.deserialize_example_np(record)
+    ours = read_example(record, shapes)
+    theirs: Any = features.deserialize_example_np(record)
     assert set(ours) == set(theirs)
     for name in shapes:
         assert_same(ours[name], theirs[name])
@@ -63,7 +65,7 @@ def test_reads_what_tfds_reads(dtype):
 @pytest.mark.parametrize("pooled", [True, False])
 def test_prompts_of_format_1_are_read(tmp_path, pooled):
     """One file of npz records."""
-    arrays = {"context": np.full((3, 2), 0.5, np.float16)}
+    arrays: dict[str, Any] = {"context": np.full((3, 2), 0.5, np.float16)}
     if pooled:
         arrays["pooled"] = np.full(4, 2, np.float16)
     writer = ArrayRecordWriter(str(tmp_path / prompt_store.PROMPTS), "group_size:1")

@@ -1,6 +1,7 @@
 """Tests for dmpo_jax/data/mixture.py, and for batches of mixtures."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def sets(tmp_path_factory):
     ]
 
 
-def take(mixture, count, rows=range(BATCH), **changes):
+def take(mixture, count, rows: Any = range(BATCH), **changes):
     options = {"global_batch": BATCH, "seed": 3, "prompt_dropout": 0.3} | changes
     return list(
         itertools.islice(pipeline.make_batches(mixture, "train", rows=rows, **options), count)

@@ -75,7 +75,6 @@ def test_a_mixture_trains_and_validates_on_every_folder(model, tmp_path):
     values = np.concatenate([next(batches).moments[:, 0, 0, 0, 0] for _ in range(128)])
     assert (values == 1).mean() == pytest.approx(0.25, abs=0.01)
     assert run.pairs.meta["counts"]["validation"] == 8
-    batches.close()
 
 
 def test_flips_are_drawn_where_asked_for(model, tmp_path):
@@ -85,8 +84,7 @@ def test_flips_are_drawn_where_asked_for(model, tmp_path):
         run = prepare(tiny.make_config(model, encoded, data__flip=flip), tmp_path)
         batches = train.make_batches(run, 0)
         signs.append({float(x) for _ in range(4) for x in next(batches).moments.ravel()})
-        batches.close()
-    assert signs == [{1.0}, {1.0, -1.0}]
+        assert signs == [{1.0}, {1.0, -1.0}]
     plain = tiny.make_config(model, write(tmp_path / "b"), data__flip=True)
     with pytest.raises(ValueError, match="encode with flips"):
         train.make_batches(prepare(plain, tmp_path), 0)

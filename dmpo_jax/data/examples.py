@@ -11,6 +11,9 @@ import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
 import numpy as np
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
+_EXAMPLE: Any = tf_example_pb2  # protobuf makes the modules' classes at import
+_FEATURE: Any = tf_feature_pb2
+
 
 def read_example(record: bytes, shapes: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a record by name.
@@ -24,7 +27,7 @@ def read_example(record: bytes, shapes: Mapping[str, Any]) -> dict[str, Any]:
         lists of numbers.
     """
     values: dict[str, Any] = {}
-    for name, feature in tf_example_pb2.Example.FromString(record).features.feature.items():
+    for name, feature in _EXAMPLE.Example.FromString(record).features.feature.items():
         kind = feature.WhichOneof("kind")
         value = getattr(feature, kind).value
         if kind == "bytes_list":
@@ -40,10 +43,10 @@ def read_example(record: bytes, shapes: Mapping[str, Any]) -> dict[str, Any]:
 def write_example(values: Mapping[str, np.ndarray | bytes]) -> bytes:
     """A record of byte features: bytes, and arrays as theirs. Inverse of `read_example`."""
 
-    def feature(value: np.ndarray | bytes) -> tf_feature_pb2.Feature:
+    def feature(value: np.ndarray | bytes) -> Any:
         data = value if isinstance(value, bytes) else value.tobytes()
-        return tf_feature_pb2.Feature(bytes_list=tf_feature_pb2.BytesList(value=[data]))
+        return _FEATURE.Feature(bytes_list=_FEATURE.BytesList(value=[data]))
 
     features = {name: feature(value) for name, value in values.items()}
-    example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=features))
+    example = _EXAMPLE.Example(features=_FEATURE.Features(feature=features))
     return example.SerializeToString(deterministic=True)

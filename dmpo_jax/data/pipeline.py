@@ -223,9 +223,10 @@ class _Reader:
             return np.empty((rows, *described["shape"]), np.dtype(described["dtype"]))
 
         pooled = array("pooled")
-        time_ids = None if pooled is None else np.empty((rows, 2, 6), np.float32)
+        time_ids: Any = None if pooled is None else np.empty((rows, 2, 6), np.float32)
+        preference: Any = np.empty(rows, np.float32)
         conditioning = Conditioning(array("context"), pooled, time_ids, array("image"))
-        return PairBatch(array("moments"), np.empty(rows, np.float32), conditioning)
+        return PairBatch(array("moments"), preference, conditioning)
 
     def _fill(self, batch: PairBatch, row: int, element: Element) -> None:
         # Each record is copied and let go before the next is read: its memory is then used
