@@ -1,0 +1,25 @@
+"""Which side of a split a pair is on: a function of its prompt alone.
+
+Train and validation then share no prompt, in any source, at any number of workers, and a
+pair keeps its side when others are added.
+"""
+
+import zlib
+
+PARTS = 10_000  # the finest share that can be held out is 1 / PARTS
+
+
+def is_held_out(prompt: str, fraction: float | int) -> bool:
+    """Whether all pairs of a prompt are for validation.
+
+    Args:
+        prompt: the text, letter for letter: prompts that differ in a space may be parted.
+        fraction: about which share of the prompts, in [0, 1]; of the pairs it is the same
+            share only as far as prompts have equally many.
+
+    Raises:
+        ValueError: if the fraction lies outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"the held-out fraction must lie in [0, 1], but got {fraction}")
+    return zlib.crc32(prompt.encode()) % PARTS < round(fraction * PARTS)
