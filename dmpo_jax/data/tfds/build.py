@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dmpo_jax.data import faults, sources
 from dmpo_jax.data.counts import PairCounts
@@ -88,6 +89,21 @@ def to_example(pair: sources.RawPair) -> dict[str, Any]:
     }
 
 
+def serialize(pair: sources.RawPair) -> bytes:
+    """A record: always the same bytes for the same pair.
+
+    `features.serialize_example` leaves the order of a record's fields to the process's seed.
+    """
+    features, serializer = _serializer()
+    example = serializer.get_tf_example(features.encode_example(to_example(pair)))
+    return example.SerializeToString(deterministic=True)
+
+
+def count_rows(job: Job) -> int:
+    """Of the job's source; an upper bound of its pairs."""
+    return len(_opened(job.source, job.ties))
+
+
 def plan_shards(units: Sequence[sources.Unit], shard_pairs: int) -> list[list[sources.Unit]]:
     """Neighbouring units of a source, about `shard_pairs` rows together; none is cut.
 
@@ -118,8 +134,8 @@ def write_shard(job: Job, shard: Shard) -> None:
     Raises:
         TooManyBadError: if this shard alone has more bad rows than the whole source may.
     """
-    source, features = _opened(job.source, job.ties), _features()
-    tally = faults.Tally(job.max_bad, total=len(source))
+    source = _opened(job.source, job.ties)
+    tally = faults.Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
     with contextlib.ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
@@ -128,7 +144,7 @@ def write_shard(job: Job, shard: Shard) -> None:
             if split not in writers:
                 writer = ShardWriter(job.folder, shard.files[split])
                 writers[split] = stack.enter_context(writer)
-            writers[split].write(features.serialize_example(to_example(pair)))
+            writers[split].write(serialize(pair))
             counts[split].add(pair.prompt, pair.preference, shapes)
         sizes = {split: writer.close().record_bytes for split, writer in writers.items()}
     report = {
@@ -158,13 +174,13 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         TooManyBadError: if more of the rows are bad than may be.
         ValueError: if a split that is asked for got no pair.
     """
-    source = _opened(job.source, job.ties)
-    tally = faults.Tally(job.max_bad, total=len(source))
+    tally = faults.Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
     for report in reports:
         tally.merge(report.tally)
         for split in SPLITS:
             counts[split].merge(report.counts[split])
+    tally.check()
     wanted = {"train": job.validation_fraction < 1, "validation": job.validation_fraction > 0}
     for split in SPLITS:
         if wanted[split] and not counts[split].pairs:
@@ -177,7 +193,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         "source": job.source,
         "ties": job.ties,
         "validation_fraction": job.validation_fraction,
-        "rows_at_most": len(source),
+        "rows_at_most": count_rows(job),
         "splits": {split: c.summary() for split, c in counts.items() if c.pairs},
         "skipped": dict(sorted(tally.counts.items())),
     }
@@ -197,7 +213,7 @@ def _good_pairs(
             if isinstance(decoded, sources.Skipped):
                 tally.skip(decoded)
                 continue
-            tally.ok()
+            tally.ok(pair.preference)
             yield pair, [image.shape[:2] for image in decoded.images]
 
 
@@ -207,7 +223,10 @@ def _opened(source: str, ties: str) -> sources.Source:
     return sources.open_source(source, ties=ties)
 
 
-_features = functools.cache(make_features)
+@functools.cache
+def _serializer() -> tuple[tfds.features.FeaturesDict, ExampleSerializer]:
+    features = make_features()
+    return features, ExampleSerializer(features.get_serialized_info())
 
 
 def _report_path(job: Job, shard: Shard) -> epath.Path:

@@ -1,7 +1,8 @@
 """The TFDS builder: any source of raw pairs -> ArrayRecord splits, on one machine or with Beam.
 
-    tfds build preference_pairs --imports=dmpo_jax.data.tfds --config=pickapic \\
-        --manual_dir=FOLDER --data_dir=OUT
+    python -m dmpo_jax.data.tfds --config=pickapic --manual_dir=FOLDER --data_dir=OUT
+
+which is `tfds build preference_pairs --imports=dmpo_jax.data.tfds ...`, but needs no TensorFlow.
 
 `--config` is a kind of source and `--manual_dir` its path; any other setting of PairsConfig
 goes in as JSON, under a name of your own:
@@ -10,8 +11,7 @@ goes in as JSON, under a name of your own:
 
 With `--beam_pipeline_options=runner=DirectRunner,direct_num_workers=8,...` the same files are
 written by a Beam pipeline (`pip install '.[beam]'`): the same records in the same shards in
-the same order, byte for byte. `--source=tfds:OUT/preference_pairs/NAME/1.0.0` reads them.
-No TensorFlow is needed.
+the same order, byte for byte. The source `tfds:OUT/preference_pairs/NAME/1.0.0` reads them.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils import tqdm
 
-from dmpo_jax.data import sources
+from dmpo_jax.data import faults, sources
 from dmpo_jax.data.tfds import build
 
 DESCRIPTION = """
@@ -84,8 +84,7 @@ class PreferencePairs(FileReaderBuilder):
                 "source, or shard_pairs in the config"
             )
         job, shards = self._planned(dl_manager)
-        _write_all(job, shards, download_config)
-        reports = [build.take_report(job, shard) for shard in shards]
+        reports = _write_all(job, shards, download_config)
         text = json.dumps(build.summarize(job, reports), indent=1, ensure_ascii=False)
         (self.data_path / build.STATISTICS).write_text(text)
         self.info.set_splits(
@@ -128,18 +127,26 @@ class PreferencePairs(FileReaderBuilder):
         return job, shards
 
 
-def _write_all(job: build.Job, shards: list[build.Shard], download_config: Any) -> None:
+def _write_all(
+    job: build.Job, shards: list[build.Shard], download_config: Any
+) -> list[build.Report]:
     """Every shard, here and in turn, or by a Beam pipeline where one is asked for."""
-    write = functools.partial(build.write_shard, job)
-    if download_config.beam_runner is None and download_config.beam_options is None:
+    runner, options = download_config.beam_runner, download_config.beam_options
+    reports: list[build.Report] = []
+    if runner is None and options is None:
+        tally = faults.Tally(job.max_bad, total=build.count_rows(job))
         for shard in tqdm(shards, desc="Writing shards", unit=" shards"):
-            write(shard)
-        return
+            build.write_shard(job, shard)
+            reports.append(build.take_report(job, shard))
+            tally.merge(reports[-1].tally)
+            tally.check()  # now rather than at the end
+        return reports
     try:
         import apache_beam as beam  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ImportError("a Beam build needs Apache Beam: pip install '.[beam]'") from error
-    runner, options = download_config.beam_runner, download_config.beam_options
     with beam.Pipeline(runner=runner, options=options) as pipeline:
+        write = beam.Map(functools.partial(build.write_shard, job))
         # Reshuffled, or a runner may fuse the steps and leave all shards to one worker.
-        _ = pipeline | beam.Create(shards) | beam.Reshuffle() | beam.Map(write)
+        _ = pipeline | beam.Create(shards) | beam.Reshuffle() | write
+    return [build.take_report(job, shard) for shard in shards]
