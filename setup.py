@@ -42,6 +42,7 @@ DEPENDENCIES = [
     "transformers>=5.0,<6",  # tested with 5.23.0; tokenizers only
 ]
 DIFFUSERS = "diffusers>=0.36,<0.43"  # tested with 0.42.1
+DATASETS = "datasets>=4.0,<6"  # tested with 5.2.0; hf: sources
 PEFT = "peft>=0.17,<0.22"  # tested with 0.21.2; what diffusers reads LoRA files with
 
 setup(
@@ -62,16 +63,20 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],  # for drivers of CUDA 12 install jax[cuda12]
         # What exists in PyTorch only: opening an export beside ours, single-file checkpoints.
         "eval": ["torch>=2.8,<3", DIFFUSERS, PEFT],  # tested with 2.13.0
+        # Pairs in folders of Hugging Face datasets; the other sources need nothing more.
+        "data": [DATASETS],
         "wandb": ["wandb>=0.21,<1"],
         "test": [
             "accelerate>=1.10,<2",  # tested with 1.15.0; diffusers loads weights with it
             "beartype>=0.22,<0.24",  # tested with 0.23.1
+            DATASETS,
             DIFFUSERS,
             PEFT,
             "pyright==1.1.414",
             "pytest>=9,<10",  # tested with 9.2.0
             "ruff==0.17.6",
             "torch==2.13.0",
+            "webdataset>=1.0,<2",  # tested with 1.0.2; writes the shards that ours are read like
         ],
     },
 )

@@ -59,7 +59,10 @@ def test_skips_are_counted_and_ties_kept(tmp_path):
     for _ in range(2):  # a second pass counts anew
         assert [pair.preference for pair in source] == [0.5, 0.0]
         assert source.skipped == {"no label": 1, "equal images": 2, "no image": 1}
-    assert len(source) == 3
+    assert len(source) == 6
+    dropping = sources.open_source(f"pickapic:{tmp_path}", ties="drop")
+    assert [pair.preference for pair in dropping] == [0.0]
+    assert dropping.skipped["tie"] == 1
 
 
 def test_folders_and_patterns(tmp_path):
@@ -87,10 +90,18 @@ def test_wrong_schema_names_found_and_expected(tmp_path):
         sources.PickAPic(tmp_path)
 
 
-def test_wrong_label_names_the_row(tmp_path):
-    pq.write_table(pa.Table.from_pylist([row(0), row(1, 2.0)]), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x.parquet, row 1: .*got 2.0"):
-        sources.PickAPic(tmp_path)
+def test_wrong_labels_are_skipped(tmp_path):
+    wrong = [row(1, 2.0), row(2, float("nan")), row(3, -0.1), row(4, 1.0, label_1=1.0)]
+    pq.write_table(pa.Table.from_pylist([row(0, label_1=None), *wrong]), tmp_path / "x.parquet")
+    source = sources.PickAPic(tmp_path)
+    (unit,) = source.units()
+    pair, *skipped = source.read(unit)
+    assert pair.id == "x.parquet:0"
+    assert [(s.id, s.reason, s.fault) for s in skipped] == [
+        (f"x.parquet:{i}", "bad label", True) for i in range(1, 5)
+    ]
+    assert "is 2.0" in skipped[0].detail
+    assert list(source.prompts(unit)) == ["prompt 0"]
 
 
 def test_reads_a_few_rows_at_a_time(tmp_path, monkeypatch):
@@ -140,9 +151,9 @@ def test_write_refuses_wrong_rows(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("spec", ["webdataset:/x", "/x", "pickapic:", ""])
+@pytest.mark.parametrize("spec", ["tar:/x", "/x", "pickapic:", ""])
 def test_unknown_kinds_list_the_known(spec):
-    with pytest.raises(ValueError, match=r"KIND one of \['pickapic'\]"):
+    with pytest.raises(ValueError, match=r"KIND one of \['hf', 'pickapic', 'table', 'webda"):
         sources.open_source(spec)
 
 
