@@ -21,6 +21,10 @@ def is_held_out(prompt: str, fraction: float | int) -> bool:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the held-out fraction must lie in [0, 1], but got {fraction}")
-    # Not CRC-32: that of the empty prompt is 0, below every fraction.
-    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
-    return int.from_bytes(digest) < fraction * 2**64
+    return hash_share(prompt) < fraction
+
+
+def hash_share(prompt: str) -> float:
+    """A prompt's hash, in [0, 1). Not CRC-32: that of the empty prompt is 0, always held out."""
+    digest = hashlib.sha256(prompt.encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48

@@ -7,6 +7,7 @@ number of Beam workers, write the same bytes.
 import contextlib
 import functools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from dmpo_jax.data.counts import PairCounts
 from dmpo_jax.data.shards import ShardWriter
 from dmpo_jax.data.splits import is_held_out
 
+LOG = logging.getLogger(__name__)
 SPLITS = ("train", "validation")
-STATISTICS = "statistics.json"
 
 
 class Job(NamedTuple):
@@ -172,7 +173,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
 
     Raises:
         TooManyBadError: if more of the rows are bad than may be.
-        ValueError: if a split that is asked for got no pair.
+        ValueError: if there is nothing to train on.
     """
     tally = faults.Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
@@ -181,16 +182,21 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         for split in SPLITS:
             counts[split].merge(report.counts[split])
     tally.check()
-    wanted = {"train": job.validation_fraction < 1, "validation": job.validation_fraction > 0}
-    for split in SPLITS:
-        if wanted[split] and not counts[split].pairs:
-            raise ValueError(
-                f"{job.source} has {len(counts[SPLITS[0]].prompts | counts[SPLITS[1]].prompts)} "
-                f"prompts, of which a validation_fraction of {job.validation_fraction} leaves "
-                f"none for the split {split!r}: choose another fraction"
-            )
+    if not counts["train"].pairs:
+        prompts = len(counts["validation"].prompts)
+        raise ValueError(
+            f"{job.source} has no pair to train on: of its {prompts} prompts a "
+            f"validation_fraction of {job.validation_fraction} holds out all: lower it"
+            if prompts
+            else f"{job.source} has no pair: all its rows were left out ({dict(tally.counts)})"
+        )
+    if job.validation_fraction and not counts["validation"].pairs:
+        LOG.warning(
+            "no prompt of %s falls into the validation split: there is none", job.source
+        )
     return {
         "source": job.source,
+        "given": sorted(_opened(job.source, job.ties).given),
         "ties": job.ties,
         "validation_fraction": job.validation_fraction,
         "rows_at_most": count_rows(job),

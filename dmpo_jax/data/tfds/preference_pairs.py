@@ -25,6 +25,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils import tqdm
 
 from dmpo_jax.data import faults, sources
+from dmpo_jax.data.sources.built import STATISTICS
 from dmpo_jax.data.tfds import build
 
 DESCRIPTION = """
@@ -86,7 +87,7 @@ class PreferencePairs(FileReaderBuilder):
         job, shards = self._planned(dl_manager)
         reports = _write_all(job, shards, download_config)
         text = json.dumps(build.summarize(job, reports), indent=1, ensure_ascii=False)
-        (self.data_path / build.STATISTICS).write_text(text)
+        (self.data_path / STATISTICS).write_text(text)
         self.info.set_splits(
             tfds.core.SplitDict(
                 [
