@@ -247,7 +247,6 @@ def test_the_command_needs_no_tensorflow(example, tmp_path):
     assert_same_files(builder, make(folder, tmp_path))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("apache_beam"), reason="needs '.[beam]'")
 @pytest.mark.parametrize("mode", ["multi_processing", "multi_threading"])
 def test_beam_with_two_workers_builds_the_same(example, tmp_path, mode):

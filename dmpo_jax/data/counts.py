@@ -23,9 +23,7 @@ class PairCounts:
         self.resolutions: collections.Counter[str] = collections.Counter()
         self.preferences: collections.Counter[str] = collections.Counter()
 
-    def add(
-        self, prompt: str, preference: float | int, shapes: Sequence[tuple[int, int]]
-    ) -> None:
+    def add(self, prompt: str, preference: float | int, shapes: Sequence[tuple[int, int]]) -> None:
         """Counts a pair; shapes: (height, width) of each image, in pixels."""
         self.pairs += 1
         self.ties += preference == TIE

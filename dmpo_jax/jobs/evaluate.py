@@ -119,7 +119,8 @@ def report(result: dict[str, Any]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 :root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem }}
 code {{ overflow-wrap: anywhere }}
 div {{ overflow-x: auto }}
 table {{ border-collapse: collapse }}

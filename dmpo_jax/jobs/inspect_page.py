@@ -203,7 +203,9 @@ def _ties(found: Inspection) -> str:
     counts = found.counts
     if not counts.ties:
         return "<p>None.</p>"
-    said = f"{counts.ties:,} of {_number(counts.pairs, 'pair')} ({_share(counts.ties, counts.pairs)})"
+    said = (
+        f"{counts.ties:,} of {_number(counts.pairs, 'pair')} ({_share(counts.ties, counts.pairs)})"
+    )
     return f"<p>{said} prefer neither image.</p>" + (_cards(found.ties) if found.ties else "")
 
 

@@ -58,8 +58,8 @@ def make_features() -> tfds.features.FeaturesDict:
     """Images as bytes, not `tfds.features.Image`, which without TensorFlow decodes to whatever
     mode the file has (palette, CMYK); `sources.decode_image` makes RGB of any."""
 
-    def encoded(doc: str, **optional: bool) -> tfds.features.Tensor:
-        return tfds.features.Tensor(shape=(), dtype=np.object_, doc=doc, **optional)
+    def encoded(doc: str, *, optional: bool = False) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=(), dtype=np.object_, doc=doc, optional=optional)
 
     return tfds.features.FeaturesDict(
         {
@@ -191,9 +191,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
             else f"{job.source} has no pair: all its rows were left out ({dict(tally.counts)})"
         )
     if job.validation_fraction and not counts["validation"].pairs:
-        LOG.warning(
-            "no prompt of %s falls into the validation split: there is none", job.source
-        )
+        LOG.warning("no prompt of %s falls into the validation split: there is none", job.source)
     return {
         "source": job.source,
         "given": sorted(_opened(job.source, job.ties).given),
@@ -211,16 +209,18 @@ def _good_pairs(
     """The pairs that decode, each with its images' heights and widths."""
     for unit in units:
         for pair in source.read(unit):
-            decoded = pair
-            if not isinstance(pair, sources.Skipped):
-                # A source or mask that is there must be readable; who needs one says so later.
-                needs = frozenset(f for f in ("source", "mask") if getattr(pair, f) is not None)
-                decoded = faults.decode_pair(pair, needs)
+            if isinstance(pair, sources.Skipped):
+                tally.skip(pair)
+                continue
+            # A source or mask that is there must be readable; who needs one says so later.
+            needs = frozenset(f for f in ("source", "mask") if getattr(pair, f) is not None)
+            decoded = faults.decode_pair(pair, needs)
             if isinstance(decoded, sources.Skipped):
                 tally.skip(decoded)
                 continue
             tally.ok(pair.preference)
-            yield pair, [image.shape[:2] for image in decoded.images]
+            shapes = [(image.shape[0], image.shape[1]) for image in decoded.images]
+            yield pair, shapes
 
 
 @functools.lru_cache(maxsize=1)
@@ -232,7 +232,8 @@ def _opened(source: str, ties: str) -> sources.Source:
 @functools.cache
 def _serializer() -> tuple[tfds.features.FeaturesDict, ExampleSerializer]:
     features = make_features()
-    return features, ExampleSerializer(features.get_serialized_info())
+    specs: Any = features.get_serialized_info()
+    return features, ExampleSerializer(specs)
 
 
 def _report_path(job: Job, shard: Shard) -> epath.Path:
