@@ -167,6 +167,30 @@ def test_too_many_bad_rows_leave_nothing(tmp_path):
     built(tmp_path / "raw", tmp_path / "out", max_bad=0.05)
 
 
+def test_bad_rows_of_all_shards_add_up(tmp_path, monkeypatch):
+    for k in range(5):  # two bad rows in each
+        bad = [{**row, "jpg_1": b"no"} for row in rows(8000, 2)]
+        sources.write_pick_a_pic(tmp_path / "raw" / f"{k}.parquet", [*rows(20 * k, 20), *bad])
+    written = []
+
+    def write_shard(job, shard, write=build.write_shard):
+        write(job, shard)
+        written.append((job, shard))
+
+    monkeypatch.setattr(build, "write_shard", write_shard)
+    with pytest.raises(faults.TooManyBadError, match="4 of 110 pairs are bad"):
+        built(tmp_path / "raw", tmp_path / "out", shard_pairs=20)
+    assert len(written) == 2  # one process stops as soon as it can
+    # What Beam's workers report is added up at the end.
+    job = written[0][0]._replace(folder=str(tmp_path))
+    reports = []
+    for _, shard in written:
+        write_shard(job, shard)
+        reports.append(build.take_report(job, shard))
+    with pytest.raises(faults.TooManyBadError, match="4 of 110 pairs are bad"):
+        build.summarize(job, reports)
+
+
 def test_wrong_wishes_are_refused(tmp_path):
     write(tmp_path / "raw", files=1)
     with pytest.raises(ValueError, match="holds out all: lower it"):
