@@ -108,12 +108,13 @@ class Tally:
                 f"{self.limit:.2%} ({counts}){last}. Mend the source, or raise the limit"
             )
 
-    def merge(self, other: "Tally") -> None:
-        """Adds what another part of the job counted. Does not check."""
+    def merge(self, other: "Tally") -> "Tally":
+        """Adds what another part of the job counted, in place. Does not check."""
         self.good += other.good
         self.faults += other.faults
         self.ties += other.ties
         self.counts.update(other.counts)
+        return self
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes; keys of `counts` sorted, so that equal tallies are equal text."""

@@ -145,7 +145,7 @@ class Layout(NamedTuple):
             return 1
         values = row.get(self.columns[self.values[0]])
         try:
-            return math.comb(len(_as_list(values)), 2)
+            return max(math.comb(len(_as_list(values)), 2), 1)
         except Unfit:
             return 1
 
@@ -204,12 +204,12 @@ def _number(value: Any) -> float:
 def _share(first: float, second: float) -> float:
     if min(first, second) < 0:
         raise Unfit("bad label", f"votes should not be below 0, but are {first} and {second}")
-    if first + second == 0:
+    total = first + second
+    if total == 0:
         raise Unfit("no label", "no votes", fault=False)
-    share = first / (first + second)
-    if not 0 <= share <= 1:  # the sum is infinite
+    if total == math.inf:
         raise Unfit("bad label", f"{first} and {second} votes")
-    return share
+    return first / total
 
 
 def _better(first: float, second: float) -> float:

@@ -32,7 +32,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
         if 0 < pixels <= max_pixels:
-            return np.array(image.convert("RGB"))
+            return np.array(_to_8_bits(image).convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("absurd size", f"{error}, over the limit of {max_pixels}") from error
     except Exception as error:
@@ -43,6 +43,15 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
     if not pixels:
         raise BadImageError("zero size", f"{size} shows nothing")
     raise BadImageError("absurd size", f"{size} is over the limit of {max_pixels}")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits as 8, which `convert` would cut off at 255 instead of scaling."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are of mode {image.mode}; write 8 bits a channel")
+    return image
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 1"]:
