@@ -184,7 +184,7 @@ def test_bad_rows_of_all_shards_add_up(tmp_path, monkeypatch):
     # What Beam's workers report is added up at the end.
     job = written[0][0]._replace(folder=str(tmp_path))
     reports = []
-    for _, shard in written:
+    for _, shard in list(written):
         write_shard(job, shard)
         reports.append(build.take_report(job, shard))
     with pytest.raises(faults.TooManyBadError, match="4 of 110 pairs are bad"):
