@@ -90,6 +90,7 @@ p { margin: .25rem 0 .75rem; max-width: 46rem }
 figure { margin: 0; min-width: 0 }
 figure img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
   background: var(--paper); border: 3px solid var(--line); border-radius: 6px }
+.given:first-child:nth-last-child(3) { grid-column: 1 / -1; width: calc(50% - .25rem) }
 figure.chosen img { border-color: var(--good) }
 figcaption { font-size: .85rem; display: flex; justify-content: space-between;
   flex-wrap: wrap; gap: 0 .5rem }
@@ -174,7 +175,7 @@ def _cards(samples: Iterable[Sample]) -> str:
 
 def _card(sample: Sample) -> str:
     said = {"0": _verdict(sample.preference), "1": _verdict(1 - sample.preference)}
-    said |= {"source": ("given", "source"), "mask": ("given", "mask: white is repainted")}
+    said |= {"source": ("given", "source"), "mask": ("given", "mask")}
     figures = "".join(
         f'<figure class="{said[name][0]}"><img src="{html.escape(image.file)}" loading="lazy" '
         f'alt="{_ALT[name]}"><figcaption><b>{said[name][1]}</b> <span>{image.size}</span>'
