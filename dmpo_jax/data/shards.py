@@ -110,9 +110,19 @@ def load_json(path: epath.Path) -> Any:
         return None
 
 
-def first_not_whole(folder: epath.Path, files: Mapping[str, int]) -> str | None:
-    """The first of the files (name -> size in bytes) that is missing or cut short, or None."""
-    present = {path.name for path in folder.iterdir()}
+def list_names(folder: epath.Path) -> set[str]:
+    """The names of what lies in a folder."""
+    return {path.name for path in folder.iterdir()}
+
+
+def first_not_whole(
+    folder: epath.Path, files: Mapping[str, int], present: set[str] | None = None
+) -> str | None:
+    """The first of the files (name -> size in bytes) that is missing or cut short, or None.
+
+    present: `list_names(folder)`, where it is known already.
+    """
+    present = list_names(folder) if present is None else present
     for name, size in files.items():
         # Asking each remote file for its size is slow.
         if name not in present:
