@@ -65,6 +65,9 @@ setup(
         "eval": ["torch>=2.8,<3", DIFFUSERS, PEFT],  # tested with 2.13.0
         # Pairs in folders of Hugging Face datasets; the other sources need nothing more.
         "data": [DATASETS],
+        # TFDS builds on many machines. Asks for older protobuf, pyarrow, pillow and beartype than
+        # are newest (tested: 6.33.6, 25.0.1, 12.3.0, 0.22.9), so give it an environment of its own.
+        "beam": ["apache-beam>=2.77,<3"],  # tested with 2.77.0
         "wandb": ["wandb>=0.21,<1"],
         "test": [
             "accelerate>=1.10,<2",  # tested with 1.15.0; diffusers loads weights with it

@@ -153,7 +153,7 @@ def test_write_refuses_wrong_rows(tmp_path):
 
 @pytest.mark.parametrize("spec", ["tar:/x", "/x", "pickapic:", ""])
 def test_unknown_kinds_list_the_known(spec):
-    with pytest.raises(ValueError, match=r"KIND one of \['hf', 'pickapic', 'table', 'webda"):
+    with pytest.raises(ValueError, match=r"KIND one of \['hf', 'pickapic', 'table', 'tfds', 'web"):
         sources.open_source(spec)
 
 

@@ -116,16 +116,25 @@ def report(result: dict[str, Any]) -> str:
     sampler = result["sampler"]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Base against tuned</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em }}
-td, th {{ padding: .3em 1em; text-align: right; border-bottom: 1px solid #ccc }}
-td:first-child, th:first-child {{ text-align: left }}
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem }}
+code {{ overflow-wrap: anywhere }}
+div {{ overflow-x: auto }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8886 }}
+td:first-child, th:first-child {{ text-align: left; padding-left: 0 }}
+img {{ max-width: 100% }}
+h1 {{ font-size: 1.6rem; line-height: 1.25 }}
+@media (max-width: 32rem) {{ table {{ font-size: .8rem }} td, th {{ padding: .3rem .25rem }} }}
 </style>
 <h1>Base against tuned</h1>
 <p>Base: <code>{html.escape(result["base"])}</code><br>
 Tuned: <code>{html.escape(result["policy"])}</code></p>
-<table><tr><th>judge</th><th>win rate</th><th>95 % interval</th><th>base scores</th>
-<th>tuned scores</th></tr>{rows}</table>
+<div><table><tr><th>judge</th><th>win rate</th><th>95 % interval</th><th>base scores</th>
+<th>tuned scores</th></tr>{rows}</table></div>
 <p>{result["seeds"]} held-out seeds, the same for both; {sampler["name"]}, {sampler["steps"]} steps,
 guidance {sampler["guidance_scale"]}. A win: the tuned model's image scores higher; equal scores
 count half. Above 50 % the judge prefers the tuned model.</p>

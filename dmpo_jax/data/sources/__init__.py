@@ -6,6 +6,7 @@ Add a source: a class of `Source`, and a line in SOURCES.
 from collections.abc import Callable
 from typing import Any
 
+from dmpo_jax.data.sources.built import BuiltSource
 from dmpo_jax.data.sources.hugging_face import HuggingFaceSource
 from dmpo_jax.data.sources.images import (
     MAX_PIXELS,
@@ -44,6 +45,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "webdataset": WebDatasetSource,
     "hf": HuggingFaceSource,
     "table": open_table,
+    "tfds": BuiltSource,
 }
 
 

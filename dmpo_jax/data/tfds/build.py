@@ -1,0 +1,240 @@
+"""Parts of a source -> shards of a TFDS dataset: what one worker does, and what is made of it.
+
+Everything here is a function of its arguments and the source, so that one process, or any
+number of Beam workers, write the same bytes.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from dmpo_jax.data import faults, sources
+from dmpo_jax.data.counts import PairCounts
+from dmpo_jax.data.shards import ShardWriter
+from dmpo_jax.data.splits import is_held_out
+
+LOG = logging.getLogger(__name__)
+SPLITS = ("train", "validation")
+
+
+class Job(NamedTuple):
+    """What every worker is told: a source, how it is split and where shards go.
+
+    validation_fraction: of the prompts. max_bad: which share of the rows may be bad records.
+    folder: any path that all workers reach.
+    """
+
+    source: str
+    ties: str
+    validation_fraction: float | int
+    max_bad: float | int
+    folder: str
+
+
+class Shard(NamedTuple):
+    """One worker's part: units of the source, and the file of each split."""
+
+    units: tuple[sources.Unit, ...]
+    files: dict[str, str]
+
+
+class Report(NamedTuple):
+    """What became of a shard: by split, pairs counted and bytes of records; the bad rows."""
+
+    counts: dict[str, PairCounts]
+    sizes: dict[str, int]
+    tally: faults.Tally
+
+
+def make_features() -> tfds.features.FeaturesDict:
+    """Images as bytes, not `tfds.features.Image`, which without TensorFlow decodes to whatever
+    mode the file has (palette, CMYK); `sources.decode_image` makes RGB of any."""
+
+    def encoded(doc: str, *, optional: bool = False) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=(), dtype=np.object_, doc=doc, optional=optional)
+
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(doc="of the pair in its source"),
+            "prompt": tfds.features.Text(),
+            "image_0": encoded("the first image, encoded"),
+            "image_1": encoded("the second image, encoded"),
+            "preference": tfds.features.Scalar(
+                np.float32, doc="probability, in [0, 1], that image_0 is preferred; 0.5 is a tie"
+            ),
+            "source": encoded("the image that both edit or repaint, encoded", optional=True),
+            "mask": encoded("white where the source is repainted, encoded", optional=True),
+        }
+    )
+
+
+def to_example(pair: sources.RawPair) -> dict[str, Any]:
+    """The features of a pair."""
+    image_0, image_1 = pair.images
+    return {
+        "id": pair.id,
+        "prompt": pair.prompt,
+        "image_0": image_0,
+        "image_1": image_1,
+        "preference": pair.preference,
+        "source": pair.source,
+        "mask": pair.mask,
+    }
+
+
+def serialize(pair: sources.RawPair) -> bytes:
+    """A record: always the same bytes for the same pair.
+
+    `features.serialize_example` leaves the order of a record's fields to the process's seed.
+    """
+    features, serializer = _serializer()
+    example = serializer.get_tf_example(features.encode_example(to_example(pair)))
+    return example.SerializeToString(deterministic=True)
+
+
+def count_rows(job: Job) -> int:
+    """Of the job's source; an upper bound of its pairs."""
+    return len(_opened(job.source, job.ties))
+
+
+def plan_shards(units: Sequence[sources.Unit], shard_pairs: int) -> list[list[sources.Unit]]:
+    """Neighbouring units of a source, about `shard_pairs` rows together; none is cut.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not units or shard_pairs < 1:
+        raise ValueError(
+            f"a source of at least one part and shards of at least one row are needed, but got "
+            f"{len(units)} and {shard_pairs}"
+        )
+    planned: list[list[sources.Unit]] = []
+    rows = 0
+    for unit in units:
+        rows += unit.stop - unit.start
+        if not planned or rows > shard_pairs:
+            planned.append([])
+            rows = unit.stop - unit.start
+        planned[-1].append(unit)
+    return planned
+
+
+def write_shard(job: Job, shard: Shard) -> None:
+    """Writes a shard's files, each whole or not at all, and then its report beside them.
+
+    A split without a pair gets no file. Done twice, it writes the same.
+
+    Raises:
+        TooManyBadError: if this shard alone has more bad rows than the whole source may.
+    """
+    source = _opened(job.source, job.ties)
+    tally = faults.Tally(job.max_bad, total=count_rows(job))
+    counts = {split: PairCounts() for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        for pair, shapes in _good_pairs(source, shard.units, tally):
+            split = SPLITS[is_held_out(pair.prompt, job.validation_fraction)]
+            if split not in writers:
+                writer = ShardWriter(job.folder, shard.files[split])
+                writers[split] = stack.enter_context(writer)
+            writers[split].write(serialize(pair))
+            counts[split].add(pair.prompt, pair.preference, shapes)
+        sizes = {split: writer.close().record_bytes for split, writer in writers.items()}
+    report = {
+        "counts": {split: count.to_json() for split, count in counts.items()},
+        "sizes": {split: sizes.get(split, 0) for split in SPLITS},
+        "tally": tally.to_json(),
+    }
+    _report_path(job, shard).write_text(json.dumps(report))
+
+
+def take_report(job: Job, shard: Shard) -> Report:
+    """Reads and removes what `write_shard` reported."""
+    path = _report_path(job, shard)
+    stored = json.loads(path.read_text())
+    path.unlink()
+    return Report(
+        {split: PairCounts.from_json(stored["counts"][split]) for split in SPLITS},
+        stored["sizes"],
+        faults.Tally.from_json(stored["tally"]),
+    )
+
+
+def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
+    """What statistics.json holds, of all shards together.
+
+    Raises:
+        TooManyBadError: if more of the rows are bad than may be.
+        ValueError: if there is nothing to train on.
+    """
+    tally = faults.Tally(job.max_bad, total=count_rows(job))
+    counts = {split: PairCounts() for split in SPLITS}
+    for report in reports:
+        tally.merge(report.tally)
+        for split in SPLITS:
+            counts[split].merge(report.counts[split])
+    tally.check()
+    if not counts["train"].pairs:
+        prompts = len(counts["validation"].prompts)
+        raise ValueError(
+            f"{job.source} has no pair to train on: of its {prompts} prompts a "
+            f"validation_fraction of {job.validation_fraction} holds out all: lower it"
+            if prompts
+            else f"{job.source} has no pair: all its rows were left out ({dict(tally.counts)})"
+        )
+    if job.validation_fraction and not counts["validation"].pairs:
+        LOG.warning("no prompt of %s falls into the validation split: there is none", job.source)
+    return {
+        "source": job.source,
+        "given": sorted(_opened(job.source, job.ties).given),
+        "ties": job.ties,
+        "validation_fraction": job.validation_fraction,
+        "rows_at_most": count_rows(job),
+        "splits": {split: c.summary() for split, c in counts.items() if c.pairs},
+        "skipped": dict(sorted(tally.counts.items())),
+    }
+
+
+def _good_pairs(
+    source: sources.Source, units: Sequence[sources.Unit], tally: faults.Tally
+) -> Iterator[tuple[sources.RawPair, list[tuple[int, int]]]]:
+    """The pairs that decode, each with its images' heights and widths."""
+    for unit in units:
+        for pair in source.read(unit):
+            if isinstance(pair, sources.Skipped):
+                tally.skip(pair)
+                continue
+            # A source or mask that is there must be readable; who needs one says so later.
+            needs = frozenset(f for f in ("source", "mask") if getattr(pair, f) is not None)
+            decoded = faults.decode_pair(pair, needs)
+            if isinstance(decoded, sources.Skipped):
+                tally.skip(decoded)
+                continue
+            tally.ok(pair.preference)
+            shapes = [(image.shape[0], image.shape[1]) for image in decoded.images]
+            yield pair, shapes
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(source: str, ties: str) -> sources.Source:
+    """Once a process: opening lists files, and may read their schemas."""
+    return sources.open_source(source, ties=ties)
+
+
+@functools.cache
+def _serializer() -> tuple[tfds.features.FeaturesDict, ExampleSerializer]:
+    features = make_features()
+    specs: Any = features.get_serialized_info()
+    return features, ExampleSerializer(specs)
+
+
+def _report_path(job: Job, shard: Shard) -> epath.Path:
+    return epath.Path(job.folder) / f"{shard.files[SPLITS[0]]}.report.json"
