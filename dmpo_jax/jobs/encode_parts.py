@@ -1,7 +1,6 @@
 """What an encode is cut into, which parts of it are done, and the store of its prompts."""
 
 import dataclasses
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from etils import epath
 from dmpo_jax import diffusers_io
 from dmpo_jax.data import prompt_store, shards, sources
 from dmpo_jax.data.prompt_store import PromptEmbedding
+from dmpo_jax.data.splits import hash_share
 from dmpo_jax.writers import Progress
 
 LOG = logging.getLogger(__name__)
@@ -100,9 +100,9 @@ def load_table(work: Work) -> Table:
 
 
 def held_out_prompts(prompts: Iterable[str], fraction: float | int) -> set[str]:
-    """The prompts of the validation split: those whose text's hash lies below the fraction.
+    """The prompts of the validation split: those that `splits.is_held_out` names.
 
-    So a prompt is on the same side in every data set. Where no hash does, or all do, the
+    So a prompt is on the same side in every data set. But where no hash does, or all do, the
     lowest or highest alone is on the other side, if there are two prompts but the empty one.
     """
     shares = {prompt: hash_share(prompt) for prompt in prompts}
@@ -112,12 +112,6 @@ def held_out_prompts(prompts: Iterable[str], fraction: float | int) -> set[str]:
         held |= {texts[0]}
         held -= {texts[-1]}
     return held
-
-
-def hash_share(prompt: str) -> float:
-    """A prompt's hash, in [0, 1)."""
-    digest = hashlib.sha256(prompt.encode()).digest()
-    return int.from_bytes(digest[:6]) / 2**48
 
 
 def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
