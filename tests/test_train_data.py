@@ -84,7 +84,7 @@ def test_flips_are_drawn_where_asked_for(model, tmp_path):
         run = prepare(tiny.make_config(model, encoded, data__flip=flip), tmp_path)
         batches = train.make_batches(run, 0)
         signs.append({float(x) for _ in range(4) for x in next(batches).moments.ravel()})
-        assert signs == [{1.0}, {1.0, -1.0}]
+    assert signs == [{1.0}, {1.0, -1.0}]
     plain = tiny.make_config(model, write(tmp_path / "b"), data__flip=True)
     with pytest.raises(ValueError, match="encode with flips"):
         train.make_batches(prepare(plain, tmp_path), 0)
