@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 8192 * 8192
 MAX_BYTES = 256 * 2**20  # of one encoded image
@@ -36,8 +36,11 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("absurd size", f"{error}, over the limit of {max_pixels}") from error
     except Exception as error:
+        # Pillow's words for what it does not know hold a memory address, another in every run.
+        unknown = isinstance(error, UnidentifiedImageError)
+        said = f"not one of {', '.join(FORMATS)}" if unknown else error
         raise BadImageError(
-            "undecodable image", f"cannot decode an image of {len(data)} bytes: {error}"
+            "undecodable image", f"cannot decode an image of {len(data)} bytes: {said}"
         ) from error
     size = f"an image of {image.width} x {image.height} pixels"
     if not pixels:
