@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from dmpo_jax import health
@@ -145,6 +146,11 @@ def predict_both(params, reference, noised, conditioning, setup: Setup, dropout_
         reference_prediction = jax.lax.stop_gradient(
             predict_pairs(setup.predict, frozen, noised, conditioning)
         )
+        # The policy waits: what the reference's forward keeps is gone before a backward's is.
+        reference_prediction, latents = jax.lax.optimization_barrier(
+            (reference_prediction, noised.latents)
+        )
+        noised = noised._replace(latents=latents)
     return predict_pairs(setup.predict, params, noised, conditioning), reference_prediction
 
 
@@ -223,10 +229,27 @@ def validate_batch(
     }
 
 
+def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
+    """`function`, traced with the mesh in force, so that layers place what they compute."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def placed(*args, **kw):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kw)
+
+    return placed
+
+
 def jit_train_step(setup: Setup, shardings: Any = None):
-    """`train_step` compiled for the mesh that its arguments lie on; the state is donated."""
+    """`train_step` compiled for the mesh that `shardings`, the state's, are on; it is donated.
+
+    Without shardings, for the devices that its arguments lie on, nothing placed.
+    """
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
     return jax.jit(
-        functools.partial(train_step, setup=setup),
+        on_mesh(functools.partial(train_step, setup=setup), mesh),
         donate_argnums=0,
         out_shardings=None if shardings is None else (shardings, None),
         compiler_options=COMPILER_OPTIONS,

@@ -10,6 +10,8 @@ def attention(
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     mask: Bool[Array, "T S"] | None = None,
+    *,
+    kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v over N heads; where mask is False nothing is seen."""
     # Heads before tokens: on CPU a batched product over adjacent axes is several times quicker.
