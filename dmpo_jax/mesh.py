@@ -6,9 +6,10 @@ Megatron (arXiv 1909.08053), for where a device cannot hold one pair. All are
 `AxisType.Auto`; `models.placement` says where the compiler is to gather.
 """
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +96,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def batch_shares(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut: data * fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Everything on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -152,6 +158,20 @@ def used_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> Par
     if tensor == 1 or axis is None or shape[axis] % tensor:
         return PartitionSpec()
     return PartitionSpec(*["tensor" if i == axis else None for i in range(len(shape))])
+
+
+def traced_on(function: Callable, mesh: Mesh | None) -> Callable:
+    """`function`, to be jitted: traced with the mesh in force, so that layers can say where
+    their kernels and activations lie on it (`models.placement`)."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def placed(*args, **kw):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kw)
+
+    return placed
 
 
 def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
@@ -215,7 +235,7 @@ def check_batch(global_batch: int, accumulation: int, mesh: Mesh) -> None:
     """
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1, but got {accumulation}")
-    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    shares = batch_shares(mesh)
     unit = shares * accumulation
     if global_batch < 1 or global_batch % unit:
         below = max(global_batch // unit, 0) * unit

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from dmpo_jax import health
+from dmpo_jax.mesh import traced_on
 from dmpo_jax.models import lora
 from dmpo_jax.noising import NoiseSchedule, noise_pair, sample_latents
 from dmpo_jax.types import Conditioning, Noised, PairBatch, PerPair
@@ -229,19 +229,6 @@ def validate_batch(
     }
 
 
-def on_mesh(function: Callable, mesh: Mesh | None) -> Callable:
-    """`function`, traced with the mesh in force, so that layers place what they compute."""
-    if mesh is None:
-        return function
-
-    @functools.wraps(function)
-    def placed(*args, **kw):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kw)
-
-    return placed
-
-
 def jit_train_step(setup: Setup, shardings: Any = None):
     """`train_step` compiled for the mesh that `shardings`, the state's, are on; it is donated.
 
@@ -249,7 +236,7 @@ def jit_train_step(setup: Setup, shardings: Any = None):
     """
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
     return jax.jit(
-        on_mesh(functools.partial(train_step, setup=setup), mesh),
+        traced_on(functools.partial(train_step, setup=setup), mesh),
         donate_argnums=0,
         out_shardings=None if shardings is None else (shardings, None),
         compiler_options=COMPILER_OPTIONS,

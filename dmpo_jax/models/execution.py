@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from dmpo_jax.models import placement
+from dmpo_jax.models import attention, placement
 
 REMAT = ("none", "block", "transformer", "offload")
 _INPUT = "block_input"
@@ -19,7 +19,8 @@ class Execution(NamedTuple):
     remat: what a backward computes again instead of keeping it from the forward.
         "none": nothing but gathered kernels. "block": each resnet and each spatial
         transformer, whole. "transformer": each resnet and each transformer block.
-        "offload": as "transformer", and what is kept waits in the host's memory.
+        "offload": as "transformer", and what is kept waits in the host's memory. What the
+        splash kernel leaves for its backward is small and dear, and always kept.
     scan: whether equal transformer blocks are one loop, compiled once, or unrolled.
     """
 
@@ -43,9 +44,10 @@ def rematerialised(
         policy = policies.save_anything_except_these_names(placement.GATHERED)
         return jax.checkpoint(function, prevent_cse=not in_scan, policy=policy)
     if remat != "offload":
-        return jax.checkpoint(function, prevent_cse=not in_scan)
+        policy = policies.save_only_these_names(attention.RESIDUALS)
+        return jax.checkpoint(function, prevent_cse=not in_scan, policy=policy)
     policy = policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
+        names_which_can_be_saved=[attention.RESIDUALS],
         names_which_can_be_offloaded=[_INPUT],
         offload_src="device",
         offload_dst="pinned_host",
