@@ -1,13 +1,16 @@
 """Attention over tokens: queries and keys meet in float32, whatever the compute dtype.
 
-One function, several kernels. "plain" is XLA's own and the reference for the others; "cudnn"
-(GPU) and "splash" (TPU, Pallas) never write the T x S scores to memory. Each serves the shapes
-that it pays for and leaves the rest to plain: `takes_cudnn`, `takes_splash`.
+One function, three kernels. "plain" is XLA's own and the reference for the others; "cudnn"
+(NVIDIA GPUs) and "splash" (TPUs, jax.experimental.pallas) never write the T x S scores to
+memory. Each takes the shapes that it pays for, `takes_cudnn` and `takes_splash`, and leaves the
+rest to plain.
 
 Letters: B batch, T query tokens, S key tokens, N heads, H a head's width.
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +19,15 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 KERNELS = ("plain", "cudnn", "splash")
-# Fewer tokens' scores are small enough for XLA to keep near the matrix unit.
-SPLASH_FROM = 2048
-# What the splash kernel's forward leaves for its backward, for a policy of `jax.checkpoint`:
-# `save_only_these_names(RESIDUALS)` spares the forward kernel's second run.
+# Below it the scores are a few MB a head, and XLA's two matrix products are as quick.
+SPLASH_FROM = 2048  # tokens
+LANES = 128  # of a TPU's vector registers and its matrix unit: blocks are multiples of it
+# Tokens that the splash kernels hold at once. Compiled for v5e and v5p, whose 16 MB of scoped
+# VMEM they fit: the larger the key block, the fewer partial gradients of the query are written.
+BLOCK, BLOCK_COMPUTE, BLOCK_BACKWARD = 1024, 512, 2048
+# The splash forward's output and its log-sum-exp, as a policy of `jax.checkpoint` knows them:
+# `save_only_these_names(RESIDUALS)` keeps them, and the backward does not run it again.
 RESIDUALS = "attention_residuals"
-LANES = 128  # the splash kernel's blocks are multiples of a TPU vector register's width
 
 
 def best_kernel(platform: str) -> str:
@@ -39,33 +45,79 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v over N heads; where mask is False nothing is seen.
 
-    kernel: one of KERNELS; what it does not take runs plain. Outside a TPU, splash is
-        interpreted: right and very slow, for tests. It asks the mesh set at trace time
-        (`jax.set_mesh`) where it runs, and splits batch and heads over it.
+    cuDNN and splash run a device at a time over the mesh set at trace time (`jax.set_mesh`),
+    which also says what they are compiled for: batch over "data" and "fsdp", heads over
+    "tensor". Where these do not divide, plain runs. No mesh: the default backend.
+
+    Args:
+        kernel: one of KERNELS. What it does not take runs plain. Off the TPU, splash is
+            interpreted, which is right and very slow: for tests.
 
     Raises:
-        ValueError: if there is no such kernel.
+        ValueError: if there is no such kernel, or cudnn is asked for without a GPU.
     """
     if kernel not in KERNELS:
         raise ValueError(f"the attention kernel must be one of {KERNELS}, but got {kernel!r}")
-    if kernel == "cudnn" and takes_cudnn(query, key, mask):
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
-    if kernel == "splash" and takes_splash(query, key, mask):
-        return _splash(query, key, value)
-    return _plain(query, key, value, mask)
+    mesh = jax.sharding.get_abstract_mesh()
+    takes = {"cudnn": takes_cudnn, "splash": takes_splash}.get(kernel, lambda *_: False)
+    if not takes(query, key, mask) or _split(mesh, *query.shape[::2]) is None:
+        return _plain(query, key, value, mask)
+    if kernel == "cudnn":
+        _check_gpu(_platform(mesh))
+        return _each_device(_cudnn, mesh, query, key, value)
+    return _each_device(_splash, mesh, query, key, value)
 
 
-def takes_cudnn(query: Array, key: Array, mask: Array | None) -> bool:
-    """Whether cuDNN's flash attention runs on this."""
-    half = query.dtype in (jnp.bfloat16, jnp.float16)
+def takes_cudnn(query: Array, key: Array, mask: Array | None = None) -> bool:
+    """Whether cuDNN's flash attention runs here: half precision, no mask, H a multiple of 8.
+
+    H up to 128, which cuDNN differentiates from Ampere on; Hopper goes to 256, but wider
+    heads (SD1.5's 160) meet few tokens. T and S may differ and be odd: the 77 tokens of a
+    prompt are taken, whose scores plain would write in float32.
+    """
+    half = query.dtype in (jnp.bfloat16, jnp.float16) and query.dtype == key.dtype
     return mask is None and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
 
 
-def takes_splash(query: Array, key: Array, mask: Array | None) -> bool:
-    """Whether the splash kernel runs on this."""
-    tokens = query.shape[1]
-    square = tokens == key.shape[1]
-    return mask is None and square and tokens >= SPLASH_FROM and tokens % LANES == 0
+def takes_splash(query: Array, key: Array, mask: Array | None = None) -> bool:
+    """Whether the splash kernel runs here: bfloat16 self-attention over many tokens.
+
+    At least SPLASH_FROM tokens and a multiple of LANES, H at most LANES, no mask.
+    """
+    tokens, width = query.shape[1], query.shape[-1]
+    fits = tokens == key.shape[1] and tokens % LANES == 0 and width <= LANES
+    half = query.dtype == key.dtype == jnp.bfloat16
+    return mask is None and half and fits and tokens >= SPLASH_FROM
+
+
+def splash_cost(
+    batch: int, tokens: int, heads: int, width: int, *, backward: bool
+) -> tuple[float, float]:
+    """(FLOPs, bytes) of the splash kernel, of which XLA's cost analysis knows nothing.
+
+    Forward: two products of T x T x H a head. Backward: five, of which two make again what
+    the forward did not keep. FLOPs are those that the matrix unit spends: it works in tiles of
+    128, so heads of 40 cost it as much as heads of 128. Bytes are those that pass between HBM
+    and VMEM: a block is read again for each block that it meets.
+
+    Args:
+        batch: rows on one device; heads: heads on one device.
+        backward: the backward alone; else the forward, with what it leaves for the backward.
+    """
+    query_blocks = tokens // _block(tokens, BLOCK)
+    rows = batch * heads * tokens
+    product = 2.0 * rows * tokens * LANES * math.ceil(width / LANES)
+    wide = 2.0 * rows * LANES * math.ceil(width / LANES)  # bfloat16, a head in 128 lanes
+    narrow = 2.0 * rows * 16 * math.ceil(width / 16)  # tokens in the lanes
+    row_sums = 4.0 * rows * 8  # log-sum-exp and the like, float32 in 8 sublanes
+    if not backward:
+        lanes_of_sums = 4.0 * rows * LANES
+        return 2 * product, narrow + 2 * narrow * query_blocks + wide + lanes_of_sums
+    key_blocks = tokens // _block(tokens, BLOCK_BACKWARD)
+    read = key_blocks * (narrow + wide + 2 * row_sums) + 2 * narrow
+    # Each key block writes its share of the query's gradient, which XLA then adds up.
+    written = 2 * wide + key_blocks * wide + (key_blocks * wide + wide) * (key_blocks > 1)
+    return 5 * product, read + written
 
 
 def _plain(query, key, value, mask):
@@ -79,53 +131,36 @@ def _plain(query, key, value, mask):
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, value), 1, 2)
 
 
-def _splash(query, key, value):
-    mesh = jax.sharding.get_abstract_mesh()
-    interpret = _platform(mesh) != "tpu"
+def _cudnn(platform, query, key, value):
+    del platform
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def _splash(platform, query, key, value):
     # The kernel does not scale.
-    scale = query.shape[-1] ** -0.5
-    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
-
-    def local(*heads_first):
-        _, heads, tokens, _ = heads_first[0].shape
-        return jax.vmap(_splash_kernel(heads, tokens, interpret))(*heads_first)
-
-    if not mesh.empty and not mesh.are_all_axes_manual:
-        spec = _split(mesh, query.shape[0], query.shape[2])
-        # check_vma: a Pallas call does not say over which axes its results vary.
-        local = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-    out = local(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)))
+    query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
+    kernel = _splash_kernel(*query.shape[2:0:-1], interpret=platform != "tpu")
+    out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)))
     return jnp.swapaxes(out, 1, 2)
 
 
-def _platform(mesh: AbstractMesh) -> str:
-    """Where the program will run, which need not be where it is compiled."""
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
-def _split(mesh: AbstractMesh, batch: int, heads: int) -> PartitionSpec:
-    """Batch over "data" and "fsdp", heads over "tensor", where they divide."""
-
-    def over(names: tuple[str, ...], size: int):
-        types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        held = tuple(n for n in names if types.get(n, AxisType.Manual) != AxisType.Manual)
-        return held if held and size % math.prod(mesh.shape[n] for n in held) == 0 else None
-
-    return PartitionSpec(over(("data", "fsdp"), batch), over(("tensor",), heads))
-
-
-def _splash_kernel(heads: int, tokens: int, interpret: bool):
-    """The kernel over [N T H], where every token sees every token."""
-    q, kv = _block(tokens, 1024), _block(tokens, 1024)
+def _splash_kernel(heads: int, tokens: int, *, interpret: bool):
+    """The kernel over [N T H]; every token sees every token."""
+    block, backward = _block(tokens, BLOCK), _block(tokens, BLOCK_BACKWARD)
+    # Tokens in the lanes: heads of 40 or 64 in them would be padded to 128, in HBM too.
+    minor = splash.QKVLayout.SEQ_MINOR
     blocks = splash.BlockSizes(
-        block_q=q,
-        block_kv=kv,
-        block_kv_compute=_block(kv, 512),
-        block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=_block(kv, 512),
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=_block(block, BLOCK_COMPUTE),
+        block_q_dkv=block,
+        block_kv_dkv=backward,
+        block_kv_dkv_compute=_block(backward, BLOCK_COMPUTE),
+        # One pass makes all three gradients, in five matrix products instead of seven.
         use_fused_bwd_kernel=True,
+        q_layout=minor,
+        k_layout=minor,
+        v_layout=minor,
     )
     mask = splash.MultiHeadMask([splash.FullMask((tokens, tokens))] * heads)
     return splash.make_splash_mha_single_device(
@@ -136,3 +171,50 @@ def _splash_kernel(heads: int, tokens: int, interpret: bool):
 def _block(tokens: int, most: int) -> int:
     """The largest multiple of LANES that divides tokens, and is at most `most`."""
     return max(n for n in range(LANES, most + 1, LANES) if tokens % n == 0)
+
+
+def _each_device(kernel: Callable, mesh: AbstractMesh, *inputs: Array) -> Array:
+    """kernel(platform, *inputs) on each device's rows and heads."""
+    local = functools.partial(kernel, _platform(mesh))
+    spec = _split(mesh, *inputs[0].shape[::2])
+    if spec == PartitionSpec():
+        return local(*inputs)
+    # check_vma: a Pallas call does not say over which axes its results vary.
+    split = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return split(*inputs)
+
+
+def _platform(mesh: AbstractMesh) -> str:
+    """Where the program will run, which need not be where it is traced."""
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _check_gpu(platform: str) -> None:
+    if platform not in ("gpu", "cuda"):
+        raise ValueError(
+            f'the "cudnn" attention needs NVIDIA GPUs, but the devices are {platform!r}: '
+            f"use {best_kernel(platform)!r}"
+        )
+
+
+def _split(mesh: AbstractMesh, batch: int, heads: int) -> PartitionSpec | None:
+    """Of `[B T N H]`: batch over "data" and "fsdp", heads over "tensor"; None if it cannot be.
+
+    Every axis of the mesh must have its share: over one that has none the devices would all do
+    the same work, and add up their gradients to divide them again. Axes that a caller's own
+    shard_map has taken are no longer to be split.
+    """
+    free = {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if size > 1 and kind != AxisType.Manual
+    }
+    rows = tuple(name for name in ("data", "fsdp") if name in free)
+    columns = tuple(name for name in ("tensor",) if name in free)
+    if not free:
+        return PartitionSpec()
+    whole = len(free) == len(rows) + len(columns) and len(mesh.manual_axes) == 0
+    shared = batch % math.prod(free[n] for n in rows) == 0
+    shared &= heads % math.prod(free[n] for n in columns) == 0
+    return PartitionSpec(rows or None, None, columns or None) if whole and shared else None
