@@ -114,7 +114,8 @@ def unet_products(
     up_depth = config.reverse_transformer_layers_per_block or depth[::-1]
     sizes = [(height, width)]
     for _ in range(last):
-        sizes.append(tuple(_halved(x, config.downsample_padding) for x in sizes[-1]))
+        height, width = (_halved(x, config.downsample_padding) for x in (height, width))
+        sizes.append((height, width))
     pixels = [h * w for h, w in sizes]
 
     def stage(path: str, level: int, channels, attends: bool, transformers: int):
