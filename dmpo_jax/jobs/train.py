@@ -4,7 +4,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -113,24 +113,35 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     elif objective.needs_reference:
         reference = make_reference(params, frozen_dtype)
     learning_rate, tx = make_optimizer(config)
-    setup = step.Setup(
+    setup = make_setup(config, structure, schedule, tx, pairs.meta)
+    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
+    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
+    return run, params
+
+
+def make_setup(
+    config: configs.Config, structure: Any, schedule: Any, tx: Any, meta: Mapping[str, Any]
+) -> step.Setup:
+    """What the step closes over.
+
+    structure: of the UNet. meta: what the encoded pairs say of themselves.
+    """
+    objective = OBJECTIVES[config.objective]
+    return step.Setup(
         predict=families.make_predict(functools.partial(parameters.merge, structure)),
         objective=functools.partial(objective, **config.objectives[config.objective]),
         needs_reference=objective.needs_reference,
         needs_rejected=objective.needs_rejected,
         schedule=schedule,
-        scaling_factor=pairs.meta["scaling_factor"],
-        shift_factor=pairs.meta["shift_factor"],
+        scaling_factor=meta["scaling_factor"],
+        shift_factor=meta["shift_factor"],
         tx=tx,
         accumulation=config.train.accumulation,
         adapters=config.lora.rank > 0,
         dropout=config.lora.dropout,
         ema_decay=config.train.ema_decay,
-        mean_only=pipeline.is_mean_only(pairs.meta),
+        mean_only=pipeline.is_mean_only(meta),
     )
-    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
-    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
-    return run, params
 
 
 def make_execution(config: configs.Config, devices: jax.sharding.Mesh) -> Execution:
