@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from dmpo_jax import config as configs
@@ -19,7 +18,6 @@ from dmpo_jax.models import families, flops, lora, parameters
 from dmpo_jax.models.published import PUBLISHED
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.types import Conditioning, PairBatch
 
 LOG = logging.getLogger(__name__)
 TOKENS = 77  # of a prompt, in every published model
@@ -41,6 +39,7 @@ class Planned(NamedTuple):
     """A step to compile, and what its arguments are made of."""
 
     update: Any  # jitted
+    setup: step.Setup
     arguments: tuple[Any, ...]  # state, reference, batch, key: shapes with shardings
     devices: jax.sharding.Mesh
     model: Model
@@ -174,11 +173,11 @@ def make_planned(config: configs.Config, model: Model, devices: list[Any]) -> Pl
     arguments = (
         state,
         _placed(reference, mesh.parameter_sharding(grid, reference)),
-        abstract_batch(config, model.meta, grid),
+        train.abstract_batch(config.train.batch_size, model.meta, grid),
         _placed(key, mesh.replicated(grid)),
     )
     update = step.jit_train_step(setup, jax.tree.map(lambda x: x.sharding, state))
-    return Planned(update, arguments, grid, model, count_flops(config, model))
+    return Planned(update, setup, arguments, grid, model, count_flops(config, model))
 
 
 _NO_PAIRS: Any = None
@@ -190,25 +189,6 @@ def _placed(shapes: Any, shardings: Any) -> Any:
         shapes,
         shardings,
     )
-
-
-def abstract_batch(config: configs.Config, meta: Mapping[str, Any], grid: Any) -> PairBatch:
-    """A batch as the pipeline makes it and `shard_batch` lays it out."""
-    sharding, rows = mesh.batch_sharding(grid), config.train.batch_size
-
-    def array(described: Mapping[str, Any] | None) -> Any:
-        if described is None:
-            return None
-        dtype = np.dtype(described["dtype"])
-        return jax.ShapeDtypeStruct((rows, *described["shape"]), dtype, sharding=sharding)
-
-    shapes = meta["shapes"]
-    times = {"shape": (2, 6), "dtype": "float32"} if shapes["pooled"] else None
-    conditioning = Conditioning(
-        array(shapes["context"]), array(shapes["pooled"]), array(times), array(shapes.get("image"))
-    )
-    preference: Any = array({"shape": (), "dtype": "float32"})
-    return PairBatch(array(shapes["moments"]), preference, conditioning)
 
 
 def count_flops(config: configs.Config, model: Model) -> int:

@@ -15,13 +15,14 @@ from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
 from dmpo_jax.data.mixture import Mixture
+from dmpo_jax.jobs import compiled
 from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.models import families, lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.types import PairBatch
+from dmpo_jax.types import Conditioning, PairBatch
 
 LOG = logging.getLogger(__name__)
 
@@ -242,7 +243,7 @@ def _first_state(run: Run) -> Callable[..., step.TrainState]:
 def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) -> step.TrainState:
     """From the state's step to the last. Metrics are read one step after they were asked for."""
     config, total, start = run.config, run.config.train.steps, int(state.step)
-    update = step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
+    update = make_update(run, state)
     validate, draw = make_validate(run), make_draw(run)
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
@@ -289,6 +290,37 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     if close is not None:
         close()
     return state
+
+
+def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
+    """The step: compiled at its first call, or read from `train.compiled`."""
+    if not run.config.train.compiled:
+        return step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
+    batch = abstract_batch(run.config.train.batch_size, run.pairs.meta, run.devices)
+    arguments = (state, run.reference, batch, run.key)
+    identified = compiled.identity(run.config, run.setup, arguments, run.devices)
+    return compiled.load(run.config.train.compiled, identified, arguments)
+
+
+def abstract_batch(rows: int, meta: Mapping[str, Any], devices: jax.sharding.Mesh) -> PairBatch:
+    """Shapes and shardings of a batch, as the pipeline makes it and `shard_batch` lays it out.
+
+    meta: what the encoded pairs say of themselves.
+    """
+    sharding, shapes = mesh.batch_sharding(devices), meta["shapes"]
+
+    def array(described: Mapping[str, Any] | None) -> Any:
+        if described is None:
+            return None
+        shape, dtype = (rows, *described["shape"]), jnp.dtype(described["dtype"])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    times = {"shape": (2, 6), "dtype": "float32"} if shapes["pooled"] else None
+    conditioning: Any = [array(shapes[name]) for name in ("context", "pooled")]
+    conditioning = Conditioning(*conditioning, array(times), array(shapes.get("image")))
+    return PairBatch(
+        array(shapes["moments"]), array({"shape": (), "dtype": "float32"}), conditioning
+    )
 
 
 def due(number: int, every: int) -> bool:
