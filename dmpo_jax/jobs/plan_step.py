@@ -11,7 +11,7 @@ from etils import epath
 
 from dmpo_jax import config as configs
 from dmpo_jax import diffusers_io, mesh, noising, step
-from dmpo_jax.data import records
+from dmpo_jax.data import pipeline, records
 from dmpo_jax.jobs import debug, make_digits, train
 from dmpo_jax.jobs.convert import adapt
 from dmpo_jax.models import families, flops, lora, parameters
@@ -173,7 +173,7 @@ def make_planned(config: configs.Config, model: Model, devices: list[Any]) -> Pl
     arguments = (
         state,
         _placed(reference, mesh.parameter_sharding(grid, reference)),
-        train.abstract_batch(config.train.batch_size, model.meta, grid),
+        pipeline.abstract_batch(model.meta, config.train.batch_size, mesh.batch_sharding(grid)),
         _placed(key, mesh.replicated(grid)),
     )
     update = step.jit_train_step(setup, jax.tree.map(lambda x: x.sharding, state))

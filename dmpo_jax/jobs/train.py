@@ -22,7 +22,7 @@ from dmpo_jax.models import families, lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.types import Conditioning, PairBatch
+from dmpo_jax.types import PairBatch
 
 LOG = logging.getLogger(__name__)
 
@@ -296,31 +296,11 @@ def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
     """The step: compiled at its first call, or read from `train.compiled`."""
     if not run.config.train.compiled:
         return step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
-    batch = abstract_batch(run.config.train.batch_size, run.pairs.meta, run.devices)
+    sharding = mesh.batch_sharding(run.devices)
+    batch = pipeline.abstract_batch(run.pairs.meta, run.config.train.batch_size, sharding)
     arguments = (state, run.reference, batch, run.key)
     identified = compiled.identity(run.config, run.setup, arguments, run.devices)
     return compiled.load(run.config.train.compiled, identified, arguments)
-
-
-def abstract_batch(rows: int, meta: Mapping[str, Any], devices: jax.sharding.Mesh) -> PairBatch:
-    """Shapes and shardings of a batch, as the pipeline makes it and `shard_batch` lays it out.
-
-    meta: what the encoded pairs say of themselves.
-    """
-    sharding, shapes = mesh.batch_sharding(devices), meta["shapes"]
-
-    def array(described: Mapping[str, Any] | None) -> Any:
-        if described is None:
-            return None
-        shape, dtype = (rows, *described["shape"]), jnp.dtype(described["dtype"])
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    times = {"shape": (2, 6), "dtype": "float32"} if shapes["pooled"] else None
-    conditioning: Any = [array(shapes[name]) for name in ("context", "pooled")]
-    conditioning = Conditioning(*conditioning, array(times), array(shapes.get("image")))
-    return PairBatch(
-        array(shapes["moments"]), array({"shape": (), "dtype": "float32"}), conditioning
-    )
 
 
 def due(number: int, every: int) -> bool:
