@@ -187,7 +187,7 @@ def describe(
     rows, modelled, xla = None, None, {}
     if program is not None:
         memory = plan_report.measure_memory(program)
-        text = program.as_text()
+        text = hlo.Program(program.as_text())
         found = hlo.collectives(text, plan_report.parameter_shapes(planned.arguments))
         rows = plan_report.summarise(found)
         traffic, _ = hlo.memory_traffic(text)
