@@ -4,7 +4,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
 from dmpo_jax.data.mixture import Mixture
+from dmpo_jax.jobs import compiled
 from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.models import families, lora, parameters
@@ -113,24 +114,35 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     elif objective.needs_reference:
         reference = make_reference(params, frozen_dtype)
     learning_rate, tx = make_optimizer(config)
-    setup = step.Setup(
+    setup = make_setup(config, structure, schedule, tx, pairs.meta)
+    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
+    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
+    return run, params
+
+
+def make_setup(
+    config: configs.Config, structure: Any, schedule: Any, tx: Any, meta: Mapping[str, Any]
+) -> step.Setup:
+    """What the step closes over.
+
+    structure: of the UNet. meta: what the encoded pairs say of themselves.
+    """
+    objective = OBJECTIVES[config.objective]
+    return step.Setup(
         predict=families.make_predict(functools.partial(parameters.merge, structure)),
         objective=functools.partial(objective, **config.objectives[config.objective]),
         needs_reference=objective.needs_reference,
         needs_rejected=objective.needs_rejected,
         schedule=schedule,
-        scaling_factor=pairs.meta["scaling_factor"],
-        shift_factor=pairs.meta["shift_factor"],
+        scaling_factor=meta["scaling_factor"],
+        shift_factor=meta["shift_factor"],
         tx=tx,
         accumulation=config.train.accumulation,
         adapters=config.lora.rank > 0,
         dropout=config.lora.dropout,
         ema_decay=config.train.ema_decay,
-        mean_only=pipeline.is_mean_only(pairs.meta),
+        mean_only=pipeline.is_mean_only(meta),
     )
-    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
-    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
-    return run, params
 
 
 def make_execution(config: configs.Config, devices: jax.sharding.Mesh) -> Execution:
@@ -231,7 +243,7 @@ def _first_state(run: Run) -> Callable[..., step.TrainState]:
 def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) -> step.TrainState:
     """From the state's step to the last. Metrics are read one step after they were asked for."""
     config, total, start = run.config, run.config.train.steps, int(state.step)
-    update = step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
+    update = make_update(run, state)
     validate, draw = make_validate(run), make_draw(run)
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
@@ -278,6 +290,17 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     if close is not None:
         close()
     return state
+
+
+def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
+    """The step: compiled at its first call, or read from `train.compiled`."""
+    if not run.config.train.compiled:
+        return step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
+    sharding = mesh.batch_sharding(run.devices)
+    batch = pipeline.abstract_batch(run.pairs.meta, run.config.train.batch_size, sharding)
+    arguments = (state, run.reference, batch, run.key)
+    identified = compiled.identity(run.config, run.setup, arguments, run.devices)
+    return compiled.load(run.config.train.compiled, identified, arguments)
 
 
 def due(number: int, every: int) -> bool:
