@@ -27,7 +27,7 @@ JOBS = ("collect", "encode", "train", "evaluate")
 DTYPES = ("bfloat16", "float32")
 MOMENTS, STORED = ("sample", "mean"), ("bfloat16", "float16", "float32")
 # Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
 FAMILIES = ("sd", "sdxl", "sd_edit", "sdxl_edit", "sd_inpaint", "sdxl_inpaint")  # models.families
 
@@ -84,7 +84,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
         ("to_q", "to_k", "to_v", "to_out.0"),
         "ends of the paths of the layers adapted; also ff.net.0.proj, ff.net.2, conv1, conv2",
     ),
-    "optimizer.name": ("adamw", f"one of {', '.join(OPTIMIZERS)}"),
+    "optimizer.name": ("adamw", f"one of {', '.join(OPTIMIZERS)}, largest state first"),
     "optimizer.learning_rate": (2.048e-5, "peak, for the whole batch: published 1e-8 x 2048 pairs"),
     "optimizer.warmup_steps": (500, "updates of linear warmup"),
     "optimizer.schedule": ("constant", f"after the warmup; one of {', '.join(SCHEDULES)}"),

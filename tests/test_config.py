@@ -77,7 +77,7 @@ def test_valid_is_valid():
         ({"objectives__diffusion_dpo__label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"model__folder": ""}, "model.folder must be"),
         ({"model__compute_dtype": "fp16"}, "bfloat16, float32, but got 'fp16'"),
-        ({"optimizer__name": "lion"}, "adamw, adafactor, but got 'lion'"),
+        ({"optimizer__name": "lion"}, "adamw, adamw_bf16, adafactor, but got 'lion'"),
         ({"optimizer__schedule": "step"}, "constant, cosine, linear, but got 'step'"),
         ({"optimizer__schedule": "linear", "train__steps": 500}, "but got 500 and 500"),
         ({"optimizer__learning_rate": float("nan")}, "learning_rate must be .* but got nan"),
@@ -135,6 +135,7 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
         "data__resolution": 64,
         "train__batch_size": 8,
         "optimizer__b2": 0.5,
+        "optimizer__name": "adamw_bf16",
     }
     for leaf, value in other.items():
         assert config_lib.identity(valid(**{leaf: value})) != base, leaf
