@@ -11,7 +11,7 @@ from flax import nnx
 Params = dict[str, jax.Array]  # "down_blocks.0.resnets.0.conv1.kernel" -> array
 
 
-def split(model: nnx.Module) -> tuple[Any, Params]:
+def split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
     """The model's static structure, and its arrays, or their shapes, by dotted attribute path."""
     structure, state = nnx.split(model)
     flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
