@@ -94,6 +94,10 @@ def test_valid_is_valid():
         ({"jobs": ("train", "encode")}, "in the order"),
         ({"jobs": ("train", "train")}, "once each"),
         ({"jobs": ("collect", "train")}, "needs collect.scorer"),
+        ({"profile": "1:3"}, r"updates from 2 on \(the first compiles\), but got '1:3'"),
+        ({"profile": "9"}, "profile must be START:STOP, .* but got '9'"),
+        ({"profile": "9:8"}, "profile must be START:STOP, .* but got '9:8'"),
+        ({"profile": "9:8000"}, "by train.steps, 2000, but got '9:8000'"),
         ({"evaluate__judges": (1,)}, "evaluate.judges must be names"),
     ],
 )
@@ -121,6 +125,7 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
         "sample__steps": 3,
         "objectives__diffusion_dpo__beta": 1.0,
         "jobs": ("evaluate",),
+        "profile": "3:4",
     }
     for leaf, value in same.items():
         assert config_lib.identity(valid(**{leaf: value})) == base, leaf

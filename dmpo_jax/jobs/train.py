@@ -19,7 +19,7 @@ from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.jobs.trace import Trace
 from dmpo_jax.jobs.watch import Cost, Watch
-from dmpo_jax.models import families, lora, parameters
+from dmpo_jax.models import families, flops, lora, parameters
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.types import PairBatch
 
@@ -221,7 +221,8 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
         StopSignals() as stop,
     ):
         if start == 0:
-            draw(trained(state), 0)
+            with watch.timed("sampling"):
+                draw(trained(state), 0)
         unread = None  # the last update's number and metrics
         for number in range(start + 1, total + 1):
             with watch.timed("input"):
@@ -259,6 +260,27 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     if close is not None:
         close()
     return state
+
+
+def cost(run: Run) -> Cost:
+    """What a pair costs, by its model, objective and size."""
+    config, shapes = run.config, run.pairs.meta["shapes"]
+    height, width, _ = shapes["moments"]["shape"][-3:]
+    forward = flops.unet_forward(
+        run.unet.config,
+        height=height,
+        width=width,
+        tokens=shapes["context"]["shape"][-2],
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+    )
+    pair = flops.step_flops(
+        forward,
+        needs_reference=run.setup.needs_reference,
+        needs_rejected=run.setup.needs_rejected,
+        lora=run.setup.adapters,
+    )
+    return Cost(pair, run.devices.size)
 
 
 def due(number: int, every: int) -> bool:

@@ -121,10 +121,10 @@ class Watch:
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
         now = self._clock()
         check_finite(number, values, config.train.skip_limit)
-        if self._last is None:  # the first after a pause: nothing to measure from yet
+        if self._last is None:  # the first after a pause
             self._last = number - 1
         self._note_first_step()
-        pace = self._pace(number, now)
+        pace = self._pace(number - self._last, now)
         if number % config.log.every == 0 or number in (1, config.train.steps):
             values["learning_rate"] = float(self._learning_rate(number - 1))
             writer.write(number, {**values, **pace, **memory(), **self._once})
@@ -153,11 +153,9 @@ class Watch:
             self._once["seconds_to_first_step"] = seconds
             LOG.info("the first step ended %.1f s after the process began", seconds)
 
-    def _pace(self, number: int, now: float) -> dict[str, float]:
+    def _pace(self, steps: int, now: float) -> dict[str, float]:
         """What the steps since the last line, or pause, come to: rates, and seconds a step."""
-        assumed = 1e-9  # no clock is finer, and nothing is divided by 0
-        steps = number - (self._last or 0)
-        seconds = max(now - self._since, assumed) / max(steps, 1)
+        seconds = max(now - self._since, 1e-9) / steps
         batches, waited = self._input
         # A batch is taken ahead of its step, so there may be one more of them.
         waiting = min(waited / max(batches, 1), seconds)
