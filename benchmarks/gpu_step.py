@@ -115,7 +115,7 @@ def make_case(case: str, side: str, cache: str, args: argparse.Namespace) -> dic
         **STEP,
         "batch_size": int(pairs),
         "remat": remat,
-        "attention": args.attention,
+        "attention": "plain" if args.tiny else args.attention,
         "scan": args.scan,
         "compile": side == "compiled",
         "warmup": 0 if args.tiny else 3,

@@ -29,6 +29,9 @@ MOMENTS, STORED = ("sample", "mean"), ("bfloat16", "float16", "float32")
 # Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
 OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
+# Equal to attention.KERNELS and execution.REMAT, likewise.
+KERNELS = ("auto", "plain", "cudnn", "splash")
+REMAT = ("none", "block", "transformer", "offload")
 FAMILIES = ("sd", "sdxl", "sd_edit", "sdxl_edit", "sd_inpaint", "sdxl_inpaint")  # models.families
 
 # dotted path: (default, what it means). A placeholder is unset and has a type.
@@ -56,6 +59,17 @@ LEAVES: dict[str, tuple[Any, str]] = {
     ),
     "model.vae": ("", "another VAE's folder, such as SDXL's fp16 fix; '' takes the pipeline's"),
     "model.compute_dtype": ("bfloat16", "of activations; parameters are always float32"),
+    "model.attention": (
+        "auto",
+        f"one of {', '.join(KERNELS)}; auto: cudnn on GPU, splash on TPU, else plain",
+    ),
+    "model.remat": (
+        "none",
+        "what a backward computes again, to save memory: none, block (resnets and spatial "
+        "transformers), transformer (resnets and transformer blocks), offload (and what is "
+        "kept goes to the host)",
+    ),
+    "model.scan": (False, "compile equal transformer blocks once, as a loop (SDXL has 70)"),
     "data.source": ("", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made"),
     "data.encoded": ("", "folder of encoded pairs; '' is WORKDIR/encoded"),
     "data.mix": (
@@ -94,8 +108,9 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "optimizer.eps": (1e-8, "added to the denominator (AdamW)"),
     "optimizer.weight_decay": (0.01, "times the learning rate, on every parameter"),
     "optimizer.clip_norm": (1.0, "largest global gradient norm; 0 does not clip"),
-    "mesh.data": (-1, "devices that share the batch only; -1: all that fsdp leaves"),
+    "mesh.data": (-1, "devices that share the batch only; -1: all that the others leave"),
     "mesh.fsdp": (1, "devices that share the batch, the parameters and the optimizer's state"),
+    "mesh.tensor": (1, "devices that share one pair: the features of attention and resnets"),
     "mesh.cpu_devices": (1, "on a CPU alone: how many devices it is split into, say one a core"),
     "log.every": (10, "updates between two lines of metrics"),
     "log.validate_every": (200, "updates between two validations; 0 never"),
@@ -235,6 +250,8 @@ def _check_names(config: Config, objective_names: set[str]):
         )
     choices = {
         "model.compute_dtype": DTYPES,
+        "model.attention": KERNELS,
+        "model.remat": REMAT,
         "data.moments": MOMENTS,
         "data.moments_dtype": STORED,
         "optimizer.name": OPTIMIZERS,
@@ -252,7 +269,6 @@ _AT_LEAST_ONE = [
     "train.steps",
     "train.batch_size",
     "train.accumulation",
-    "mesh.fsdp",
     "log.every",
     "log.checkpoint_every",
     "log.keep",
@@ -291,7 +307,10 @@ _RANGES = {
     "lora.dropout": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "optimizer.b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "optimizer.b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "mesh.data": (lambda x: x == -1 or x > 0, "a number of devices, or -1 for all that are left"),
+    **{
+        f"mesh.{axis}": (lambda x: x == -1 or x > 0, "a number of devices, or -1 for all left")
+        for axis in ("data", "fsdp", "tensor")
+    },
     "collect.temperature": (lambda x: x > 0, "above 0"),
     **{path: (lambda x: x >= 1, "at least 1") for path in _AT_LEAST_ONE},
     **{path: (lambda x: 0 <= x < float("inf"), "at least 0 and finite") for path in _AT_LEAST_ZERO},

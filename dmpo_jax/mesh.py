@@ -1,11 +1,15 @@
 """The device mesh, how arrays lie on it, and the one way in for a batch.
 
 Axes: "data" splits the batch alone; "fsdp" splits the batch and, on top, the large
-parameters. Both are `AxisType.Auto`: the compiler places the collectives.
+parameters; "tensor" splits the features of attention, feed-forward and resnets, as in
+Megatron (arXiv 1909.08053), for where a device cannot hold one pair. All are
+`AxisType.Auto`; `models.placement` says where the compiler is to gather.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,48 +17,88 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-AXES = ("data", "fsdp")
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
 SHARDED_FROM = 65536  # elements; below it, gathering costs more than the memory is worth
 
+# What a parameter's path ends in -> how its layer uses it over "tensor"; the first match
+# counts. "columns": each device has some output features, "rows": some input features, and
+# the sum over "tensor" follows; "whole": every device all of it. A layer's `split` says the same.
+RULES = (
+    (r"(to_q|to_k|to_v|conv1|time_emb_proj)\.(lora_B\.)?kernel", "columns"),
+    (r"(to_out\.0|ff\.net\.2|conv2)\.(lora_A\.)?kernel", "rows"),
+    (r"", "whole"),
+)
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A `[data, fsdp]` mesh over all devices.
+
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A `[data, fsdp, tensor]` mesh over all devices.
 
     Args:
-        data: devices along "data"; -1 takes what fsdp leaves.
-        fsdp: devices along "fsdp"; -1 takes what data leaves. At most one is -1.
+        data, fsdp, tensor: devices along each axis; one may be -1 and takes what the others
+            leave. On several slices of TPUs, "data" goes over the slices: the slow network
+            between them then carries gradients only.
         devices: which devices; default `jax.devices()`. On TPU they are reordered to
             follow the torus, so row r of a batch need not lie on device r.
 
     Raises:
-        ValueError: if data * fsdp is not the number of devices, naming the legal shapes.
+        ValueError: if the product is not the number of devices, or the slices do not
+            divide data, naming the legal shapes.
     """
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
-    asked = f"data={data}, fsdp={fsdp}"
-    legal = ", ".join(f"({count // f}, {f})" for f in range(1, count + 1) if count % f == 0)
-    refusal = f"the mesh has {count} devices, so (data, fsdp) is one of {legal}; got {asked}"
-    if data == fsdp == -1:
-        raise ValueError(f"at most one of data and fsdp may be -1; {refusal}")
-    if data == -1 and fsdp > 0:
-        data = count // fsdp
-    elif fsdp == -1 and data > 0:
-        fsdp = count // data
-    if min(data, fsdp) < 1 or data * fsdp != count:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    asked = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    refusal = _refusal(count, slices, asked)
+    unknown = [axis for axis, size in asked.items() if size == -1]
+    known = math.prod(size for size in asked.values() if size != -1)
+    if len(unknown) > 1:
+        raise ValueError(f"at most one of {', '.join(AXES)} may be -1; {refusal}")
+    if unknown and known > 0:
+        asked[unknown[0]] = count // known
+    shape = tuple(asked.values())
+    if min(shape) < 1 or math.prod(shape) != count or shape[0] % slices:
         raise ValueError(refusal)
     try:
         # Without the split, shapes that do not fit the torus' axes whole are refused.
-        grid = mesh_utils.create_device_mesh(
-            (data, fsdp), devices=devices, allow_split_physical_axes=True
-        )
+        if slices > 1:
+            inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+            grid = mesh_utils.create_hybrid_device_mesh(
+                inside, across, devices=devices, allow_split_physical_axes=True
+            )
+        else:
+            grid = mesh_utils.create_device_mesh(
+                shape, devices=devices, allow_split_physical_axes=True
+            )
     except (NotImplementedError, AssertionError) as error:
-        raise ValueError(f"these devices cannot be laid out as {asked}; {refusal}") from error
+        raise ValueError(f"these devices cannot be laid out so; {refusal}") from error
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def _refusal(count: int, slices: int, asked: Mapping[str, int]) -> str:
+    """What was asked for and what would do."""
+    got = ", ".join(f"{axis}={size}" for axis, size in asked.items())
+    tensor = asked["tensor"] if asked["tensor"] > 0 and count % asked["tensor"] == 0 else 1
+    rest = count // tensor
+    sizes = [f for f in range(1, rest + 1) if rest % f == 0 and rest // f % slices == 0]
+    legal = ", ".join(f"({rest // f}, {f}, {tensor})" for f in sizes)
+    over = f" in {slices} slices, which divide data" if slices > 1 else ""
+    return (
+        f"the mesh has {count} devices{over}, so (data, fsdp, tensor) is one of {legal}, or "
+        f"another with the product {count}; got {got}"
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (axis 0) split over every device; other axes whole."""
-    return NamedSharding(mesh, PartitionSpec(AXES))
+    """Rows (axis 0) split over "data" and "fsdp"; other axes whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shares(mesh: Mesh) -> int:
+    """Into how many parts a batch is cut: data * fsdp."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -63,24 +107,71 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_sharding(mesh: Mesh, params: Any) -> Any:
-    """One NamedSharding a leaf: large leaves split over "fsdp", the rest replicated.
-
-    A leaf of at least 65,536 elements is split on its last axis where fsdp divides it.
-    The last axis is the output features of every kernel, and never the stacking axis of
-    scanned blocks.
+    """One NamedSharding a leaf, as `RULES` and `stored_spec` have it.
 
     Args:
-        params: any pytree of arrays or ShapeDtypeStructs: parameters, optimizer state.
+        params: any pytree of arrays or ShapeDtypeStructs, its leaves under the dotted
+            paths of parameters: parameters, optimizer state, moving averages.
     """
-    fsdp = mesh.shape["fsdp"]
+    sizes = dict(mesh.shape)
 
-    def rule(leaf: Any) -> NamedSharding:
-        shape = np.shape(leaf)
-        if fsdp == 1 or math.prod(shape) < SHARDED_FROM or shape[-1] % fsdp:
-            return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(*[None] * (len(shape) - 1), "fsdp"))
+    def rule(path: tuple, leaf: Any) -> NamedSharding:
+        names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
+        split = split_of(names[-1] if names else "")
+        return NamedSharding(mesh, stored_spec(np.shape(leaf), split, sizes))
 
-    return jax.tree.map(rule, params)
+    return jax.tree_util.tree_map_with_path(rule, params)
+
+
+def split_of(path: str) -> str:
+    """The first of `RULES` that the path's end fits."""
+    return next(split for pattern, split in RULES if re.search(f"{pattern}$", path))
+
+
+def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
+    """How a leaf of this shape is kept: large ones in parts, the rest on every device.
+
+    A leaf of at least 65,536 elements is split on its last axis where the devices divide
+    it: the output features of every kernel, and never the stacking axis of scanned blocks.
+    "rows" are split over "tensor" on the axis before, as they are used.
+    """
+    fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
+    if math.prod(shape) < SHARDED_FROM:
+        return PartitionSpec()
+    if tensor > 1 and split == "rows" and len(shape) > 1 and shape[-2] % tensor == 0:
+        last = "fsdp" if fsdp > 1 and shape[-1] % fsdp == 0 else None
+        return PartitionSpec(*[None] * (len(shape) - 2), "tensor", last)
+    # Columns are cut over "tensor" first, so that a gather over "fsdp" leaves them together.
+    order = ("tensor", "fsdp") if split == "columns" else ("fsdp", "tensor")
+    axes = tuple(axis for axis in order if sizes.get(axis, 1) > 1)
+    while axes and shape[-1] % math.prod(sizes[axis] for axis in axes):
+        axes = axes[:-1]
+    if not axes:
+        return PartitionSpec()
+    return PartitionSpec(*[None] * (len(shape) - 1), axes[0] if len(axes) == 1 else axes)
+
+
+def used_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
+    """How a layer has its kernel when it computes: whole but for "tensor"."""
+    tensor = sizes.get("tensor", 1)
+    axis = {"columns": len(shape) - 1, "rows": len(shape) - 2, "whole": None}[split]
+    if tensor == 1 or axis is None or shape[axis] % tensor:
+        return PartitionSpec()
+    return PartitionSpec(*["tensor" if i == axis else None for i in range(len(shape))])
+
+
+def traced_on(function: Callable, mesh: Mesh | None) -> Callable:
+    """`function`, to be jitted: traced with the mesh in force, so that layers can say where
+    their kernels and activations lie on it (`models.placement`)."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def placed(*args, **kw):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kw)
+
+    return placed
 
 
 def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
@@ -139,16 +230,17 @@ def check_batch(global_batch: int, accumulation: int, mesh: Mesh) -> None:
     """Refuses a batch that devices and microbatches cannot share evenly.
 
     Raises:
-        ValueError: if global_batch is not a positive multiple of devices * accumulation,
-            naming the nearest batch sizes that are.
+        ValueError: if global_batch is not a positive multiple of data * fsdp *
+            accumulation, naming the nearest batch sizes that are.
     """
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1, but got {accumulation}")
-    unit = mesh.size * accumulation
+    shares = batch_shares(mesh)
+    unit = shares * accumulation
     if global_batch < 1 or global_batch % unit:
         below = max(global_batch // unit, 0) * unit
         nearest = " or ".join(str(n) for n in (below, below + unit) if n)
         raise ValueError(
-            f"a global batch must be a multiple of {unit} ({mesh.size} devices x "
+            f"a global batch must be a multiple of {unit} ({shares} devices x "
             f"{accumulation} microbatches), but got {global_batch}; nearest: {nearest}"
         )

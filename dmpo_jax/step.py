@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Int, Key
 
 from dmpo_jax import health
+from dmpo_jax.mesh import traced_on
 from dmpo_jax.models import lora
 from dmpo_jax.noising import NoiseSchedule, noise_pair, sample_latents
 from dmpo_jax.types import Conditioning, Noised, PairBatch, PerPair
@@ -145,6 +146,11 @@ def predict_both(params, reference, noised, conditioning, setup: Setup, dropout_
         reference_prediction = jax.lax.stop_gradient(
             predict_pairs(setup.predict, frozen, noised, conditioning)
         )
+        # The policy waits: what the reference's forward keeps is gone before a backward's is.
+        reference_prediction, latents = jax.lax.optimization_barrier(
+            (reference_prediction, noised.latents)
+        )
+        noised = noised._replace(latents=latents)
     return predict_pairs(setup.predict, params, noised, conditioning), reference_prediction
 
 
@@ -224,9 +230,13 @@ def validate_batch(
 
 
 def jit_train_step(setup: Setup, shardings: Any = None):
-    """`train_step` compiled for the mesh that its arguments lie on; the state is donated."""
+    """`train_step` compiled for the mesh that `shardings`, the state's, are on; it is donated.
+
+    Without shardings, for the devices that its arguments lie on, nothing placed.
+    """
+    mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
     return jax.jit(
-        functools.partial(train_step, setup=setup),
+        traced_on(functools.partial(train_step, setup=setup), mesh),
         donate_argnums=0,
         out_shardings=None if shardings is None else (shardings, None),
         compiler_options=COMPILER_OPTIONS,

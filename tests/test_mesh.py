@@ -21,8 +21,8 @@ PERMUTED = [3, 0, 6, 5, 1, 7, 2, 4]
 
 
 def permuted_mesh(data=8, fsdp=1):
-    devices = np.array(jax.devices())[PERMUTED].reshape(data, fsdp)
-    return Mesh(devices, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 2)
+    devices = np.array(jax.devices())[PERMUTED].reshape(data, fsdp, 1)
+    return Mesh(devices, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def pretend_process(sharding, devices):
@@ -37,16 +37,19 @@ def pretend_process(sharding, devices):
 @pytest.mark.parametrize(
     ("asked", "shape"),
     [
-        ({}, (8, 1)),
-        ({"fsdp": 4}, (2, 4)),
-        ({"data": 2, "fsdp": -1}, (2, 4)),
-        ({"data": 1, "fsdp": 8}, (1, 8)),
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1)),
+        ({"data": 1, "fsdp": 8}, (1, 8, 1)),
+        ({"fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 1, "fsdp": 2, "tensor": -1}, (1, 2, 4)),
     ],
 )
 def test_make_mesh(asked, shape):
     mesh = mesh_lib.make_mesh(**asked)
-    assert (mesh.shape["data"], mesh.shape["fsdp"]) == shape
-    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+    assert mesh.axis_types == (AxisType.Auto,) * 3
 
 
 @pytest.mark.parametrize(
@@ -58,11 +61,34 @@ def test_make_mesh(asked, shape):
         {"data": 0},
         {"fsdp": 0},
         {"data": -1, "fsdp": -2},
+        {"tensor": 3},
     ],
 )
 def test_make_mesh_refuses_and_names_legal_shapes(asked):
-    with pytest.raises(ValueError, match=r"8 devices.*\(8, 1\), \(4, 2\), \(2, 4\), \(1, 8\)"):
+    legal = r"8 devices.*\(8, 1, 1\), \(4, 2, 1\), \(2, 4, 1\), \(1, 8, 1\)"
+    with pytest.raises(ValueError, match=legal):
         mesh_lib.make_mesh(**asked)
+    with pytest.raises(ValueError, match=r"\(4, 1, 2\), \(2, 2, 2\), \(1, 4, 2\)"):
+        mesh_lib.make_mesh(data=3, tensor=2)
+
+
+def slices(count: int, devices: int = 8) -> list:
+    """Devices as those of several TPU slices look."""
+
+    def device(i):
+        of = {"slice_index": i // (devices // count), "process_index": 0, "platform": "cpu"}
+        return mock.Mock(id=i, device_kind="fake", **of)
+
+    return [device(i) for i in range(devices)]
+
+
+def test_data_goes_over_the_slices():
+    mesh = mesh_lib.make_mesh(fsdp=4, devices=slices(2))
+    index = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert index.shape == (2, 4, 1)
+    assert (index == np.arange(2)[:, None, None]).all()
+    with pytest.raises(ValueError, match=r"2 slices, which divide data.*\(2, 4, 1\); or|2 slices"):
+        mesh_lib.make_mesh(fsdp=8, devices=slices(2))
 
 
 def test_parameter_sharding():
@@ -79,6 +105,30 @@ def test_parameter_sharding():
     alone = mesh_lib.parameter_sharding(mesh_lib.make_mesh(), state)
     assert all(s.is_fully_replicated for s in jax.tree.leaves(alone))
     assert mesh_lib.replicated(mesh).is_fully_replicated
+
+
+def test_parameters_are_cut_as_their_layers_use_them():
+    """Optimizer moments like their parameters, whatever holds them."""
+    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
+    kernel = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    paths = {
+        "attn1.to_q.kernel": PartitionSpec(None, ("tensor", "fsdp")),
+        "attn1.to_out.0.kernel": PartitionSpec("tensor", "fsdp"),
+        "ff.net.2.kernel": PartitionSpec("tensor", "fsdp"),
+        "to_q.lora_B.kernel": PartitionSpec(None, ("tensor", "fsdp")),
+        "to_q.lora_A.kernel": PartitionSpec(None, ("fsdp", "tensor")),
+        "proj_in.kernel": PartitionSpec(None, ("fsdp", "tensor")),
+    }
+    params = dict.fromkeys(paths, kernel)
+    tree = {"params": params, "moments": ({"mu": params}, 0)}
+    got = jax.tree.map(lambda s: s.spec, mesh_lib.parameter_sharding(mesh, tree))
+    assert got["params"] == got["moments"][0]["mu"] == paths
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh_lib.used_spec((256, 512), "columns", sizes) == PartitionSpec(None, "tensor")
+    assert mesh_lib.used_spec((3, 3, 256, 512), "rows", sizes)[2] == "tensor"
+    assert mesh_lib.used_spec((256, 511), "columns", sizes) == PartitionSpec()
+    # Where not all axes divide, the first that do.
+    assert mesh_lib.stored_spec((4096, 258), "whole", sizes) == PartitionSpec(None, "fsdp")
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
@@ -148,8 +198,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 devices = sorted(jax.devices(), key=lambda d: d.id)
-mesh = Mesh(np.array([devices[i] for i in (2, 0, 1, 3)]).reshape(2, 2), m.AXES,
-            axis_types=(AxisType.Auto,) * 2)
+mesh = Mesh(np.array([devices[i] for i in (2, 0, 1, 3)]).reshape(2, 2, 1), m.AXES,
+            axis_types=(AxisType.Auto,) * 3)
 sharding = m.batch_sharding(mesh)
 rows = m.local_rows(sharding, 8)
 assert rows.tolist() == ([2, 3, 4, 5] if int(sys.argv[2]) == 0 else [0, 1, 6, 7]), rows

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -136,6 +137,7 @@ def make_sampler(
     image_guidance_scale: float = 1.5,
     height: int | None = None,
     width: int | None = None,
+    devices: Mesh | None = None,
 ) -> Sampler:
     """`sample(params, prompts, seeds, describe="") -> uint8 [N, H, W, 3]`, batch by batch.
 
@@ -147,6 +149,7 @@ def make_sampler(
         sampler: one of `samplers.SAMPLERS`, or auto, the one that the folder names.
         image_guidance_scale: of editing models alone; 1 is none.
         height, width: pixels; by default those that the UNet was trained at.
+        devices: the mesh that `params` lie on; by default one over all devices.
 
     An image is a function of its prompt, its seed and the parameters alone, whatever
     shares its batch. Compiled once; `params` may be any UNet's of the same structure.
@@ -154,8 +157,9 @@ def make_sampler(
     Raises:
         ValueError: naming the size, step count or scheduler key that cannot be honoured.
     """
-    devices = mesh.make_mesh()
-    batch_size = -(-batch_size // devices.size) * devices.size
+    devices = devices or mesh.make_mesh()
+    shares = mesh.batch_shares(devices)
+    batch_size = -(-batch_size // shares) * shares
     vae = pipeline.vae.config
     size, shape = _sizes(unet, pipeline, height, width)
     name = pipeline.sampling.resolve(sampler)
@@ -170,7 +174,6 @@ def make_sampler(
     predict = families.make_predict(lambda params: parameters.merge(structure, params))
     vae_structure, vae_params = parameters.split(pipeline.vae)
 
-    @jax.jit
     def run(params, vae_params, told, negative, images, masks, seeds):
         vae_model = parameters.merge(vae_structure, vae_params)
         if kind:
@@ -182,6 +185,7 @@ def make_sampler(
         latents = solve(guided, noise, **settings)
         return to_uint8(vae_model.decode(latents / vae.scaling_factor + (vae.shift_factor or 0.0)))
 
+    run = jax.jit(mesh.traced_on(run, devices))
     vae_params = jax.device_put(vae_params, mesh.replicated(devices))
     rows = mesh.batch_sharding(devices)
     return Sampler(

@@ -20,6 +20,8 @@ from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.jobs.trace import Trace
 from dmpo_jax.jobs.watch import Cost, Watch
 from dmpo_jax.models import families, flops, lora, parameters
+from dmpo_jax.models.attention import best_kernel
+from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.types import PairBatch
 
@@ -81,7 +83,9 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
 
     Returns the run, and the parameters to train: the UNet's, or its adapters.
     """
-    devices = mesh.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    devices = mesh.make_mesh(
+        data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor
+    )
     mesh.check_batch(config.train.batch_size, config.train.accumulation, devices)
     pairs = open_pairs(config, workdir)
     folder, family = diffusers_io.load_family(config.model.folder)
@@ -96,6 +100,8 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
         sharding=functools.partial(mesh.parameter_sharding, devices),
     )
     check_fits(unet, family, pairs)
+    unet.execution = make_execution(config, devices)
+    check_splits(unet.config, devices.shape["tensor"])
     unet = adapt(unet, config)
     structure, params = parameters.split(unet)
     unet = parameters.without_arrays(unet)  # or it would hold the arrays for ever
@@ -123,6 +129,26 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
     run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
     return run, params
+
+
+def make_execution(config: configs.Config, devices: jax.sharding.Mesh) -> Execution:
+    """How the UNet's forward is carried out on these devices."""
+    kernel = config.model.attention
+    if kernel == "auto":
+        kernel = best_kernel(devices.devices.flat[0].platform)
+    return Execution(kernel, config.model.remat, config.model.scan)
+
+
+def check_splits(unet: Any, tensor: int) -> None:
+    """ValueError where heads or groups of channels cannot be shared by `tensor` devices."""
+    heads = unet.attention_head_dim
+    counts = {*(heads if isinstance(heads, list | tuple) else [heads]), unet.norm_num_groups}
+    if any(count % tensor for count in counts):
+        legal = [n for n in range(1, min(counts) + 1) if not any(c % n for c in counts)]
+        raise ValueError(
+            f"mesh.tensor must divide the UNet's heads and groups of channels {sorted(counts)}, "
+            f"but got {tensor}: use one of {legal}, and mesh.fsdp to share memory further"
+        )
 
 
 def open_pairs(config: configs.Config, workdir: epath.Path) -> records.EncodedPairs | Mixture:
@@ -314,7 +340,7 @@ def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
     sharding = mesh.batch_sharding(run.devices)
     rows = mesh.local_rows(sharding, size)
     one = jax.jit(
-        functools.partial(step.validate_batch, setup=run.setup),
+        mesh.traced_on(functools.partial(step.validate_batch, setup=run.setup), run.devices),
         compiler_options=step.COMPILER_OPTIONS,
     )
     # Far from every step's own key, so that validation never sees training's noise.
@@ -361,6 +387,7 @@ def make_draw(run: Run) -> Callable[[Any, int], None]:
             steps=config.sample.steps,
             guidance_scale=config.sample.guidance_scale,
             batch_size=config.sample.batch_size,
+            devices=run.devices,
         )
 
     def draw(params: Any, number: int) -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from dmpo_jax.models.attention import attention
+from dmpo_jax.models.placement import gathered, pinned
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -39,17 +40,46 @@ def _adapted(module: Any, x: Array, y: Array) -> Array:
 
 
 class Linear(nnx.Linear):
-    """`nnx.Linear` over rows: XLA's CPU backend is slow at weight gradients over two axes."""
+    """Over rows: XLA's CPU backend is slow at weight gradients over two axes.
 
-    def __call__(self, x: Float[Array, "*rows D"], **kw: Any) -> Float[Array, "*rows E"]:
+    split: how the layer shares its features over the mesh's "tensor" axis (`mesh.RULES`).
+    """
+
+    def __init__(self, features_in: int, features_out: int, *, split: str = "whole", **kw: Any):
+        super().__init__(features_in, features_out, **kw)
+        self.split = split
+
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows E"]:
+        dtype = self.dtype or x.dtype
         rows = x.reshape(-1, x.shape[-1])
-        y = _adapted(self, rows, super().__call__(rows, **kw))
-        return y.reshape(*x.shape[:-1], -1)
+        y = pinned(rows.astype(dtype), features=self.split == "rows")
+        y = jnp.dot(y, gathered(self.kernel[...].astype(dtype), self.split))
+        y = pinned(y, features=self.split == "columns")
+        if self.bias is not None:
+            y = y + self.bias[...].astype(dtype)[None]
+        return _adapted(self, rows, y).reshape(*x.shape[:-1], -1)
 
 
 class Conv(nnx.Conv):
-    def __call__(self, x: Float[Array, "N H W C"], **kw: Any) -> Float[Array, "N h w D"]:
-        return _adapted(self, x, super().__call__(x, **kw))
+    """`split` as in Linear."""
+
+    def __init__(self, *shape: Any, split: str = "whole", **kw: Any):
+        super().__init__(*shape, **kw)
+        self.split = split
+
+    def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w D"]:
+        dtype = self.dtype or x.dtype
+        y = jax.lax.conv_general_dilated(
+            pinned(x.astype(dtype), features=self.split == "rows"),
+            gathered(self.kernel[...].astype(dtype), self.split),
+            window_strides=(self.strides,) * 2 if isinstance(self.strides, int) else self.strides,
+            padding=self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        y = pinned(y, features=self.split == "columns")
+        if self.bias is not None:
+            y = y + self.bias[...].astype(dtype)[None, None, None]
+        return _adapted(self, x, y)
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, pad=None, **kw):
@@ -143,11 +173,11 @@ class ResnetBlock2D(nnx.Module):
         **kw: Any,
     ):
         self.norm1 = group_norm(in_channels, groups, epsilon, **kw)
-        self.conv1 = conv(in_channels, out_channels, **kw)
+        self.conv1 = conv(in_channels, out_channels, split="columns", **kw)
         if time_width is not None:
-            self.time_emb_proj = Linear(time_width, out_channels, **kw)
+            self.time_emb_proj = Linear(time_width, out_channels, split="columns", **kw)
         self.norm2 = group_norm(out_channels, groups, epsilon, **kw)
-        self.conv2 = conv(out_channels, out_channels, **kw)
+        self.conv2 = conv(out_channels, out_channels, split="rows", **kw)
         if in_channels != out_channels:
             self.conv_shortcut = conv(in_channels, out_channels, kernel=1, **kw)
         self.has_shortcut = in_channels != out_channels
@@ -198,18 +228,23 @@ class Attention(nnx.Module):
             raise ValueError(
                 f"attention_head_dim={heads} (the number of heads) must divide {width} channels"
             )
-        self.to_q = Linear(width, width, use_bias=bias, **kw)
-        self.to_k = Linear(context, width, use_bias=bias, **kw)
-        self.to_v = Linear(context, width, use_bias=bias, **kw)
-        self.to_out = nnx.List([Linear(width, width, **kw)])
+        into: Any = {"use_bias": bias, "split": "columns", **kw}
+        self.to_q = Linear(width, width, **into)
+        self.to_k = Linear(context, width, **into)
+        self.to_v = Linear(context, width, **into)
+        self.to_out = nnx.List([Linear(width, width, split="rows", **kw)])
         self.heads = heads
 
     def __call__(
-        self, x: Float[Array, "N T D"], context: Float[Array, "N S E"] | None = None
+        self,
+        x: Float[Array, "N T D"],
+        context: Float[Array, "N S E"] | None = None,
+        *,
+        kernel: str = "plain",
     ) -> Float[Array, "N T D"]:
         context = x if context is None else context
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out[0](attention(q, k, v).reshape(x.shape))
+        return self.to_out[0](attention(q, k, v, kernel=kernel).reshape(x.shape))

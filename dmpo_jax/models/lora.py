@@ -69,12 +69,15 @@ def partition(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
     """A down to `rank`, of the layer's own kind, and B up again; neither has a bias."""
     kw: Any = {"use_bias": False, "dtype": layer.dtype, "rngs": nnx.Rngs(0)}
+    # Each shares over "tensor" what the layer itself does: its input features or its output.
+    into: Any = {"split": "rows" if layer.split == "rows" else "whole", **kw}
+    out: Any = {"split": "columns" if layer.split == "columns" else "whole", **kw}
     if isinstance(layer, Linear):
-        down = Linear(layer.in_features, rank, **kw)
-        return down, Linear(rank, layer.out_features, **kw)
+        down = Linear(layer.in_features, rank, **into)
+        return down, Linear(rank, layer.out_features, **out)
     geometry = {"strides": layer.strides, "padding": layer.padding}
-    down = Conv(layer.in_features, rank, layer.kernel_size, **geometry, **kw)
-    return down, Conv(rank, layer.out_features, (1, 1), **kw)
+    down = Conv(layer.in_features, rank, layer.kernel_size, **geometry, **into)
+    return down, Conv(rank, layer.out_features, (1, 1), **out)
 
 
 def _last_parts(name: str) -> str:

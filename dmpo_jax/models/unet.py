@@ -3,13 +3,17 @@
 Reference: diffusers `UNet2DConditionModel`, `unet_2d_blocks`, `Transformer2DModel`.
 """
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
+from dmpo_jax.models import parameters, placement
 from dmpo_jax.models.config import ModelConfig, Only, per_block
+from dmpo_jax.models.execution import Execution, rematerialised
 from dmpo_jax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -93,7 +97,8 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     def __init__(self, width: int, **kw: Any):
         # Index 1 is PyTorch's dropout, which has no parameters.
-        self.net = nnx.List([GEGLU(width, 4 * width, **kw), None, Linear(4 * width, width, **kw)])
+        leave = Linear(4 * width, width, split="rows", **kw)
+        self.net = nnx.List([GEGLU(width, 4 * width, **kw), None, leave])
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
         enter: Any = self.net[0]
@@ -111,10 +116,10 @@ class BasicTransformerBlock(nnx.Module):
         self.ff = FeedForward(width, **kw)
 
     def __call__(
-        self, x: Float[Array, "N T D"], context: Float[Array, "N S E"]
+        self, x: Float[Array, "N T D"], context: Float[Array, "N S E"], kernel: str
     ) -> Float[Array, "N T D"]:
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(self.norm1(x), kernel=kernel)
+        x = x + self.attn2(self.norm2(x), context, kernel=kernel)
         return x + self.ff(self.norm3(x))
 
 
@@ -134,13 +139,51 @@ class Transformer2DModel(nnx.Module):
         self.proj_out = project()
 
     def __call__(
-        self, x: Float[Array, "N H W C"], context: Float[Array, "N S E"]
+        self, x: Float[Array, "N H W C"], context: Float[Array, "N S E"], execution: Execution
     ) -> Float[Array, "N H W C"]:
         n, h, w, c = x.shape
         hidden = self.proj_in(self.norm(x)).reshape(n, h * w, c)
-        for block in self.transformer_blocks:
-            hidden = block(hidden, context)
+        hidden = apply_blocks(list(self.transformer_blocks), hidden, context, execution)
         return x + self.proj_out(hidden.reshape(n, h, w, c))
+
+
+def apply_blocks(
+    blocks: list[BasicTransformerBlock],
+    x: Float[Array, "N T D"],
+    context: Float[Array, "N S E"],
+    execution: Execution,
+) -> Float[Array, "N T D"]:
+    """One after another; in a loop over their stacked parameters where `scan` says so.
+
+    Parameters are stacked here, not in the state: that costs a copy of the blocks' kernels
+    in the compute dtype, and leaves every other part (files, adapters, checkpoints) with one
+    array a PyTorch tensor.
+    """
+    inner = "none" if execution.remat == "block" else execution.remat
+    if not execution.scan or len(blocks) == 1:
+        for block in blocks:
+            x = rematerialised(functools.partial(block, kernel=execution.attention), inner)(
+                x, context
+            )
+        return x
+    structures, parts = zip(*(parameters.split(block) for block in blocks), strict=True)
+    dtype = blocks[0].ff.net[2].dtype or x.dtype
+    stacked = {path: _stacked(path, [p[path] for p in parts], dtype) for path in parts[0]}
+
+    def body(x, params):
+        block = parameters.merge(structures[0], params)
+        apply = rematerialised(
+            functools.partial(block, kernel=execution.attention), inner, in_scan=True
+        )
+        return apply(x, context), None
+
+    return jax.lax.scan(body, x, stacked)[0]
+
+
+def _stacked(path: str, leaves: list[Array], dtype: Any) -> Array:
+    """[layers, ...], in the dtype that the layer computes with, each device its own shards."""
+    held = parameters.frozen_dtype(path, dtype)
+    return placement.stored(jnp.stack([leaf.astype(held) for leaf in leaves]), path)
 
 
 class Stage(nnx.Module):
@@ -188,30 +231,39 @@ class Stage(nnx.Module):
             self.upsamplers = nnx.List([Upsample2D(out, **kw)])
         self.has = (bool(attentions), downsample, upsample)
 
-    def down(self, x, time, context, skips: list):
+    def down(self, x, time, context, skips: list, execution: Execution):
         attends, downsample, _ = self.has
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, time)
+        for i in range(len(self.resnets)):
+            x = self._resnet(i, x, time, execution)
             if attends:
-                x = self.attentions[i](x, context)
+                x = self._attention(i, x, context, execution)
             skips.append(x)
         if downsample:
             x = self.downsamplers[0](x)
             skips.append(x)
         return x
 
-    def mid(self, x, time, context):
-        x = self.resnets[0](x, time)
-        x = self.attentions[0](x, context)
-        return self.resnets[1](x, time)
+    def mid(self, x, time, context, execution: Execution):
+        x = self._resnet(0, x, time, execution)
+        x = self._attention(0, x, context, execution)
+        return self._resnet(1, x, time, execution)
 
-    def up(self, x, time, context, skips: list):
+    def up(self, x, time, context, skips: list, execution: Execution):
         attends, _, upsample = self.has
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+        for i in range(len(self.resnets)):
+            x = self._resnet(i, jnp.concatenate([x, skips.pop()], axis=-1), time, execution)
             if attends:
-                x = self.attentions[i](x, context)
+                x = self._attention(i, x, context, execution)
         return self.upsamplers[0](x, skips[-1].shape[1:3]) if upsample else x
+
+    def _resnet(self, i: int, x, time, execution: Execution):
+        return rematerialised(self.resnets[i], execution.remat)(x, time)
+
+    def _attention(self, i: int, x, context, execution: Execution):
+        attend = functools.partial(self.attentions[i], execution=execution)
+        if execution.remat == "block":
+            attend = rematerialised(attend, "block")
+        return attend(x, context)
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -220,14 +272,23 @@ class UNet2DConditionModel(nnx.Module):
     Args:
         config: what diffusers writes into unet/config.json.
         dtype: compute dtype. param_dtype: dtype the parameters are held in.
+        execution: how the forward is carried out; may be set on a built model too.
 
     Raises:
         ValueError: naming each config key that asks for something unsupported.
     """
 
-    def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Any,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        execution: Execution = Execution(),
+        rngs: nnx.Rngs,
+    ):
         self.config = config = ModelConfig(config, KEYS, DEAD)
-        self.dtype = dtype
+        self.dtype, self.execution = dtype, execution
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         widths = list(config.block_out_channels)
         blocks = len(widths)
@@ -312,10 +373,10 @@ class UNet2DConditionModel(nnx.Module):
         x = self.conv_in(sample.astype(self.dtype))
         skips = [x]
         for block in self.down_blocks:
-            x = block.down(x, time, context, skips)
-        x = self.mid_block.mid(x, time, context)
+            x = block.down(x, time, context, skips, self.execution)
+        x = self.mid_block.mid(x, time, context, self.execution)
         for block in self.up_blocks:
-            x = block.up(x, time, context, skips)
+            x = block.up(x, time, context, skips, self.execution)
         return self.conv_out(activation(config.act_fn)(self.conv_norm_out(x)))
 
     def _sinusoid(self, values, width: int):
