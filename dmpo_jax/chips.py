@@ -1,0 +1,63 @@
+"""What each chip can do, as its maker publishes it: the yardsticks of MFU and of plans.
+
+Rates are those of one JAX device. Memory is in decimal gigabytes; where the maker means
+binary ones (TPUs) a chip has up to 7 % more, of which the runtime keeps some.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """memory: bytes. flops: bfloat16 with float32 sums, dense, a second. bandwidth: of the
+    memory, bytes a second. interconnect: bytes a second that a chip sends to the others of
+    its slice or host, over all its links in one direction."""
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    interconnect: float
+
+
+# TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, where the interconnect is stated in both
+# directions together (v5p 1200 GB/s) or in Gbit/s of one (v5p 4800). GPUs: NVIDIA's data
+# sheets of the SXM cards, without sparsity; NVLink is stated in both directions (H100 900).
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 32e9, 275e12, 1228e9, 300e9),
+        Chip("v5e", 16e9, 197e12, 819e9, 200e9),
+        Chip("v5p", 95e9, 459e12, 2765e9, 600e9),
+        Chip("v6e", 32e9, 918e12, 1640e9, 400e9),
+        Chip("A100", 80e9, 312e12, 2039e9, 300e9),
+        Chip("A100 40GB", 40e9, 312e12, 1555e9, 300e9),
+        Chip("H100", 80e9, 989e12, 3350e9, 450e9),
+        Chip("H200", 141e9, 989e12, 4800e9, 450e9),
+    )
+}
+# A part of `jax.Device.device_kind`, lower case -> a name above; the first that fits.
+_KINDS = (
+    ("tpu v4 lite", None),
+    ("tpu v4", "v4"),
+    ("tpu v5 lite", "v5e"),
+    ("tpu v5e", "v5e"),
+    ("tpu v5", "v5p"),
+    ("tpu v6", "v6e"),
+    ("a100-sxm4-40gb", "A100 40GB"),
+    ("a100-sxm", "A100"),
+    ("h100 pcie", None),
+    ("h100 nvl", None),
+    ("h100", "H100"),
+    ("h200 nvl", None),
+    ("h200", "H200"),
+)
+
+
+def lookup(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind` ("TPU v5 lite", "NVIDIA H100 80GB HBM3").
+
+    None where its rates are not known: CPUs, and cards that only resemble those above.
+    """
+    kind = device_kind.lower()
+    name = next((name for part, name in _KINDS if part in kind), None)
+    return None if name is None else CHIPS[name]
