@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.profiler import StepTraceAnnotation
 
-from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
+from dmpo_jax import checkpoint, chips, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
 from dmpo_jax.data.mixture import Mixture
@@ -306,7 +306,8 @@ def cost(run: Run) -> Cost:
         needs_rejected=run.setup.needs_rejected,
         lora=run.setup.adapters,
     )
-    return Cost(pair, run.devices.size)
+    chip = chips.lookup(run.devices.devices.flat[0].device_kind)
+    return Cost(pair, run.devices.size, chip.flops if chip else None)
 
 
 def due(number: int, every: int) -> bool:

@@ -33,7 +33,7 @@ class Cost(NamedTuple):
     """What pairs a second are turned into FLOP/s with.
 
     pair_flops: that one pair needs, recomputation apart.
-    chips: that share the batch. peak_flops: of one chip, a second; None where not known.
+    chips: of the mesh. peak_flops: of one in bfloat16, a second; None where not known.
     """
 
     pair_flops: int
