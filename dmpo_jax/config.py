@@ -27,7 +27,7 @@ JOBS = ("collect", "encode", "train", "evaluate")
 DTYPES = ("bfloat16", "float32")
 MOMENTS, STORED = ("sample", "mean"), ("bfloat16", "float16", "float32")
 # Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
 # Equal to attention.KERNELS and execution.REMAT, likewise.
 KERNELS = ("auto", "plain", "cudnn", "splash")
@@ -39,6 +39,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "objective": ("dmpo", "the loss: a name in objectives.OBJECTIVES"),
     "seed": (0, "of the data's order, noise, timesteps and prompt dropout"),
     "jobs": (("train",), f"what to do, in order; of {', '.join(JOBS)}"),
+    "profile": ("", "START:STOP, the updates, both included, to trace into WORKDIR/profile"),
     # One subsection per objective: its hyperparameters, by their names as arguments.
     "objectives.dmpo.beta": (2000.0, "inverse temperature; as published for SD1.5 (SDXL: 6000)"),
     "objectives.dmpo.alpha": (
@@ -99,7 +100,7 @@ LEAVES: dict[str, tuple[Any, str]] = {
         ("to_q", "to_k", "to_v", "to_out.0"),
         "ends of the paths of the layers adapted; also ff.net.0.proj, ff.net.2, conv1, conv2",
     ),
-    "optimizer.name": ("adamw", f"one of {', '.join(OPTIMIZERS)}"),
+    "optimizer.name": ("adamw", f"one of {', '.join(OPTIMIZERS)}, largest state first"),
     "optimizer.learning_rate": (2.048e-5, "peak, for the whole batch: published 1e-8 x 2048 pairs"),
     "optimizer.warmup_steps": (500, "updates of linear warmup"),
     "optimizer.schedule": ("constant", f"after the warmup; one of {', '.join(SCHEDULES)}"),
@@ -358,6 +359,7 @@ def _check_jobs(config: Config):
             f"{config.debug.family!r}"
         )
     yield from _check_mix(config)
+    yield from _check_profile(config)
     source = config.data.source
     if source and not all(source.partition(":")):
         yield f"data.source must be KIND:PATH, but got {source!r}"
@@ -396,6 +398,28 @@ def parse_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
                 f"data.mix must be of FOLDER=WEIGHT, weights above 0, but got {entry!r}"
             )
     return found
+
+
+def _check_profile(config: Config):
+    try:
+        steps = parse_profile(config.profile)
+    except ValueError as error:
+        yield str(error)
+        return
+    if steps and steps[1] > config.train.steps:
+        yield f"profile must end by train.steps, {config.train.steps}, but got {config.profile!r}"
+
+
+def parse_profile(text: str) -> tuple[int, int] | None:
+    """(first, last) update of `profile`, None where it is ''; ValueError at what is neither."""
+    if not text:
+        return None
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 2 <= int(first) <= int(last)):
+        raise ValueError(
+            f"profile must be START:STOP, updates from 2 on (the first compiles), but got {text!r}"
+        )
+    return int(first), int(last)
 
 
 def identity(config: Config) -> dict[str, Any]:

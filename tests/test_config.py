@@ -77,7 +77,7 @@ def test_valid_is_valid():
         ({"objectives__diffusion_dpo__label_smoothing": 0.5}, "label_smoothing must be in"),
         ({"model__folder": ""}, "model.folder must be"),
         ({"model__compute_dtype": "fp16"}, "bfloat16, float32, but got 'fp16'"),
-        ({"optimizer__name": "lion"}, "adamw, adafactor, but got 'lion'"),
+        ({"optimizer__name": "lion"}, "adamw, adamw_bf16, adafactor, but got 'lion'"),
         ({"optimizer__schedule": "step"}, "constant, cosine, linear, but got 'step'"),
         ({"optimizer__schedule": "linear", "train__steps": 500}, "but got 500 and 500"),
         ({"optimizer__learning_rate": float("nan")}, "learning_rate must be .* but got nan"),
@@ -94,6 +94,10 @@ def test_valid_is_valid():
         ({"jobs": ("train", "encode")}, "in the order"),
         ({"jobs": ("train", "train")}, "once each"),
         ({"jobs": ("collect", "train")}, "needs collect.scorer"),
+        ({"profile": "1:3"}, r"updates from 2 on \(the first compiles\), but got '1:3'"),
+        ({"profile": "9"}, "profile must be START:STOP, .* but got '9'"),
+        ({"profile": "9:8"}, "profile must be START:STOP, .* but got '9:8'"),
+        ({"profile": "9:8000"}, "by train.steps, 2000, but got '9:8000'"),
         ({"evaluate__judges": (1,)}, "evaluate.judges must be names"),
     ],
 )
@@ -121,6 +125,7 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
         "sample__steps": 3,
         "objectives__diffusion_dpo__beta": 1.0,
         "jobs": ("evaluate",),
+        "profile": "3:4",
     }
     for leaf, value in same.items():
         assert config_lib.identity(valid(**{leaf: value})) == base, leaf
@@ -135,6 +140,7 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
         "data__resolution": 64,
         "train__batch_size": 8,
         "optimizer__b2": 0.5,
+        "optimizer__name": "adamw_bf16",
     }
     for leaf, value in other.items():
         assert config_lib.identity(valid(**{leaf: value})) != base, leaf

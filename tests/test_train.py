@@ -16,7 +16,7 @@ import pytest
 import tiny
 from dmpo_jax import config as configs
 from dmpo_jax import diffusers_io
-from dmpo_jax.jobs import train
+from dmpo_jax.jobs import train, watch
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
 from dmpo_jax.objectives import OBJECTIVES
@@ -52,9 +52,9 @@ def weights(workdir) -> dict[str, np.ndarray]:
 
 
 def lines(workdir) -> list[dict]:
-    """metrics.jsonl without what the clock says."""
+    """metrics.jsonl without what clock and machine say."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "pairs_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in watch.MEASURED} for row in rows]
 
 
 def assert_same_run(workdir, other):
@@ -150,7 +150,7 @@ def broken_model(made, tmp_path):
 
 
 def test_a_non_finite_loss_stops_the_job_and_saves_nothing(made, broken_model, tmp_path):
-    with pytest.raises(train.NonFiniteError, match="update 1: loss nan"):
+    with pytest.raises(watch.NonFiniteError, match="update 1: loss nan"):
         run(tiny.make_config(broken_model, made[1]), tmp_path / "run")
     saved = tmp_path / "run" / "checkpoints"
     assert [p.name for p in saved.iterdir() if p.is_dir()] == []
@@ -159,7 +159,7 @@ def test_a_non_finite_loss_stops_the_job_and_saves_nothing(made, broken_model, t
 
 def test_skipped_updates_are_counted_up_to_the_limit(made, broken_model, tmp_path):
     config = tiny.make_config(broken_model, made[1], train__skip_limit=3)
-    with pytest.raises(train.NonFiniteError, match=r"update 4: .* number 4, above .*=3"):
+    with pytest.raises(watch.NonFiniteError, match=r"update 4: .* number 4, above .*=3"):
         run(config, tmp_path / "run")
 
 

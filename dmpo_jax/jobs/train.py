@@ -3,32 +3,30 @@
 import functools
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.profiler import StepTraceAnnotation
 
-from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
+from dmpo_jax import checkpoint, chips, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
 from dmpo_jax.data.mixture import Mixture
 from dmpo_jax.jobs import compiled
 from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
-from dmpo_jax.models import families, lora, parameters
+from dmpo_jax.jobs.trace import Trace
+from dmpo_jax.jobs.watch import Cost, Watch
+from dmpo_jax.models import families, flops, lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.types import PairBatch
 
 LOG = logging.getLogger(__name__)
-
-
-class NonFiniteError(RuntimeError):
-    """More updates than `train.skip_limit` had a loss or gradient that is not finite."""
 
 
 class Run(NamedTuple):
@@ -52,7 +50,7 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
 
     Raises:
         ValueError: before compiling, where model, data, mesh or workdir do not fit.
-        NonFiniteError: naming the step; nothing of that update was kept or saved.
+        watch.NonFiniteError: naming the step; nothing of that update was kept or saved.
         SystemExit: stopped by SIGTERM or Ctrl-C, after saving.
     """
     run, params = prepare(config, workdir)
@@ -247,8 +245,10 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     validate, draw = make_validate(run), make_draw(run)
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
-    watch = Watch(run, start)
+    watch = Watch(config, start, learning_rate=run.learning_rate, cost=cost(run))
+    compiled: Any = None  # for the first batch, since all are alike
     with (
+        Trace(configs.parse_profile(config.profile), run.workdir / "profile") as trace,
         writers.MetricsWriter(
             run.workdir,
             tensorboard=config.log.tensorboard,
@@ -259,12 +259,16 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
         StopSignals() as stop,
     ):
         if start == 0:
-            draw(trained(state), 0)
+            with watch.timed("sampling"):
+                draw(trained(state), 0)
         unread = None  # the last update's number and metrics
         for number in range(start + 1, total + 1):
-            batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
-            with jax.transfer_guard("disallow"):
-                state, metrics = update(state, run.reference, batch, run.key)
+            with watch.timed("input"):
+                batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
+            if compiled is None:
+                compiled = watch.compile(update, state, run.reference, batch, run.key)
+            with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
+                state, metrics = compiled(state, run.reference, batch, run.key)
             if unread is not None:
                 watch.report(*unread, writer, progress)
             unread = (number, metrics)
@@ -272,17 +276,21 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
             validating = due(number, config.log.validate_every)
             saving = due(number, config.log.checkpoint_every) or number == total or stopping
             drawing = due(number, config.log.sample_every) or number == total
-            if validating or saving or drawing:
+            if validating or saving or drawing or trace.due(number):
                 watch.report(*unread, writer, progress)  # a bad update ends the job here
                 unread = None
+            if trace.due(number):
+                with watch.timed("profile"):
+                    trace.switch()
             if validating:
-                writer.write(number, validate(trained(state)))
+                with watch.timed("validation"):
+                    writer.write(number, validate(trained(state)))
             if saving:
-                checkpoints.save(number, state)
+                with watch.timed("checkpoint"):
+                    checkpoints.save(number, state)
             if drawing and not stopping:
-                draw(trained(state), number)
-            if validating or saving or drawing:
-                watch.restart()
+                with watch.timed("sampling"):
+                    draw(trained(state), number)
             if stopping and number < total:
                 checkpoints.wait()
                 stop.leave(number)
@@ -301,6 +309,28 @@ def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
     arguments = (state, run.reference, batch, run.key)
     identified = compiled.identity(run.config, run.setup, arguments, run.devices)
     return compiled.load(run.config.train.compiled, identified, arguments)
+
+
+def cost(run: Run) -> Cost:
+    """What a pair costs, by its model, objective and size."""
+    config, shapes = run.config, run.pairs.meta["shapes"]
+    height, width, _ = shapes["moments"]["shape"][-3:]
+    forward = flops.unet_forward(
+        run.unet.config,
+        height=height,
+        width=width,
+        tokens=shapes["context"]["shape"][-2],
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+    )
+    pair = flops.step_flops(
+        forward,
+        needs_reference=run.setup.needs_reference,
+        needs_rejected=run.setup.needs_rejected,
+        lora=run.setup.adapters,
+    )
+    chip = chips.lookup(run.devices.devices.flat[0].device_kind)
+    return Cost(pair, run.devices.size, chip.flops if chip else None)
 
 
 def due(number: int, every: int) -> bool:
@@ -322,45 +352,6 @@ def make_batches(run: Run, start: int) -> Iterator[PairBatch]:
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
     )
-
-
-class Watch:
-    """Turns a step's metrics into a line, a bar and, where it went wrong, an end."""
-
-    def __init__(self, run: Run, start: int):
-        self._run, self._last, self._since = run, start, time.monotonic()
-
-    def restart(self) -> None:
-        """Leaves what happened since (a checkpoint, a validation) out of the speed."""
-        self._since, self._last = time.monotonic(), None
-
-    def report(self, number: int, metrics: Any, writer: Any, progress: Any) -> None:
-        """Reads the metrics of update `number`; NonFiniteError past the limit."""
-        config = self._run.config
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        skipped = int(values["skipped"])
-        if skipped > config.train.skip_limit:
-            raise NonFiniteError(
-                f"update {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is "
-                f"the non-finite update number {skipped}, above train.skip_limit="
-                f"{config.train.skip_limit}. Nothing of it was kept or saved. Look for broken "
-                "pairs, lower optimizer.learning_rate, or raise the limit."
-            )
-        if self._last is None:  # the first after a pause: nothing to measure from yet
-            self._last = number - 1
-        logged = due(number, config.log.every) or number in (1, config.train.steps)
-        now = time.monotonic()
-        speed = config.train.batch_size * (number - self._last) / max(now - self._since, 1e-9)
-        if logged:
-            values["learning_rate"] = float(self._run.learning_rate(number - 1))
-            writer.write(number, {**values, "pairs_per_second": speed})
-            self._last, self._since = number, now
-        progress.advance(
-            1,
-            loss=values["loss"],
-            implicit_accuracy=values["implicit_accuracy"],
-            pairs_per_second=speed,
-        )
 
 
 def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
