@@ -7,11 +7,13 @@ notices a file that is cut or gone, but not a flipped bit in an array.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,9 @@ from jax.experimental import multihost_utils
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "quota")
+_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _write_small_arrays_whole() -> None:
@@ -90,8 +95,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None or not issubclass(kind, Exception):
+            self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(SaveError):  # or it would take the first error's place
+                self.close()
+        # With many, what is being written waits for processes that may never come.
 
     def steps(self) -> list[int]:
         """The steps that have a committed checkpoint, oldest first."""
@@ -118,10 +128,30 @@ class Checkpoints:
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index)
             )
-            self._manager.save(step, args=items, force=True)
+            self._saving(lambda: self._manager.save(step, args=items, force=True))
             self._whole.add(step)
         if wait:
             self.wait()
+
+    def check(self) -> None:
+        """Raises what went wrong in writing by now; waits for nothing."""
+        self._saving(self._manager.check_for_errors)
+
+    def _saving(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except _NOT_SAVING:
+            raise
+        except Exception as error:  # Orbax and tensorstore: each has kinds of its own
+            reason = re.sub(r"\s*\[(?:tensorstore|source|google)[^\]]*\]", "", str(error).strip())
+            full = any(x in reason for x in _FULL) or getattr(error, "errno", 0) in _FULL_NUMBERS
+            raise SaveError(
+                f"a checkpoint could not be written to {self._folder} "
+                f"({type(error).__name__}: {reason[-300:]}). "
+                + ("The disk is full: make room, or keep fewer with log.keep. " if full else "")
+                + f"The newest whole one is {max(self.steps(), default='none')}: run the same "
+                "command again to go on from it"
+            ) from error
 
     def restore(self, abstract: Any, *, step: int | None = None) -> tuple[int, Any] | None:
         """The newest whole checkpoint, or None where there is none at all.
@@ -226,12 +256,12 @@ class Checkpoints:
             return reader.restore(self._folder / str(step) / "state", args=arguments)
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what went wrong in writing."""
-        self._manager.wait_until_finished()
+        """Returns when nothing is being written; SaveError where that went wrong."""
+        self._saving(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Waits, then lets go of Orbax's threads. The object is of no use afterwards."""
-        self._manager.close()
+        self._saving(self._manager.close)
         self._reader.close()
 
     def _claim(self, identity: dict[str, Any]) -> None:
@@ -302,6 +332,10 @@ class Checkpoints:
         _barrier(f"aside {step} done")
         self._manager.reload()
         return name
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class _Unreadable(Exception):
