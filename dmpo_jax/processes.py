@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 LOG = logging.getLogger(__name__)
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 INTERVAL = 1.0  # seconds between two looks for another process's failure
+_joined = threading.Event()  # by `join`, so that there is a store and someone looks into it
 _FAILED = "dmpo_jax/failed"  # where in the coordinator's store a failure is told
 # What JAX, gloo, NCCL and gRPC say when the other end is gone.
 _LOST = re.compile(
@@ -98,6 +99,7 @@ def join(
         end(RESTART, f"cannot join the other processes: {_first_line(error)}")
     finally:
         alarm.cancel()
+    _joined.set()
     threading.Thread(target=_watch, args=(_client(), _index()), daemon=True).start()
 
 
@@ -203,7 +205,7 @@ def end(status: int, words: str) -> NoReturn:
     The others would else wait, in a collective or for a file, for what never comes: until
     `heartbeat` if this process is gone, for ever if it waits for them in turn.
     """
-    if not jax.distributed.is_initialized():
+    if not _joined.is_set():
         print(words, file=sys.stderr, flush=True)
         sys.exit(status)
     abort(status, words)
@@ -212,7 +214,7 @@ def end(status: int, words: str) -> NoReturn:
 def abort(status: int, words: str) -> NoReturn:
     """`end` from any thread, at once: nothing is cleaned up."""
     print(words, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
+    if _joined.is_set():
         with contextlib.suppress(Exception):  # another told first, or the coordinator is gone
             told = json.dumps([_index(), status, words.splitlines()[-1]])
             _client().key_value_set(_FAILED, told)
@@ -285,7 +287,7 @@ def _client() -> Any:
 
 
 def _leave(status: int) -> NoReturn:
-    if jax.distributed.is_initialized() and _index() == 0:
+    if _joined.is_set() and _index() == 0:
         time.sleep(3 * INTERVAL)  # with it goes the store, which the others must have read
     sys.stdout.flush()
     sys.stderr.flush()
