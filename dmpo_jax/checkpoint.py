@@ -7,11 +7,13 @@ notices a file that is cut or gone, but not a flipped bit in an array.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,9 @@ from jax.experimental import multihost_utils
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
+_FULL = ("No space left", "RESOURCE_EXHAUSTED", "quota")
+_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _write_small_arrays_whole() -> None:
@@ -54,9 +59,11 @@ class Checkpoints:
         identity: what must not change over a run (objective, model, data, seed, ...), as
             JSON can hold it. Written once, as `identity.json`.
         warn: is told, in one line, of a checkpoint that could not be read.
+        read_only: leave the folder as it is, also what a run is just writing there.
 
     Raises:
-        ValueError: if the folder belongs to a run of another identity.
+        ValueError: if the folder belongs to a run of another identity, or is to be read and
+            is not there.
     """
 
     def __init__(
@@ -66,14 +73,22 @@ class Checkpoints:
         keep: int,
         identity: dict[str, Any],
         warn: Callable[[str], object] = _LOG.warning,
+        read_only: bool = False,
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, but got {keep}")
         self._folder = epath.Path(folder).absolute()
         self._warn = warn
+        self._read_only = read_only
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
         self._claim(json.loads(json.dumps(identity)))  # as it will read back: tuples are lists
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            save_interval_steps=0 if read_only else 1,
+            create=not read_only,
+            read_only=read_only,
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         # Reads with a barrier for this process alone: where one of many cannot read its
         # part, the others must not wait in Orbax for it, but hear of it in _attempt.
@@ -90,8 +105,13 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None or not issubclass(kind, Exception):
+            self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(SaveError):  # or it would take the first error's place
+                self.close()
+        # With many, what is being written waits for processes that may never come.
 
     def steps(self) -> list[int]:
         """The steps that have a committed checkpoint, oldest first."""
@@ -118,10 +138,30 @@ class Checkpoints:
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index)
             )
-            self._manager.save(step, args=items, force=True)
+            self._saving(lambda: self._manager.save(step, args=items, force=True))
             self._whole.add(step)
         if wait:
             self.wait()
+
+    def check(self) -> None:
+        """Raises what went wrong in writing by now; waits for nothing."""
+        self._saving(self._manager.check_for_errors)
+
+    def _saving(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except _NOT_SAVING:
+            raise
+        except Exception as error:  # Orbax and tensorstore: each has kinds of its own
+            reason = re.sub(r"\s*\[(?:tensorstore|source|google)[^\]]*\]", "", str(error).strip())
+            full = any(x in reason for x in _FULL) or getattr(error, "errno", 0) in _FULL_NUMBERS
+            raise SaveError(
+                f"a checkpoint could not be written to {self._folder} "
+                f"({type(error).__name__}: {reason[-300:]}). "
+                + ("The disk is full: make room, or keep fewer with log.keep. " if full else "")
+                + f"The newest whole one is {max(self.steps(), default='none')}: run the same "
+                "command again to go on from it"
+            ) from error
 
     def restore(self, abstract: Any, *, step: int | None = None) -> tuple[int, Any] | None:
         """The newest whole checkpoint, or None where there is none at all.
@@ -178,41 +218,51 @@ class Checkpoints:
     ) -> tuple[int, dict[str, Any]]:
         """Some fields of a state, by name, verified; the others are not read.
 
+        Where the newest checkpoint is not whole, the one before it, and `warn` names both.
+
         Args:
             abstract: field -> its shapes, dtypes and shardings, as for `restore`.
-            step: which checkpoint; None is the newest.
+            step: this one and no other; None is the newest whole one.
 
         Raises:
             ValueError: there is no such checkpoint, or its fields are not these.
-            RuntimeError: it is not whole. Nothing is set aside.
+            RuntimeError: none asked for is whole. Nothing is set aside.
         """
         abstract = jax.tree.map(_abstract_leaf, abstract)
         self.wait()
         if not self.steps() or step not in [None, *self.steps()]:
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
             raise ValueError(f"no {wanted} in {self._folder}; there are {self.steps()}")
-        found = self.steps()[-1] if step is None else step
+        broken: dict[int, str] = {}
+        for found in reversed(self.steps()) if step is None else [step]:
+            try:
+                part = self._read_part(found, abstract)
+            except _Unreadable as error:
+                broken[found] = str(error)
+                continue
+            for bad, reason in broken.items():
+                self._warn(f"checkpoint {bad} is not whole ({reason}): this is checkpoint {found}")
+            return found, part
+        reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
+        raise RuntimeError(
+            f"no checkpoint asked for in {self._folder} is whole ({reasons}): choose another of "
+            f"{self.steps()}"
+        )
+
+    def _read_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         # A state is a NamedTuple, whose leaves are named by attribute, a part is a dict.
         described = {}
         for field, tree in abstract.items():
             described |= {f".{field}{name}": leaf for name, leaf in _describe(tree).items()}
-        try:
-            leaves = self._attempt(lambda: self._read_index(found))
-            held = {
-                n: v for n, v in leaves.items() if n.startswith(tuple(f".{f}" for f in abstract))
-            }
-            _check_same(found, held, described)
-            part = self._attempt(lambda: self._restore_part(found, abstract))
-            checksums = [x for tree in part.values() for x in _checksums(tree)]
-            for name, checksum in zip(described, checksums, strict=True):
-                if leaves[name]["checksum"] != checksum:
-                    raise _Unreadable(f"the values of {name} are not those that were saved")
-        except _Unreadable as error:
-            raise RuntimeError(
-                f"checkpoint {found} in {self._folder} is not whole ({error}): choose another of "
-                f"{self.steps()}"
-            ) from error
-        return found, part
+        leaves = self._attempt(lambda: self._read_index(step))
+        held = {n: v for n, v in leaves.items() if n.startswith(tuple(f".{f}" for f in abstract))}
+        _check_same(step, held, described)
+        part = self._attempt(lambda: self._restore_part(step, abstract))
+        checksums = [x for tree in part.values() for x in _checksums(tree)]
+        for name, checksum in zip(described, checksums, strict=True):
+            if leaves[name]["checksum"] != checksum:
+                raise _Unreadable(f"the values of {name} are not those that were saved")
+        return part
 
     def _restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
         arguments = ocp.args.PyTreeRestore(
@@ -226,23 +276,30 @@ class Checkpoints:
             return reader.restore(self._folder / str(step) / "state", args=arguments)
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises what went wrong in writing."""
-        self._manager.wait_until_finished()
+        """Returns when nothing is being written; SaveError where that went wrong."""
+        self._saving(self._manager.wait_until_finished)
 
     def close(self) -> None:
         """Waits, then lets go of Orbax's threads. The object is of no use afterwards."""
-        self._manager.close()
+        self._saving(self._manager.close)
         self._reader.close()
 
     def _claim(self, identity: dict[str, Any]) -> None:
         """Writes the identity, or compares it with the one that is there."""
         path = self._folder / "identity.json"
+        if self._read_only and not path.exists():
+            raise ValueError(f"there are no checkpoints in {self._folder}")
         if jax.process_index() == 0 and not path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
             part = path.with_name("identity.json.part")
             part.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
             part.replace(path)  # a kill leaves no half-written identity to be compared with
         _barrier("identity")
+        if not path.exists():
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which process 0 has written: "
+                "--workdir must be a folder that all processes share"
+            )
         ours, theirs = _flatten(identity), _flatten(json.loads(path.read_text()))
         missing = "(not set)"
         differing = [
@@ -302,6 +359,10 @@ class Checkpoints:
         _barrier(f"aside {step} done")
         self._manager.reload()
         return name
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class _Unreadable(Exception):

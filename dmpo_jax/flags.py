@@ -9,15 +9,21 @@ and wants --config first; hence our own reading.
 """
 
 import ast
+import errno
+import functools
+import linecache
 import logging
+import pathlib
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from dmpo_jax import processes
 from dmpo_jax.config import describe, leaves, nearest
 
 _HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
@@ -33,7 +39,7 @@ def run(
 
     Whatever is wrong with the command line, the config file's values or the config ends
     the process with status 1 and a short message, before `main`, and so before anything
-    is compiled. `main` raising ends it with a traceback and status 1.
+    is compiled. `main` raising ends it as `in_words` has it.
 
     Args:
         main: the script's work.
@@ -67,9 +73,49 @@ def run(
         if argv[1:]:
             print(f"{argv[0]}: takes flags only, but got {argv[1:]}", file=sys.stderr)
             sys.exit(1)
-        main(config)
+        in_words(main)(config)
 
     app.run(with_config, flags_parser=parse)
+
+
+DEBUG = flags.DEFINE_bool("debug", False, "show where an error in words was raised")
+_PACKAGE = str(pathlib.Path(__file__).parent)
+_NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
+    """`main`, for absl's app.run, of which an error that we raise in words shows nothing else.
+
+    Other errors are bugs, or another library's, and show their traceback too. Either ends
+    the process with status 1, and with it the others of its job; the loss of one of those,
+    with `processes.RESTART`.
+    """
+
+    @functools.wraps(main)
+    def call(argument: Any) -> None:
+        try:
+            main(argument)
+        except Exception as error:
+            if processes.is_lost_peer(error):
+                processes.end_for_lost_peer(error)
+            words = words_of(error)
+            if not words or (DEBUG.present and DEBUG.value):
+                traceback.print_exc()
+            processes.end(1, words or f"{type(error).__name__}: {error}")
+
+    return call
+
+
+def words_of(error: BaseException) -> str:
+    """What an error says, where that is meant for a person; '' where it is not."""
+    if isinstance(error, OSError) and error.errno in _NEEDS_A_PERSON:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    frames = traceback.extract_tb(error.__traceback__)
+    # Our own statement, and not what a library raised when we called it.
+    if not frames or not frames[-1].filename.startswith(_PACKAGE):
+        return ""
+    line = linecache.getline(frames[-1].filename, frames[-1].lineno or 0)
+    return str(error) if line.lstrip().startswith("raise ") else ""
 
 
 def log_to_console() -> None:

@@ -4,16 +4,17 @@
     python launch/encode.py --source=pickapic:PATH --inspect=DIR
 
 Training then reads DIR (`--config.data.encoded=DIR`) and loads neither VAE nor text encoder.
-The same command goes on where a killed one stopped. On several machines, the same line on each
-with --distributed, --out being a folder that all of them see. --inspect encodes nothing: it
+The same command goes on where a killed one stopped. On several machines, the same line on each,
+--out being a folder that all of them see (README, "On a cluster"). --inspect encodes nothing: it
 writes a page that shows the pairs, DIR/index.html.
 """
 
 from absl import app, flags
 
 from dmpo_jax import flags as command
+from dmpo_jax import processes
 from dmpo_jax.data.sources import SOURCES
-from dmpo_jax.jobs.encode import encode, join_processes
+from dmpo_jax.jobs.encode import encode
 
 KINDS = ", ".join(sorted(SOURCES))
 SOURCE = flags.DEFINE_string("source", None, f"raw pairs, KIND:PATH; kinds: {KINDS}", required=True)
@@ -37,7 +38,7 @@ MAX_BAD = flags.DEFINE_float("max_bad", 0.01, "share of bad records to skip befo
 BATCH = flags.DEFINE_integer("batch_size", 32, "pairs at a time on each machine", lower_bound=1)
 THREADS = flags.DEFINE_integer("num_threads", 16, "that decode images", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "to compute in")
-DISTRIBUTED = flags.DEFINE_bool("distributed", False, "one of several machines (jax.distributed)")
+flags.DEFINE_bool("distributed", False, "of no effect: clusters are found without")
 
 
 @flags.multi_flags_validator(
@@ -56,8 +57,7 @@ def main(argv) -> None:
 
         inspect_source(SOURCE.value, INSPECT.value)
         return
-    if DISTRIBUTED.value:
-        join_processes()
+    processes.join()
     encode(
         source=SOURCE.value,
         model=MODEL.value or "",
@@ -79,4 +79,4 @@ def main(argv) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(command.in_words(main))

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "config", "chips", "hlo"},
+    {"types", "config", "chips", "hlo", "processes"},
     {"flags", "objectives", "health", "noising", "optim", "mesh"},
     {"models"},
     {"diffusers_io", "data", "checkpoint", "writers", "samplers"},

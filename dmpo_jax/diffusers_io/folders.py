@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 SHOWN = 4  # names that a message lists before it counts the rest
@@ -60,7 +61,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def write_json(path: epath.Path, value: Any) -> None:
-    """Atomic on a file system, and on object storage, where a whole file is one write."""
+    """Atomic on a file system, and on object storage, where a whole file is one write.
+
+    Of many processes 0 writes, the others do nothing.
+    """
+    if jax.process_index() != 0:
+        return
     part = path.parent / f"{path.name}.part"
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.replace(path)

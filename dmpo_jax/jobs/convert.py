@@ -67,8 +67,9 @@ def convert(
             shapes.items(), mesh.parameter_sharding(devices, shapes).values(), strict=True
         )
     }
+    identity = configs.identity(config)
     with checkpoint.Checkpoints(
-        workdir / "checkpoints", keep=config.log.keep, identity=configs.identity(config)
+        workdir / "checkpoints", keep=1, identity=identity, read_only=True
     ) as checkpoints:
         at, restored = checkpoints.restore_part({field: wanted}, step=at)
     write = write_lora if config.lora.rank and not merge else write_pipeline

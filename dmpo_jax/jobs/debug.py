@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, processes
 from dmpo_jax.config import Config
 from dmpo_jax.data import digits, sources
 from dmpo_jax.jobs import make_digits
@@ -73,13 +73,15 @@ def make_debug(config: Config, workdir: epath.Path) -> Config:
         config.debug.family,
         "CPU, since JAX sees no GPU or TPU" if kind == "cpu" else kind.upper(),
     )
-    model = workdir / "debug_model"
-    if not (model / "model_index.json").exists():
-        write_tiny_pipeline(model, family)
-    pairs = workdir / "debug_pairs.parquet"
-    if not pairs.exists():
+    model, pairs = workdir / "debug_model", workdir / "debug_pairs.parquet"
+    missing = not (model / "model_index.json").exists()
+    processes.barrier("all have looked")
+    if missing:
+        write_tiny_pipeline(model, family)  # on every process: saving is done together
+    if jax.process_index() == 0 and not pairs.exists():
         image = families.FAMILIES[family["kind"]].image
         sources.write_pick_a_pic(pairs, synthetic_pairs(64, image=image))
+    processes.barrier("debug files")
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.model.folder = str(model)

@@ -18,9 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from dmpo_jax import diffusers_io, mesh
+from dmpo_jax import diffusers_io, mesh, processes
 from dmpo_jax.data import prompt_store, records, shards, sources
 from dmpo_jax.jobs import encode_pairs, encode_parts
 from dmpo_jax.jobs.encode_parts import PARTS, Work
@@ -148,15 +147,9 @@ def run(
     wait("finished")
 
 
-def join_processes() -> None:
-    """Makes this process one of several, as the cluster tells jax.distributed."""
-    jax.distributed.initialize()
-
-
 def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"encode: {name}")
+    processes.barrier(f"encode {name}")
 
 
 def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:

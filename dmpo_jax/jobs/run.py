@@ -7,6 +7,7 @@ import time
 import jax
 from etils import epath
 
+from dmpo_jax import processes
 from dmpo_jax.config import Config
 from dmpo_jax.jobs.collect import collect
 from dmpo_jax.jobs.debug import make_debug
@@ -26,11 +27,13 @@ def run(config: Config, workdir: epath.PathLike) -> None:
         ValueError: what the config asks for cannot be done, said before compiling.
         SystemExit: training was told to stop; its state is saved.
     """
+    processes.join(**config.distributed)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
     if config.mesh.cpu_devices > 1:  # has no effect where there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    check_processes(config)
     if config.debug.family:
         config = make_debug(config, workdir)
     steps = {"collect": _collect, "encode": _encode, "train": train, "evaluate": _evaluate}
@@ -39,6 +42,19 @@ def run(config: Config, workdir: epath.PathLike) -> None:
         began = time.monotonic()
         steps[job](config, workdir)
         LOG.info("%s took %.0f s", job, time.monotonic() - began)
+
+
+def check_processes(config: Config) -> None:
+    """ValueError at jobs that several processes cannot share; the others only say what is bad."""
+    if jax.process_count() == 1:
+        return
+    if alone := [job for job in config.jobs if job in ("collect", "evaluate")]:
+        raise ValueError(
+            f"{jax.process_count()} processes share the jobs encode and train, but jobs has "
+            f"{' and '.join(alone)}: run those on one machine, with --config.jobs={','.join(alone)}"
+        )
+    if jax.process_index() > 0:  # what all would say, process 0 says
+        logging.getLogger("dmpo_jax").setLevel(logging.WARNING)
 
 
 def cache_compilations() -> None:

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from dmpo_jax.data.mixture import Mixture
 from dmpo_jax.jobs import compiled
 from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
+from dmpo_jax.jobs.stopping import Stopping, Watchdog
 from dmpo_jax.jobs.trace import Trace
 from dmpo_jax.jobs.watch import Cost, Watch
 from dmpo_jax.models import families, flops, lora, parameters
@@ -113,7 +113,8 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
         reference = make_reference(params, frozen_dtype)
     learning_rate, tx = make_optimizer(config)
     setup = make_setup(config, structure, schedule, tx, pairs.meta)
-    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
+    # Not by device_put, which sends no keys to the devices of other processes.
+    key = jax.jit(jax.random.key, out_shardings=mesh.replicated(devices))(config.seed)
     run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
     return run, params
 
@@ -246,7 +247,6 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
     watch = Watch(config, start, learning_rate=run.learning_rate, cost=cost(run))
-    compiled: Any = None  # for the first batch, since all are alike
     with (
         Trace(configs.parse_profile(config.profile), run.workdir / "profile") as trace,
         writers.MetricsWriter(
@@ -256,27 +256,31 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
             resume_step=start,
         ) as writer,
         writers.Progress(total, start, config.objective) as progress,
-        StopSignals() as stop,
+        Stopping() as stop,
+        Watchdog(config.train.hang_limit) as watchdog,
     ):
         if start == 0:
             with watch.timed("sampling"):
                 draw(trained(state), 0)
         unread = None  # the last update's number and metrics
         for number in range(start + 1, total + 1):
+            watchdog.alive(f"update {number}", slow=number == start + 1)
             with watch.timed("input"):
                 batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
-            if compiled is None:
-                compiled = watch.compile(update, state, run.reference, batch, run.key)
+            if number == start + 1 and not config.train.compiled:  # batches are all alike
+                update = watch.compile(update, state, run.reference, batch, run.key)
             with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
-                state, metrics = compiled(state, run.reference, batch, run.key)
+                state, metrics = update(state, run.reference, batch, run.key)
             if unread is not None:
                 watch.report(*unread, writer, progress)
             unread = (number, metrics)
-            stopping = stop.signal is not None  # asked once: it may come at any line below
+            stopping = stop.asked(number)
+            checkpoints.check()
             validating = due(number, config.log.validate_every)
             saving = due(number, config.log.checkpoint_every) or number == total or stopping
             drawing = due(number, config.log.sample_every) or number == total
             if validating or saving or drawing or trace.due(number):
+                watchdog.alive(f"what follows update {number}", slow=True)
                 watch.report(*unread, writer, progress)  # a bad update ends the job here
                 unread = None
             if trace.due(number):
@@ -432,34 +436,3 @@ def run_prompts(run: Run) -> list[str]:
         return load_prompts(run.config.sample.prompts)[:count]
     held = min(count, run.pairs.meta["counts"]["prompts"] - 1)
     return [run.pairs.prompts[i + 1].text for i in range(held)]
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C does not wait."""
-
-    def __init__(self):
-        self.signal: signal.Signals | None = None
-        self._old: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self._old[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread: the embedding program decides
-                LOG.warning("%s is not handled outside the main thread", number.name)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: saving after this step ...", flush=True)
-
-    def leave(self, number: int) -> None:
-        """Ends the process with the status that shells give to a signal."""
-        print(f"stopped at step {number}, saved; run the same command again to go on", flush=True)
-        raise SystemExit(128 + int(self.signal or 0))
