@@ -131,7 +131,8 @@ def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> P
     """How a leaf of this shape is kept: large ones in parts, the rest on every device.
 
     A leaf of two axes or more and at least 65,536 elements is split on its last axis where
-    the devices divide it: the output features of every kernel. "rows" are split over "tensor" on the axis before, as they are used.
+    the devices divide it: the output features of every kernel. "rows" are split
+    over "tensor" on the axis before, as they are used.
     """
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
     if math.prod(shape) < SHARDED_FROM or len(shape) < 2:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 import time
 
+import launched
 import pytest
 
-import launched
 from dmpo_jax import flags, processes
 from dmpo_jax.jobs import stopping
 
