@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 KERNELS = ("plain", "cudnn", "splash")
+Spec = Array | jax.ShapeDtypeStruct
 # Below it the scores are a few MB a head, and XLA's two matrix products are as quick.
 SPLASH_FROM = 2048  # tokens
 LANES = 128  # of a TPU's vector registers and its matrix unit: blocks are multiples of it
@@ -68,7 +69,7 @@ def attention(
     return _each_device(_splash, mesh, query, key, value)
 
 
-def takes_cudnn(query: Array, key: Array, mask: Array | None = None) -> bool:
+def takes_cudnn(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
     """Whether cuDNN's flash attention runs here: half precision, no mask, H a multiple of 8.
 
     H up to 128, which cuDNN differentiates from Ampere on; Hopper goes to 256, but wider
@@ -79,10 +80,11 @@ def takes_cudnn(query: Array, key: Array, mask: Array | None = None) -> bool:
     return mask is None and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
 
 
-def takes_splash(query: Array, key: Array, mask: Array | None = None) -> bool:
+def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
     """Whether the splash kernel runs here: bfloat16 self-attention over many tokens.
 
-    At least SPLASH_FROM tokens and a multiple of LANES, H at most LANES, no mask.
+    At least SPLASH_FROM tokens and a multiple of LANES, H at most LANES, no mask. The scores
+    of a prompt's 77 tokens are small, and keys come in blocks of 128.
     """
     tokens, width = query.shape[1], query.shape[-1]
     fits = tokens == key.shape[1] and tokens % LANES == 0 and width <= LANES
