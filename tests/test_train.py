@@ -77,6 +77,27 @@ def test_a_run_writes_what_it_promises(uninterrupted):
     assert json.loads((uninterrupted / "config.json").read_text())["objective"] == "dmpo"
 
 
+def test_a_run_tells_its_pace(uninterrupted):
+    text = (uninterrupted / "metrics.jsonl").read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
+    first, later = rows[0], rows[1:]
+    assert first["seconds_compile"] > 0
+    assert first["seconds_to_first_step"] > first["seconds_compile"]
+    assert not any("seconds_compile" in row for row in later)
+    for row in rows:
+        assert row["seconds_input"] + row["seconds_step"] == pytest.approx(
+            8 / row["pairs_per_second"]
+        )
+        per_chip = row["pairs_per_second_per_chip"]
+        assert per_chip == pytest.approx(row["pairs_per_second"] / 8)
+        # What a pair costs the tiny UNet on 8 x 8 latents and 8 tokens.
+        assert row["tflops_per_second_per_chip"] / per_chip == pytest.approx(21_848_064e-12)
+        assert row["host_memory_peak_gb"] >= row["host_memory_gb"] > 0
+        assert "mfu" not in row
+    assert [row["step"] for row in rows if "seconds_checkpoint" in row] == [3, 5]
+    assert [row["step"] for row in rows if "seconds_validation" in row] == [4]
+
+
 def test_the_policy_moves(made, uninterrupted):
     before = diffusers_io.state_dict(diffusers_io.load_unet(made[0]))
     after = weights(uninterrupted)
@@ -85,8 +106,9 @@ def test_the_policy_moves(made, uninterrupted):
 
 def test_resumed_equals_uninterrupted(made, uninterrupted, tmp_path):
     run(tiny.make_config(*made, train__steps=3), tmp_path)
-    run(tiny.make_config(*made), tmp_path)  # a longer run is the same run
+    run(tiny.make_config(*made, profile="5:6"), tmp_path)  # a longer run is the same run
     assert_same_run(tmp_path, uninterrupted)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # and a trace changes nothing
 
 
 def test_a_finished_run_is_not_run_again(made, uninterrupted):
