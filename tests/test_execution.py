@@ -135,3 +135,12 @@ def test_rules_are_the_layers_own():
 def test_config_knows_every_choice():
     assert configs.REMAT == execution.REMAT
     assert ("auto", *attention.KERNELS) == configs.KERNELS
+
+
+def test_the_mesh_says_what_is_compiled_for():
+    """A program for TPUs may be compiled where there is none."""
+    device = jax.sharding.AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+    assert placement.platform() == jax.default_backend()
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert placement.platform() == "tpu"

@@ -18,6 +18,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from dmpo_jax.models import placement
+
 KERNELS = ("plain", "cudnn", "splash")
 Spec = Array | jax.ShapeDtypeStruct
 # Below it the scores are a few MB a head, and XLA's two matrix products are as quick.
@@ -64,7 +66,7 @@ def attention(
     if not takes(query, key, mask) or _split(mesh, *query.shape[::2]) is None:
         return _plain(query, key, value, mask)
     if kernel == "cudnn":
-        _check_gpu(_platform(mesh))
+        _check_gpu(placement.platform())
         return _each_device(_cudnn, mesh, query, key, value)
     return _each_device(_splash, mesh, query, key, value)
 
@@ -177,19 +179,13 @@ def _block(tokens: int, most: int) -> int:
 
 def _each_device(kernel: Callable, mesh: AbstractMesh, *inputs: Array) -> Array:
     """kernel(platform, *inputs) on each device's rows and heads."""
-    local = functools.partial(kernel, _platform(mesh))
+    local = functools.partial(kernel, placement.platform())
     spec = _split(mesh, *inputs[0].shape[::2])
     if spec == PartitionSpec():
         return local(*inputs)
     # check_vma: a Pallas call does not say over which axes its results vary.
     split = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return split(*inputs)
-
-
-def _platform(mesh: AbstractMesh) -> str:
-    """Where the program will run, which need not be where it is traced."""
-    device = None if mesh.empty else mesh.abstract_device
-    return jax.default_backend() if device is None else device.platform
 
 
 def _check_gpu(platform: str) -> None:

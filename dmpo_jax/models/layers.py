@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from dmpo_jax.models.attention import attention
-from dmpo_jax.models.placement import gathered, split_over_tensor
+from dmpo_jax.models.placement import gathered, platform, split_over_tensor
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -40,9 +40,7 @@ def _adapted(module: Any, x: Array, y: Array) -> Array:
 
 
 class Linear(nnx.Linear):
-    """Over rows: XLA's CPU backend is slow at weight gradients over two axes.
-
-    split: how the layer shares its features over the mesh's "tensor" axis (`mesh.RULES`).
+    """split: how the layer shares its features over the mesh's "tensor" axis (`mesh.RULES`).
     """
 
     def __init__(self, features_in: int, features_out: int, *, split: str = "whole", **kw: Any):
@@ -51,12 +49,14 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows E"]:
         dtype = self.dtype or x.dtype
-        rows = x.reshape(-1, x.shape[-1])
+        # XLA's CPU backend is slow at weight gradients over two axes; on a TPU joining them
+        # is a copy, where tokens lie in the lanes.
+        rows = x.reshape(-1, x.shape[-1]) if platform() == "cpu" else x
         kernel = gathered(self.kernel[...].astype(dtype), self.out_features, self.split)
         y = jnp.dot(_features(self, "rows", rows.astype(dtype)), kernel)
         y = _features(self, "columns", y)
         if self.bias is not None:
-            y = y + self.bias[...].astype(dtype)[None]
+            y = y + self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return _adapted(self, rows, y).reshape(*x.shape[:-1], -1)
 
 

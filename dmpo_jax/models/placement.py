@@ -28,10 +28,12 @@ def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
 
     Args:
         predict: row by row: no row of its result may depend on another's.
-        mesh: None or one device: `predict` as it is.
+        mesh: None: `predict` as it is.
     """
-    if mesh is None or mesh.size == 1:
+    if mesh is None:
         return predict
+    if mesh.size == 1:
+        return _with_mesh(predict, mesh)
     manual = set(meshes.AXES if mesh.shape["tensor"] == 1 else meshes.BATCH_AXES)
     rows = PartitionSpec(meshes.BATCH_AXES)
 
@@ -54,11 +56,30 @@ def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
     return placed
 
 
+def _with_mesh(predict: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Nothing to share: only `platform` looks at it."""
+
+    def placed(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return predict(*args)
+
+    return placed
+
+
 def _size(axis: str, kind: AxisType) -> int:
     """Of an axis of the mesh in force, where it is of this kind; else 1."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return mesh.shape[axis] if types.get(axis) == kind else 1
+
+
+def platform() -> str:
+    """Of the devices that the program being traced will run on: "cpu", "gpu" or "tpu".
+
+    Those of the mesh in force; a program may be compiled on a CPU for a TPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def shards_parameters() -> bool:
