@@ -11,6 +11,7 @@ Letters: B batch, T query tokens, S key tokens, N heads, H a head's width.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +149,7 @@ def _splash(platform, query, key, value):
     return jnp.swapaxes(out, 1, 2)
 
 
-def _splash_kernel(heads: int, tokens: int, *, interpret: bool):
+def _splash_kernel(heads: int, tokens: int, *, interpret: bool) -> Callable[..., Any]:
     """The kernel over [N T H]; every token sees every token."""
     block, backward = _block(tokens, BLOCK), _block(tokens, BLOCK_BACKWARD)
     # Tokens in the lanes: heads of 40 or 64 in them would be padded to 128, in HBM too.
