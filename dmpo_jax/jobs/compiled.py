@@ -119,7 +119,7 @@ def load(path: epath.PathLike, identified: dict[str, Any], arguments: tuple[Any,
         stated = json.loads(head)
         metrics = stated.pop("metrics")
         known = stated.pop("format") == FORMAT
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         known = False
     if not known:
         raise ValueError(f"train.compiled: {path} is no compiled step of this version's format")

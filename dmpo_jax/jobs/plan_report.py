@@ -159,6 +159,7 @@ def _changes(
     if data > 1:
         # Not sharded at all yet: nearly everything would be.
         sharded = parts.sharded or 0.98 * whole
+        sharded += parts.params * sharded / max(whole, 1)  # gradients lie as the parameters do
         more = [fsdp * n for n in range(2, data + 1) if data % n == 0]
         savings = [(size, sharded * (1 - fsdp / size)) for size in more]
         enough = [one for one in savings if one[1] >= over]

@@ -225,7 +225,7 @@ def make_state(run: Run, params: dict[str, jax.Array]) -> step.TrainState:
     return jax.jit(_first_state(run), out_shardings=shardings, donate_argnums=0)(params)
 
 
-def abstract_state(run: Run, params: dict[str, jax.Array]) -> step.TrainState:
+def abstract_state(run: Run, params: dict[str, Any]) -> step.TrainState:
     """Shapes and shardings of a run's state, to restore onto."""
     shapes = jax.eval_shape(_first_state(run), params)
     return jax.tree.map(
