@@ -22,6 +22,8 @@ def get_config(variant: str = ""):
     config.objectives.dmpo.beta = 6000.0
     config.objectives.dmpo.alpha = 0.01
     config.optimizer.learning_rate = 2.048e-6
+    # 70 transformer blocks: compiled once a kind, and computed again in the backward.
+    config.model.scan, config.model.remat = True, "transformer"
     if variant == "lora":
         config.lora.rank = 64
         config.optimizer.learning_rate *= 5

@@ -3,13 +3,12 @@
 Axes: "data" splits the batch alone; "fsdp" splits the batch and, on top, the large
 parameters; "tensor" splits the features of attention, feed-forward and resnets, as in
 Megatron (arXiv 1909.08053), for where a device cannot hold one pair. All are
-`AxisType.Auto`; `models.placement` says where the compiler is to gather.
+`AxisType.Auto`; `models.placement` says where a model gathers.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,14 +130,13 @@ def split_of(path: str) -> str:
 def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
     """How a leaf of this shape is kept: large ones in parts, the rest on every device.
 
-    A leaf of at least 65,536 elements is split on its last axis where the devices divide
-    it: the output features of every kernel, and never the stacking axis of scanned blocks.
-    "rows" are split over "tensor" on the axis before, as they are used.
+    A leaf of two axes or more and at least 65,536 elements is split on its last axis where
+    the devices divide it: the output features of every kernel. "rows" are split over "tensor" on the axis before, as they are used.
     """
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
-    if math.prod(shape) < SHARDED_FROM:
+    if math.prod(shape) < SHARDED_FROM or len(shape) < 2:
         return PartitionSpec()
-    if tensor > 1 and split == "rows" and len(shape) > 1 and shape[-2] % tensor == 0:
+    if tensor > 1 and split == "rows" and shape[-2] % tensor == 0:
         last = "fsdp" if fsdp > 1 and shape[-1] % fsdp == 0 else None
         return PartitionSpec(*[None] * (len(shape) - 2), "tensor", last)
     # Columns are cut over "tensor" first, so that a gather over "fsdp" leaves them together.
@@ -149,29 +147,6 @@ def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> P
     if not axes:
         return PartitionSpec()
     return PartitionSpec(*[None] * (len(shape) - 1), axes[0] if len(axes) == 1 else axes)
-
-
-def used_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
-    """How a layer has its kernel when it computes: whole but for "tensor"."""
-    tensor = sizes.get("tensor", 1)
-    axis = {"columns": len(shape) - 1, "rows": len(shape) - 2, "whole": None}[split]
-    if tensor == 1 or axis is None or shape[axis] % tensor:
-        return PartitionSpec()
-    return PartitionSpec(*["tensor" if i == axis else None for i in range(len(shape))])
-
-
-def traced_on(function: Callable, mesh: Mesh | None) -> Callable:
-    """`function`, to be jitted: traced with the mesh in force, so that layers can say where
-    their kernels and activations lie on it (`models.placement`)."""
-    if mesh is None:
-        return function
-
-    @functools.wraps(function)
-    def placed(*args, **kw):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return function(*args, **kw)
-
-    return placed
 
 
 def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
 from dmpo_jax import health
-from dmpo_jax.mesh import traced_on
-from dmpo_jax.models import lora
+from dmpo_jax.models import lora, placement
 from dmpo_jax.noising import NoiseSchedule, noise_pair, sample_latents
 from dmpo_jax.types import Conditioning, Noised, PairBatch, PerPair
 
@@ -229,14 +229,19 @@ def validate_batch(
     }
 
 
-def jit_train_step(setup: Setup, shardings: Any = None):
-    """`train_step` compiled for the mesh that `shardings`, the state's, are on; it is donated.
+def on_mesh(setup: Setup, mesh: Mesh | None) -> Setup:
+    """The same, each device predicting its own rows."""
+    return setup._replace(predict=placement.over_rows(setup.predict, mesh))
 
-    Without shardings, for the devices that its arguments lie on, nothing placed.
+
+def jit_train_step(setup: Setup, shardings: Any = None):
+    """`train_step` compiled for the mesh of `shardings`, those of the state, which is donated.
+
+    Without shardings, for wherever its arguments lie.
     """
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
     return jax.jit(
-        traced_on(functools.partial(train_step, setup=setup), mesh),
+        functools.partial(train_step, setup=on_mesh(setup, mesh)),
         donate_argnums=0,
         out_shardings=None if shardings is None else (shardings, None),
         compiler_options=COMPILER_OPTIONS,

@@ -4,17 +4,16 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dmpo_jax import config as configs
 from dmpo_jax import mesh as meshes
-from dmpo_jax.models import attention, execution, lora, parameters
+from dmpo_jax.models import attention, execution, lora, parameters, placement
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.unet import UNet2DConditionModel
-from flax import nnx
 from tests import full_size
 
 UNET = {
@@ -31,8 +30,19 @@ UNET = {
 
 
 @functools.cache
+def model():
+    return parameters.initialise(UNet2DConditionModel, UNET, 0)
+
+
 def initial():
-    return parameters.split(parameters.initialise(UNet2DConditionModel, UNET, 0))[1]
+    return parameters.split(model())[1]
+
+
+def predict(how: Execution):
+    unet = model()
+    unet.execution = how
+    structure, _ = parameters.split(unet)
+    return lambda params, *args: parameters.merge(structure, params)(*args)
 
 
 def inputs():
@@ -43,19 +53,18 @@ def inputs():
 
 def loss_and_gradient(how: Execution, mesh=None):
     """Of a random linear loss; the compiled program too."""
-    model = parameters.abstract(UNet2DConditionModel, UNET, execution=how)
-    structure, _ = parameters.split(model)
+    forward = placement.over_rows(predict(how), mesh)
     weights = np.random.default_rng(1).normal(size=(8, 4, 4, 4)).astype(np.float32)
 
     def loss(params, *args):
-        return (parameters.merge(structure, params)(*args) * weights).sum()
+        return (forward(params, *args) * weights).sum()
 
     params, given = initial(), inputs()
     if mesh is not None:
         params = jax.device_put(params, meshes.parameter_sharding(mesh, params))
         given = jax.device_put(given, meshes.batch_sharding(mesh))
     quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(meshes.traced_on(jax.value_and_grad(loss), mesh), compiler_options=quick)
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=quick)
     compiled = run.lower(params, *given).compile()
     return jax.device_get(compiled(params, *given)), compiled
 
@@ -94,9 +103,7 @@ def test_remat_and_scan_change_nothing(how):
     [
         ({"data": 1, "fsdp": 8}, Execution()),
         ({"data": 2, "fsdp": 2, "tensor": 2}, Execution(remat="transformer", scan=True)),
-        pytest.param(
-            {"data": 1, "fsdp": 2, "tensor": 4}, Execution(), marks=pytest.mark.slow
-        ),
+        pytest.param({"data": 1, "fsdp": 2, "tensor": 4}, Execution(), marks=pytest.mark.slow),
     ],
 )
 def test_a_sharded_model_computes_the_same(shape, how, monkeypatch):
@@ -104,39 +111,20 @@ def test_a_sharded_model_computes_the_same(shape, how, monkeypatch):
     monkeypatch.setattr(meshes, "SHARDED_FROM", 256)
     got, compiled = loss_and_gradient(how, meshes.make_mesh(**shape))
     assert_close(got, plain(), 2e-5)
-    kinds = set(re.findall(r"\b(all-gather|all-to-all|collective-permute)\(", compiled.as_text()))
     if "tensor" not in shape:
-        assert kinds == {"all-gather"}
-
-
-def test_kernels_are_not_kept_gathered(monkeypatch):
-    """What a backward needs of the forward holds no whole kernel, though remat is none."""
-    monkeypatch.setattr(meshes, "SHARDED_FROM", 256)
-    mesh = meshes.make_mesh(data=1, fsdp=8)
-    model = parameters.abstract(UNet2DConditionModel, UNET)
-    structure, shapes = parameters.split(model)
-
-    def forward(params, *args):
-        return parameters.merge(structure, params)(*args)
-
-    def count(params):
-        saved = jax.ad_checkpoint.saved_residuals(
-            meshes.traced_on(forward, mesh), params, *inputs()
-        )
-        return [where for _, where in saved if execution.placement.GATHERED in str(where)]
-
-    assert not count(initial())
-    assert shapes
+        kinds = r"\b(all-gather|all-to-all|collective-permute|reduce-scatter)\("
+        found = set(re.findall(kinds, compiled.as_text()))
+        assert found == {"all-gather", "reduce-scatter"}
 
 
 def test_rules_are_the_layers_own():
     """`mesh.RULES` knows paths, layers know themselves: both must say the same."""
     for config in (full_size.SD15, full_size.SDXL):
-        model = parameters.abstract(UNet2DConditionModel, config)
+        unet = parameters.abstract(UNet2DConditionModel, config)
         targets = ("to_q", "to_out.0", "conv1", "conv2", "ff.net.0.proj", "ff.net.2")
-        model = lora.attach(model, rank=4, alpha=4, targets=targets, seed=0)
+        unet = lora.attach(unet, rank=4, alpha=4, targets=targets, seed=0)
         found = set()
-        for path, layer in nnx.iter_modules(model):
+        for path, layer in nnx.iter_modules(unet):
             if isinstance(layer, Linear | Conv):
                 name = ".".join(map(str, path))
                 assert meshes.split_of(f"{name}.kernel") == layer.split, name
@@ -146,4 +134,4 @@ def test_rules_are_the_layers_own():
 
 def test_config_knows_every_choice():
     assert configs.REMAT == execution.REMAT
-    assert configs.KERNELS == ("auto", *attention.KERNELS)
+    assert ("auto", *attention.KERNELS) == configs.KERNELS

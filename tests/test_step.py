@@ -239,14 +239,21 @@ def relative_error(got, want) -> float:
 
 
 @pytest.mark.parametrize(
-    ("devices", "fsdp", "accumulation"), [(8, 1, 1), (8, 2, 1), (1, 1, 4), (2, 1, 2)]
+    ("devices", "shape", "accumulation"),
+    [
+        (8, {}, 1),
+        (8, {"fsdp": 8}, 1),
+        (8, {"fsdp": 2, "tensor": 2}, 1),
+        (1, {}, 4),
+        (2, {}, 2),
+    ],
 )
 def test_gradient_does_not_depend_on_the_layout(
-    devices, fsdp, accumulation, one_device, monkeypatch
+    devices, shape, accumulation, one_device, monkeypatch
 ):
     monkeypatch.setattr(meshes, "SHARDED_FROM", 64)  # or a model this small is replicated
-    mesh = make_mesh(devices, fsdp=fsdp)
-    if fsdp > 1:
+    mesh = make_mesh(devices, **shape)
+    if shape:
         split = meshes.parameter_sharding(mesh, unet()[1])["mid_block.resnets.0.conv1.kernel"]
         assert not split.is_fully_replicated
     start, moved = gradients_of(mesh, accumulation)

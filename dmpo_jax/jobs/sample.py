@@ -17,7 +17,7 @@ from dmpo_jax import diffusers_io, mesh, samplers
 from dmpo_jax.data import prompts as prompt_files
 from dmpo_jax.data import sources
 from dmpo_jax.data.prompts import Prompt
-from dmpo_jax.models import families, parameters
+from dmpo_jax.models import families, parameters, placement
 from dmpo_jax.types import Conditioning
 from dmpo_jax.writers import Progress, image_grid, save_png
 
@@ -172,8 +172,10 @@ def make_sampler(
     image_scale = image_guidance_scale if kind == "edit" else None
     structure, _ = parameters.split(unet)
     predict = families.make_predict(lambda params: parameters.merge(structure, params))
+    predict = placement.over_rows(predict, devices)
     vae_structure, vae_params = parameters.split(pipeline.vae)
 
+    @jax.jit
     def run(params, vae_params, told, negative, images, masks, seeds):
         vae_model = parameters.merge(vae_structure, vae_params)
         if kind:
@@ -185,7 +187,6 @@ def make_sampler(
         latents = solve(guided, noise, **settings)
         return to_uint8(vae_model.decode(latents / vae.scaling_factor + (vae.shift_factor or 0.0)))
 
-    run = jax.jit(mesh.traced_on(run, devices))
     vae_params = jax.device_put(vae_params, mesh.replicated(devices))
     rows = mesh.batch_sharding(devices)
     return Sampler(

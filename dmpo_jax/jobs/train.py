@@ -341,7 +341,7 @@ def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
     sharding = mesh.batch_sharding(run.devices)
     rows = mesh.local_rows(sharding, size)
     one = jax.jit(
-        mesh.traced_on(functools.partial(step.validate_batch, setup=run.setup), run.devices),
+        functools.partial(step.validate_batch, setup=step.on_mesh(run.setup, run.devices)),
         compiler_options=step.COMPILER_OPTIONS,
     )
     # Far from every step's own key, so that validation never sees training's noise.

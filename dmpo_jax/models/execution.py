@@ -1,4 +1,4 @@
-"""How a UNet's forward is carried out. No choice here changes what it computes, but for rounding."""
+"""How a UNet's forward is carried out. No choice here changes what it computes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +27,9 @@ class Execution(NamedTuple):
     attention: str = "plain"
     remat: str = "none"
     scan: bool = False
+
+
+DEFAULT = Execution()
 
 
 def rematerialised(

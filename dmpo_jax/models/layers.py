@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from dmpo_jax.models.attention import attention
-from dmpo_jax.models.placement import gathered, pinned
+from dmpo_jax.models.placement import gathered, split_over_tensor
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -52,9 +52,9 @@ class Linear(nnx.Linear):
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows E"]:
         dtype = self.dtype or x.dtype
         rows = x.reshape(-1, x.shape[-1])
-        y = pinned(rows.astype(dtype), features=self.split == "rows")
-        y = jnp.dot(y, gathered(self.kernel[...].astype(dtype), self.split))
-        y = pinned(y, features=self.split == "columns")
+        kernel = gathered(self.kernel[...].astype(dtype), self.out_features, self.split)
+        y = jnp.dot(_features(self, "rows", rows.astype(dtype)), kernel)
+        y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype)[None]
         return _adapted(self, rows, y).reshape(*x.shape[:-1], -1)
@@ -70,16 +70,21 @@ class Conv(nnx.Conv):
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w D"]:
         dtype = self.dtype or x.dtype
         y = jax.lax.conv_general_dilated(
-            pinned(x.astype(dtype), features=self.split == "rows"),
-            gathered(self.kernel[...].astype(dtype), self.split),
+            _features(self, "rows", x.astype(dtype)),
+            gathered(self.kernel[...].astype(dtype), self.out_features, self.split),
             window_strides=(self.strides,) * 2 if isinstance(self.strides, int) else self.strides,
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        y = pinned(y, features=self.split == "columns")
+        y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype)[None, None, None]
         return _adapted(self, x, y)
+
+
+def _features(layer: Any, split: str, x: Array) -> Array:
+    """Features shared over "tensor" where the layer splits its `split` there."""
+    return split_over_tensor(x, -1) if layer.split == split else x
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, pad=None, **kw):

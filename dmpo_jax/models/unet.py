@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from dmpo_jax.models import parameters, placement
+from dmpo_jax.models import parameters
 from dmpo_jax.models.config import ModelConfig, Only, per_block
-from dmpo_jax.models.execution import Execution, rematerialised
+from dmpo_jax.models.execution import DEFAULT, Execution, rematerialised
 from dmpo_jax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -168,7 +168,10 @@ def apply_blocks(
         return x
     structures, parts = zip(*(parameters.split(block) for block in blocks), strict=True)
     dtype = blocks[0].ff.net[2].dtype or x.dtype
-    stacked = {path: _stacked(path, [p[path] for p in parts], dtype) for path in parts[0]}
+
+    def stack(path: str) -> Array:
+        held = parameters.frozen_dtype(path, dtype)
+        return jnp.stack([part[path].astype(held) for part in parts])
 
     def body(x, params):
         block = parameters.merge(structures[0], params)
@@ -177,13 +180,7 @@ def apply_blocks(
         )
         return apply(x, context), None
 
-    return jax.lax.scan(body, x, stacked)[0]
-
-
-def _stacked(path: str, leaves: list[Array], dtype: Any) -> Array:
-    """[layers, ...], in the dtype that the layer computes with, each device its own shards."""
-    held = parameters.frozen_dtype(path, dtype)
-    return placement.stored(jnp.stack([leaf.astype(held) for leaf in leaves]), path)
+    return jax.lax.scan(body, x, {path: stack(path) for path in parts[0]})[0]
 
 
 class Stage(nnx.Module):
@@ -284,7 +281,7 @@ class UNet2DConditionModel(nnx.Module):
         *,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
-        execution: Execution = Execution(),
+        execution: Execution = DEFAULT,
         rngs: nnx.Rngs,
     ):
         self.config = config = ModelConfig(config, KEYS, DEAD)
