@@ -61,6 +61,8 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda13]>=0.10,<0.13"],  # for drivers of CUDA 12 install jax[cuda12]
+        # launch/plan.py: the TPU's compiler, for machines without a TPU; [tpu] has it too.
+        "plan": ["libtpu"],
         # What exists in PyTorch only: opening an export beside ours, single-file checkpoints.
         "eval": ["torch>=2.8,<3", DIFFUSERS, PEFT],  # tested with 2.13.0
         # Pairs in folders of Hugging Face datasets; the other sources need nothing more.

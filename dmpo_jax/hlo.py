@@ -191,7 +191,9 @@ def arrays(shape: str) -> list[Array]:
     ]
 
 
-def collectives(text: str, parameters: Iterable[tuple[int, ...]] = ()) -> list[Collective]:
+def collectives(
+    text: str | Program, parameters: Iterable[tuple[int, ...]] = ()
+) -> list[Collective]:
     """Every collective of a compiled text that runs, each once, with its trips.
 
     Args:
@@ -203,7 +205,8 @@ def collectives(text: str, parameters: Iterable[tuple[int, ...]] = ()) -> list[C
     An asynchronous one counts at its start. An all-reduce of which each chip keeps a slice
     is what TPUs make of a reduce-scatter, and counts as one.
     """
-    program, sizes = Program(text), {math.prod(shape) for shape in parameters}
+    program = text if isinstance(text, Program) else Program(text)
+    sizes = {math.prod(shape) for shape in parameters}
     found, seen = [], set()
     for name, trips in program.trips.items():
         for line in program.computations.get(name, {}).values():
@@ -320,14 +323,14 @@ def _calls(line: Instruction) -> Collection[str]:
     return found
 
 
-def memory_traffic(text: str) -> tuple[int, int]:
+def memory_traffic(text: str | Program) -> tuple[int, int]:
     """(bytes a chip reads and writes in its memory, the same with every loop run once).
 
     What goes into each kernel and what comes out of it, as XLA's own count has it: of an array
     that a kernel slices, the slice alone. A model: caches between kernels are left out, except
     where a TPU program itself places an array on the chip.
     """
-    program = Program(text)
+    program = text if isinstance(text, Program) else Program(text)
     total = once = 0
     for name, trips in program.trips.items():
         if name in program.fused or trips == 0:

@@ -74,7 +74,8 @@ def test_a_scan_over_gathered_weights(remat):
 
 def module(*lines: str, extra: str = "") -> str:
     body = "\n".join(f"  {line}" for line in lines)
-    return f"HloModule m, num_partitions=8\n\n{extra}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+    head = f"HloModule m, num_partitions=8\n\n{extra}\n"
+    return f"{head}ENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
+import jax
 import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
 import numpy as np
 from jaxtyping import Float
@@ -184,6 +185,21 @@ def is_mean_only(meta: Mapping[str, Any]) -> bool:
 def latent_channels(meta: Mapping[str, Any]) -> int:
     """C, of the moments that a folder holds: 2C with log-variances, C without."""
     return meta["shapes"]["moments"]["shape"][-1] // (1 if is_mean_only(meta) else 2)
+
+
+def abstract_batch(meta: Mapping[str, Any], rows: int, sharding: Any) -> Any:
+    """Shapes of the batches of a folder with this `meta`, as `mesh.shard_batch` lays them out."""
+
+    def array(*shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=sharding)
+
+    arrays: dict[str, Any] = dict.fromkeys(("moments", "context", "pooled", "image"))
+    for name in arrays:
+        if described := meta["shapes"].get(name):
+            arrays[name] = array(*described["shape"], dtype=described["dtype"])
+    time_ids = None if arrays["pooled"] is None else array(2, 6, dtype=np.float32)
+    conditioning = Conditioning(arrays["context"], arrays["pooled"], time_ids, arrays["image"])
+    return PairBatch(arrays["moments"], array(dtype=np.float32), conditioning)
 
 
 class _Reader:

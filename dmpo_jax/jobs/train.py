@@ -3,7 +3,7 @@
 import functools
 import logging
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from etils import epath
 from jax.profiler import StepTraceAnnotation
 
-from dmpo_jax import checkpoint, chips, diffusers_io, mesh, optim, step, writers
+from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
 from dmpo_jax.data.mixture import Mixture
+from dmpo_jax.jobs import compiled
 from dmpo_jax.jobs.convert import adapt, export
-from dmpo_jax.jobs.sample import load_prompts, make_sampler
+from dmpo_jax.jobs.grids import make_draw
 from dmpo_jax.jobs.trace import Trace
-from dmpo_jax.jobs.watch import Cost, Watch
-from dmpo_jax.models import families, flops, lora, parameters
+from dmpo_jax.jobs.watch import Watch, make_cost
+from dmpo_jax.models import families, lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
@@ -111,24 +112,35 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     elif objective.needs_reference:
         reference = make_reference(params, frozen_dtype)
     learning_rate, tx = make_optimizer(config)
-    setup = step.Setup(
+    setup = make_setup(config, structure, schedule, tx, pairs.meta)
+    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
+    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
+    return run, params
+
+
+def make_setup(
+    config: configs.Config, structure: Any, schedule: Any, tx: Any, meta: Mapping[str, Any]
+) -> step.Setup:
+    """What the step closes over.
+
+    structure: of the UNet. meta: what the encoded pairs say of themselves.
+    """
+    objective = OBJECTIVES[config.objective]
+    return step.Setup(
         predict=families.make_predict(functools.partial(parameters.merge, structure)),
         objective=functools.partial(objective, **config.objectives[config.objective]),
         needs_reference=objective.needs_reference,
         needs_rejected=objective.needs_rejected,
         schedule=schedule,
-        scaling_factor=pairs.meta["scaling_factor"],
-        shift_factor=pairs.meta["shift_factor"],
+        scaling_factor=meta["scaling_factor"],
+        shift_factor=meta["shift_factor"],
         tx=tx,
         accumulation=config.train.accumulation,
         adapters=config.lora.rank > 0,
         dropout=config.lora.dropout,
         ema_decay=config.train.ema_decay,
-        mean_only=pipeline.is_mean_only(pairs.meta),
+        mean_only=pipeline.is_mean_only(meta),
     )
-    key = jax.device_put(jax.random.key(config.seed), mesh.replicated(devices))
-    run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
-    return run, params
 
 
 def make_execution(config: configs.Config, devices: jax.sharding.Mesh) -> Execution:
@@ -229,12 +241,12 @@ def _first_state(run: Run) -> Callable[..., step.TrainState]:
 def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) -> step.TrainState:
     """From the state's step to the last. Metrics are read one step after they were asked for."""
     config, total, start = run.config, run.config.train.steps, int(state.step)
-    update = step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
-    validate, draw = make_validate(run), make_draw(run)
+    update = make_update(run, state)
+    validate, draw = make_validate(run), make_draw(run, functools.partial(policy, run))
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
-    watch = Watch(config, start, learning_rate=run.learning_rate, cost=cost(run))
-    compiled: Any = None  # for the first batch, since all are alike
+    cost = make_cost(config, run.unet.config, run.pairs.meta, run.setup, run.devices)
+    watch = Watch(config, start, learning_rate=run.learning_rate, cost=cost)
     with (
         Trace(configs.parse_profile(config.profile), run.workdir / "profile") as trace,
         writers.MetricsWriter(
@@ -253,10 +265,10 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
         for number in range(start + 1, total + 1):
             with watch.timed("input"):
                 batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
-            if compiled is None:
-                compiled = watch.compile(update, state, run.reference, batch, run.key)
+            if number == start + 1:  # for the first batch, since all are alike
+                update = watch.compile(update, state, run.reference, batch, run.key)
             with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
-                state, metrics = compiled(state, run.reference, batch, run.key)
+                state, metrics = update(state, run.reference, batch, run.key)
             if unread is not None:
                 watch.report(*unread, writer, progress)
             unread = (number, metrics)
@@ -288,26 +300,15 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     return state
 
 
-def cost(run: Run) -> Cost:
-    """What a pair costs, by its model, objective and size."""
-    config, shapes = run.config, run.pairs.meta["shapes"]
-    height, width, _ = shapes["moments"]["shape"][-3:]
-    forward = flops.unet_forward(
-        run.unet.config,
-        height=height,
-        width=width,
-        tokens=shapes["context"]["shape"][-2],
-        rank=config.lora.rank,
-        targets=config.lora.targets,
-    )
-    pair = flops.step_flops(
-        forward,
-        needs_reference=run.setup.needs_reference,
-        needs_rejected=run.setup.needs_rejected,
-        lora=run.setup.adapters,
-    )
-    chip = chips.lookup(run.devices.devices.flat[0].device_kind)
-    return Cost(pair, run.devices.size, chip.flops if chip else None)
+def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
+    """The step: compiled at its first call, or read from `train.compiled`."""
+    if not run.config.train.compiled:
+        return step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
+    sharding = mesh.batch_sharding(run.devices)
+    batch = pipeline.abstract_batch(run.pairs.meta, run.config.train.batch_size, sharding)
+    arguments = (state, run.reference, batch, run.key)
+    identified = compiled.identity(run.config, run.setup, arguments, run.devices)
+    return compiled.load(run.config.train.compiled, identified, arguments)
 
 
 def due(number: int, every: int) -> bool:
@@ -359,56 +360,6 @@ def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
         return {f"validation_{name}": value / weight for name, value in totals.items()}
 
     return validate
-
-
-def make_draw(run: Run) -> Callable[[Any, int], None]:
-    """(params, step) -> samples/<step>.png, a row a prompt, the same seeds at every step."""
-    config = run.config
-    if not config.log.sample_every:
-        return lambda params, number: None
-    if jax.process_count() > 1:
-        LOG.warning("image grids are drawn by single-process runs only")
-        return lambda params, number: None
-    if run.pairs.meta["image_kind"]:
-        LOG.warning("no image grids are drawn: this model needs an image beside each prompt")
-        return lambda params, number: None
-    prompts = run_prompts(run)
-    columns = 4
-
-    @functools.cache
-    def sampler():
-        return make_sampler(
-            diffusers_io.load_pipeline(
-                config.model.folder,
-                vae=config.model.vae,
-                variant=config.model.variant or None,
-                dtype=config.model.compute_dtype,
-            ),
-            run.unet,
-            steps=config.sample.steps,
-            guidance_scale=config.sample.guidance_scale,
-            batch_size=config.sample.batch_size,
-            devices=run.devices,
-        )
-
-    def draw(params: Any, number: int) -> None:
-        asked = [prompt for prompt in prompts for _ in range(columns)]
-        seeds = [2**30 + i for i in range(len(asked))]
-        images = sampler()(policy(run, params), asked, seeds, f"samples at step {number}")
-        scale = max(1, 128 // images.shape[1])
-        picture = writers.image_grid(images, columns, labels=prompts, scale=scale)
-        writers.save_png(run.workdir / "samples" / f"{number}.png", picture)
-
-    return draw
-
-
-def run_prompts(run: Run) -> list[str]:
-    """The prompts of image grids: the config's, else the first captions of the data."""
-    count = run.config.sample.count
-    if run.config.sample.prompts:
-        return load_prompts(run.config.sample.prompts)[:count]
-    held = min(count, run.pairs.meta["counts"]["prompts"] - 1)
-    return [run.pairs.prompts[i + 1].text for i in range(held)]
 
 
 class StopSignals:

@@ -1,0 +1,47 @@
+"""Compiles a config's training step for chips that need not be there: does it fit, how long.
+
+    python launch/plan.py --config=configs/sdxl_dmpo.py --model=sdxl --topology=v5e:4x4,v5p:2x2x1
+    python launch/plan.py --config=... --topology=v5p:4x4x4 --save=step.compiled --out=plan.json
+
+TPU slices need their compiler alone (pip install libtpu); gpu:N and cpu:N are this machine's.
+Full-size models compile for minutes. Plans are remembered: the same one again is instant.
+A step that --save wrote starts a run without compiling: --config.train.compiled=step.compiled.
+"""
+
+import sys
+
+from absl import flags
+
+from dmpo_jax import config as configs
+from dmpo_jax import flags as command
+from dmpo_jax.jobs.plan import plan
+from dmpo_jax.jobs.plan_report import printed
+from dmpo_jax.models.published import PUBLISHED
+from dmpo_jax.objectives import OBJECTIVES
+
+TOPOLOGY = flags.DEFINE_list("topology", None, "v5p:4x4x4,v5e:4x4,gpu:8,...", required=True)
+MODEL = flags.DEFINE_enum("model", "", ["", *PUBLISHED], "shapes of this, not of model.folder")
+SAVE = flags.DEFINE_string("save", "", "file for the compiled step, of one topology")
+OUT = flags.DEFINE_string("out", "", "file for the plans, as JSON")
+CACHE = flags.DEFINE_string("cache", "", "folder of plans made before; default the user's cache")
+
+
+def check(config) -> None:
+    if MODEL.value and not config.model.folder:
+        config.model.folder = MODEL.value
+    configs.validate(config, objective_names=set(OBJECTIVES))
+
+
+def main(config) -> None:
+    command.log_to_console()
+    options = {"published": MODEL.value, "save": SAVE.value, "out": OUT.value, "cache": CACHE.value}
+    try:
+        plans = plan(config, TOPOLOGY.value, **options)
+    except ValueError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(printed(plans))
+
+
+if __name__ == "__main__":
+    command.run(main, check=check)
