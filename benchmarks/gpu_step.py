@@ -127,16 +127,14 @@ def make_case(case: str, side: str, cache: str, args: argparse.Namespace) -> dic
 
 
 def unet_config(name: str, tiny: bool) -> dict[str, Any]:
-    """The real model's, which the full-size tests hold; or one of the same kind, tiny."""
-    if tiny:
-        from dmpo_jax.jobs import debug
+    """The real model's, or one of the same kind, tiny."""
+    from dmpo_jax.jobs import debug
+    from dmpo_jax.models import published
 
+    if tiny:
         small = {"sd15": debug.SD, "sdxl": debug.SDXL}[name]["unet"]
         return {"in_channels": 4, "norm_num_groups": 4, "layers_per_block": 1, **small}
-    sys.path.append(str(HERE.parent / "tests"))
-    import full_size
-
-    return {"in_channels": 4, **{"sd15": full_size.SD15, "sdxl": full_size.SDXL}[name]}
+    return {"in_channels": 4, **{"sd15": published.SD15, "sdxl": published.SDXL}[name]}
 
 
 def run_side(side: str, case: dict[str, Any], cache: str) -> dict[str, Any]:

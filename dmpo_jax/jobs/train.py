@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from etils import epath
 from jax.profiler import StepTraceAnnotation
 
-from dmpo_jax import checkpoint, chips, diffusers_io, mesh, optim, step, writers
+from dmpo_jax import checkpoint, diffusers_io, mesh, optim, step, writers
 from dmpo_jax import config as configs
 from dmpo_jax.data import pipeline, records
 from dmpo_jax.data.mixture import Mixture
 from dmpo_jax.jobs import compiled
 from dmpo_jax.jobs.convert import adapt, export
-from dmpo_jax.jobs.sample import load_prompts, make_sampler
+from dmpo_jax.jobs.grids import make_draw
 from dmpo_jax.jobs.stopping import Stopping, Watchdog
 from dmpo_jax.jobs.trace import Trace
-from dmpo_jax.jobs.watch import Cost, Watch
-from dmpo_jax.models import families, flops, lora, parameters
+from dmpo_jax.jobs.watch import Watch, make_cost
+from dmpo_jax.models import families, lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
@@ -243,10 +243,11 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     """From the state's step to the last. Metrics are read one step after they were asked for."""
     config, total, start = run.config, run.config.train.steps, int(state.step)
     update = make_update(run, state)
-    validate, draw = make_validate(run), make_draw(run)
+    validate, draw = make_validate(run), make_draw(run, functools.partial(policy, run))
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
-    watch = Watch(config, start, learning_rate=run.learning_rate, cost=cost(run))
+    cost = make_cost(config, run.unet.config, run.pairs.meta, run.setup, run.devices)
+    watch = Watch(config, start, learning_rate=run.learning_rate, cost=cost)
     with (
         Trace(configs.parse_profile(config.profile), run.workdir / "profile") as trace,
         writers.MetricsWriter(
@@ -315,28 +316,6 @@ def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
     return compiled.load(run.config.train.compiled, identified, arguments)
 
 
-def cost(run: Run) -> Cost:
-    """What a pair costs, by its model, objective and size."""
-    config, shapes = run.config, run.pairs.meta["shapes"]
-    height, width, _ = shapes["moments"]["shape"][-3:]
-    forward = flops.unet_forward(
-        run.unet.config,
-        height=height,
-        width=width,
-        tokens=shapes["context"]["shape"][-2],
-        rank=config.lora.rank,
-        targets=config.lora.targets,
-    )
-    pair = flops.step_flops(
-        forward,
-        needs_reference=run.setup.needs_reference,
-        needs_rejected=run.setup.needs_rejected,
-        lora=run.setup.adapters,
-    )
-    chip = chips.lookup(run.devices.devices.flat[0].device_kind)
-    return Cost(pair, run.devices.size, chip.flops if chip else None)
-
-
 def due(number: int, every: int) -> bool:
     return every > 0 and number % every == 0
 
@@ -388,51 +367,3 @@ def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
     return validate
 
 
-def make_draw(run: Run) -> Callable[[Any, int], None]:
-    """(params, step) -> samples/<step>.png, a row a prompt, the same seeds at every step."""
-    config = run.config
-    if not config.log.sample_every:
-        return lambda params, number: None
-    if jax.process_count() > 1:
-        LOG.warning("image grids are drawn by single-process runs only")
-        return lambda params, number: None
-    if run.pairs.meta["image_kind"]:
-        LOG.warning("no image grids are drawn: this model needs an image beside each prompt")
-        return lambda params, number: None
-    prompts = run_prompts(run)
-    columns = 4
-
-    @functools.cache
-    def sampler():
-        return make_sampler(
-            diffusers_io.load_pipeline(
-                config.model.folder,
-                vae=config.model.vae,
-                variant=config.model.variant or None,
-                dtype=config.model.compute_dtype,
-            ),
-            run.unet,
-            steps=config.sample.steps,
-            guidance_scale=config.sample.guidance_scale,
-            batch_size=config.sample.batch_size,
-            devices=run.devices,
-        )
-
-    def draw(params: Any, number: int) -> None:
-        asked = [prompt for prompt in prompts for _ in range(columns)]
-        seeds = [2**30 + i for i in range(len(asked))]
-        images = sampler()(policy(run, params), asked, seeds, f"samples at step {number}")
-        scale = max(1, 128 // images.shape[1])
-        picture = writers.image_grid(images, columns, labels=prompts, scale=scale)
-        writers.save_png(run.workdir / "samples" / f"{number}.png", picture)
-
-    return draw
-
-
-def run_prompts(run: Run) -> list[str]:
-    """The prompts of image grids: the config's, else the first captions of the data."""
-    count = run.config.sample.count
-    if run.config.sample.prompts:
-        return load_prompts(run.config.sample.prompts)[:count]
-    held = min(count, run.pairs.meta["counts"]["prompts"] - 1)
-    return [run.pairs.prompts[i + 1].text for i in range(held)]

@@ -5,13 +5,14 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from dmpo_jax import chips, step, writers
 from dmpo_jax import config as configs
-from dmpo_jax import writers
+from dmpo_jax.models import flops
 
 LOG = logging.getLogger(__name__)
 
@@ -39,6 +40,33 @@ class Cost(NamedTuple):
     pair_flops: int
     chips: int
     peak_flops: float | None = None
+
+
+def make_cost(
+    config: configs.Config,
+    unet: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    setup: step.Setup,
+    devices: jax.sharding.Mesh,
+) -> Cost:
+    """The cost of a run's pairs; unet: its config; meta: of the encoded pairs."""
+    height, width, _ = meta["shapes"]["moments"]["shape"][-3:]
+    forward = flops.unet_forward(
+        unet,
+        height=height,
+        width=width,
+        tokens=meta["shapes"]["context"]["shape"][-2],
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+    )
+    pair = flops.step_flops(
+        forward,
+        needs_reference=setup.needs_reference,
+        needs_rejected=setup.needs_rejected,
+        lora=setup.adapters,
+    )
+    chip = chips.lookup(devices.devices.flat[0].device_kind)
+    return Cost(pair, devices.size, chip.flops if chip else None)
 
 
 class Watch:
@@ -90,7 +118,12 @@ class Watch:
                 self._restart()
 
     def compile(self, jitted: Any, *arguments: Any) -> Any:
-        """`jitted` compiled for its arguments, ahead of its first call; says how long it took."""
+        """`jitted` compiled for its arguments, ahead of its first call; says how long it took.
+
+        A step that was read compiled from a file comes back as it is.
+        """
+        if not hasattr(jitted, "lower"):
+            return jitted
         hits: list[str] = []
 
         def listen(event: str, **details: Any) -> None:
