@@ -68,7 +68,9 @@ def test_it_runs_again_until_the_work_is_done(tmp_path):
 
 def test_a_sigterm_goes_on_to_the_command_which_is_let_finish(tmp_path):
     ready = tmp_path / "ready"
-    command = f"trap 'sleep 0.3; echo saved; exit 143' TERM; touch {ready}; while :; do sleep 0.05; done"
+    command = (
+        f"trap 'sleep 0.3; echo saved; exit 143' TERM; touch {ready}; while :; do sleep 0.05; done"
+    )
     process = subprocess.Popen([AGAIN, "bash", "-c", command], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not ready.exists() and time.monotonic() < deadline:

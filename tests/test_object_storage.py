@@ -1,6 +1,6 @@
 """A run whose workdir is on gs://, against a local fake of the service.
 
-    pip install gcsfs gcp-storage-emulator && pytest -m slow tests/test_object_storage.py
+pip install gcsfs gcp-storage-emulator && pytest -m slow tests/test_object_storage.py
 """
 
 import gc
