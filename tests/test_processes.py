@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/processes.py and jobs/stopping.py: what needs no second process, and joining."""
+"""Tests for dmpo_jax/processes.py and jobs/stopping.py: what needs no training run."""
 
 import os
 import subprocess
