@@ -63,6 +63,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],  # for drivers of CUDA 12 install jax[cuda12]
         # launch/plan.py: the TPU's compiler, for machines without a TPU; [tpu] has it too.
         "plan": ["libtpu"],
+        "gcs": ["gcsfs>=2025.5"],  # tested with 2026.10.1; workdir, pairs and models on gs://
+        "s3": ["s3fs>=2025.5"],  # pairs and models on s3://, not the workdir
         # What exists in PyTorch only: opening an export beside ours, single-file checkpoints.
         "eval": ["torch>=2.8,<3", DIFFUSERS, PEFT],  # tested with 2.13.0
         # Pairs in folders of Hugging Face datasets; the other sources need nothing more.

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -77,7 +78,10 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, but got {keep}")
-        self._folder = epath.Path(folder).absolute()
+        check_folder(folder)
+        self._folder = epath.Path(folder)
+        if "://" not in os.fspath(folder):  # of a URL it would make a folder of that name here
+            self._folder = self._folder.absolute()
         self._warn = warn
         self._read_only = read_only
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
@@ -359,6 +363,16 @@ class Checkpoints:
         _barrier(f"aside {step} done")
         self._manager.reload()
         return name
+
+
+def check_folder(folder: epath.PathLike) -> None:
+    """ValueError where Orbax can write no checkpoints: object storage other than Google's."""
+    scheme, url, _ = os.fspath(folder).partition("://")
+    if url and scheme != "gs":
+        raise ValueError(
+            f"checkpoints are written to local folders and gs://, but got {os.fspath(folder)}: "
+            "choose such a --workdir, or mount the bucket as a folder. Encoded pairs may stay there"
+        )
 
 
 class SaveError(RuntimeError):

@@ -83,14 +83,15 @@ def join(
     alarm = threading.Timer(join_limit, _give_up, (peers, join_limit))
     alarm.daemon = True
     alarm.start()
-    whole = peers.coordinator is not None and peers.process_id is not None
+    # All is known, but under SLURM which GPU of the node is this task's.
+    known = None not in peers and "SLURM_LOCALID" not in os.environ
     try:
         jax.distributed.initialize(
             peers.coordinator,
             peers.processes,
             peers.process_id,
             local_device_ids=local_devices(os.environ),
-            cluster_detection_method="deactivate" if whole else None,
+            cluster_detection_method="deactivate" if known else None,
             # Longer than ours: at its own limit JAX aborts with a page of C++ frames.
             initialization_timeout=2 * join_limit + 60,
             heartbeat_timeout_seconds=heartbeat,

@@ -134,7 +134,9 @@ def _start_wandb(project: str, workdir: epath.PathLike) -> Any:
             f"logging to the W&B project {project!r} needs wandb, which is not installed: "
             'pip install "dmpo_jax[wandb]", or set log.wandb to ""'
         ) from error
-    path = epath.Path(workdir).absolute()
+    path = epath.Path(workdir)
+    if "://" not in os.fspath(path):  # absolute() makes a local folder of a URL
+        path = path.absolute()
     # An id made from the folder, so that a resumed run goes on in its own curves.
     run_id = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=path.name, id=run_id, resume="allow")

@@ -99,7 +99,7 @@ class Job:
             process.kill()
             process.wait()
 
-    def wait_for_step(self, step: int, timeout: float = 300) -> None:
+    def wait_for_step(self, step: int, timeout: float = 1200) -> None:
         deadline = time.monotonic() + timeout
         metrics = self.workdir / "metrics.jsonl"
         while time.monotonic() < deadline and all(p.poll() is None for p in self.processes):
@@ -108,7 +108,7 @@ class Job:
             time.sleep(0.01)
         raise AssertionError(f"step {step} was not reached: {self.end(1)}")
 
-    def end(self, timeout: float = 300) -> list[tuple[int, str]]:
+    def end(self, timeout: float = 1200) -> list[tuple[int, str]]:
         """(status, output) of each process, as shells give it: 128 + the signal."""
         found = []
         for process in self.processes:

@@ -19,7 +19,7 @@ from launched import ROOT, Job, free_port
 import tiny
 from dmpo_jax import diffusers_io, processes
 
-LONG = {"train__steps": 60, "log__checkpoint_every": 10, "log__validate_every": 0}
+LONG = {"train__steps": 40, "log__checkpoint_every": 10, "log__validate_every": 0}
 HEARTBEAT = 10  # s; JAX's own default is 100
 
 
@@ -94,7 +94,7 @@ def test_two_processes_are_one_to_rounding(uninterrupted):
 def test_sigterm_to_one_of_two_saves_on_both_and_resumes(told, made, base, uninterrupted):
     workdir = base / f"sigterm_{told}"
     with Job(made, workdir, count=2, devices=2, **LONG) as job:
-        job.wait_for_step(15)
+        job.wait_for_step(12)
         job.processes[told].send_signal(signal.SIGTERM)
         ended = job.end()
     assert [status for status, _ in ended] == [143, 143], ended
@@ -111,16 +111,16 @@ def test_sigkill_to_one_of_two_ends_the_other_and_loses_nothing(killed, made, ba
     workdir = base / f"sigkill_{killed}"
     leaves = {**LONG, "distributed__heartbeat": HEARTBEAT}
     with Job(made, workdir, count=2, devices=2, **leaves) as job:
-        job.wait_for_step(25)
+        job.wait_for_step(22)
         began = time.monotonic()
         job.processes[killed].kill()
-        ended = job.end(timeout=10 * HEARTBEAT)
+        ended = job.end(timeout=300)
     took = time.monotonic() - began
     print(f"process {killed} killed: the other ended after {took:.1f} s")
     status, said = ended[1 - killed]
     # Ours, or JAX's own abort, whichever notices first.
     assert status in (processes.RESTART, 128 + signal.SIGABRT), said
-    assert took < 3 * HEARTBEAT
+    assert took < 6 * HEARTBEAT  # 3 at most on a machine that is not busy
     kept = checkpoints(workdir)[-1]
     assert kept in (10, 20, 30)
     said = run(made, workdir, 2, **leaves)
@@ -138,7 +138,7 @@ def test_restart_on_another_number_of_processes(first, then, made, base, uninter
         ended = job.end()
     assert [status for status, _ in ended] == [143] * first, ended
     said = run(made, workdir, then, **LONG)
-    assert f"going on from step {checkpoints(workdir)[0]}" in said[0] or "going on" in said[0]
+    assert "going on from step" in said[0]
     assert_close(workdir, uninterrupted[0])
 
 
@@ -147,14 +147,14 @@ def test_a_corrupt_newest_checkpoint_falls_back_on_both(made, base, uninterrupte
     workdir = base / "corrupt"
     shutil.copytree(uninterrupted[1], workdir)
     shutil.rmtree(workdir / "export")
-    (written,) = (workdir / "checkpoints" / "60" / "state").glob("ocdbt.process_1")
+    (written,) = (workdir / "checkpoints" / "40" / "state").glob("ocdbt.process_1")
     largest = max((written / "d").iterdir(), key=lambda f: f.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 16
     largest.write_bytes(bytes(content))
     said = run(made, workdir, 2, **LONG)
-    assert "checkpoint 60 is not whole" in said[0]
-    assert "going on from step 50" in said[0]
+    assert "checkpoint 40 is not whole" in said[0]
+    assert "going on from step 30" in said[0]
     assert_same(workdir, uninterrupted[1])
 
 
@@ -259,7 +259,7 @@ def gradients(made, out, count: int, devices: int, fsdp: int) -> dict[str, np.nd
             )
         )
     try:
-        errors = [process.communicate(timeout=500)[1] for process in running]
+        errors = [process.communicate(timeout=1200)[1] for process in running]
     finally:
         for process in running:
             process.kill()

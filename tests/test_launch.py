@@ -68,7 +68,9 @@ def test_it_runs_again_until_the_work_is_done(tmp_path):
 
 def test_a_sigterm_goes_on_to_the_command_which_is_let_finish(tmp_path):
     ready = tmp_path / "ready"
-    command = f"trap 'sleep 0.3; echo saved; exit 143' TERM; touch {ready}; while :; do sleep 0.05; done"
+    command = (
+        f"trap 'sleep 0.3; echo saved; exit 143' TERM; touch {ready}; while :; do sleep 0.05; done"
+    )
     process = subprocess.Popen([AGAIN, "bash", "-c", command], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not ready.exists() and time.monotonic() < deadline:
@@ -77,6 +79,92 @@ def test_a_sigterm_goes_on_to_the_command_which_is_let_finish(tmp_path):
     said, _ = process.communicate(timeout=30)
     assert said == "saved\n"
     assert process.returncode == 143  # once: it was told to stop, not to start again
+
+
+# --- the scripts, with stand-ins for the cloud's own commands -----------------------
+
+
+def stand_ins(folder: pathlib.Path, **scripts: str) -> dict[str, str]:
+    """An environment in which these commands are bash scripts; `$T` is the folder."""
+    (folder / "bin").mkdir()
+    for name, body in scripts.items():
+        file = folder / "bin" / name
+        file.write_text("#!/usr/bin/env bash\n" + body)
+        file.chmod(0o755)
+    return {**os.environ, "T": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+
+# A machine a node: its folder. The first run there is preempted, the second is done.
+GCLOUD = r"""
+shift 2
+case "$1 $2" in
+  "queued-resources describe") cat "$T/state" 2>/dev/null || exit 1 ;;
+  "queued-resources create") echo "$@" >>"$T/created"; echo ACTIVE >"$T/state" ;;
+  "queued-resources delete") rm "$T/state"; rm -rf "$T"/align*/ ;;
+  "tpu-vm scp") mkdir -p "$T/${4%:}"; cp "$3" "$T/${4%:}/" ;;
+  "tpu-vm ssh")
+    [[ -d $T/$3 ]] || exit 255
+    for word; do [[ $word != --command=* ]] || command=${word#--command=}; done
+    cd "$T/$3" && bash -c "$command" ;;
+  *) exit 99 ;;
+esac
+"""
+PYTHON = r"""
+if [[ $1 == -m ]]; then  # python3 -m venv venv
+  mkdir -p venv/bin; ln -s "$(type -P true)" venv/bin/pip; ln -s "$T/bin/python3" venv/bin/python
+elif [[ $(wc -l <"$T/created") == 1 ]]; then
+  echo SUSPENDED >"$T/state"; sleep 1; exit 143
+else
+  printf '%s\n' "$@" >"$T/arguments"
+fi
+"""
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_preempted_tpu_slice_is_asked_for_again(slices, tmp_path):
+    settings = {"NAME": "align", "ZONE": "z", "ACCELERATOR": "v5litepod-16", "RUNTIME": "r"}
+    environ = stand_ins(tmp_path, gcloud=GCLOUD, sudo="true", python3=PYTHON, pgrep="exit 1")
+    environ |= {**settings, "SLICES": str(slices), "POLL": "0.2", "AGAIN_MOST": "1"}
+    flags = ["--config=c.py", "--config.sample.prompts=it's $2", "--workdir=gs://b/run"]
+    run = subprocess.run(
+        [ROOT / "launch/tpu/train.sh", *flags],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    created = (tmp_path / "created").read_text().splitlines()
+    assert len(created) == 2
+    assert ("--node-count 2" if slices == 2 else "--node-id align") in created[0]
+    assert (tmp_path / "arguments").read_text().splitlines() == ["launch/train.py", *flags]
+
+
+@pytest.mark.parametrize(("status", "queued"), [(0, False), (1, False), (75, True), (143, True)])
+def test_slurm_queues_again_what_asks_for_it(status, queued, tmp_path):
+    environ = stand_ins(
+        tmp_path, srun=f'echo "$@" >$T/srun; exit {status}', scontrol='echo "$@" >$T/scontrol'
+    )
+    environ |= {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "7"}
+    script = ROOT / "launch/slurm/train.sbatch"
+    run = subprocess.run(["bash", script, "--workdir=w"], env=environ, capture_output=True)
+    assert run.returncode == status
+    assert (tmp_path / "srun").read_text().endswith("python launch/train.py --workdir=w\n")
+    assert (tmp_path / "scontrol").exists() == queued
+    assert not queued or (tmp_path / "scontrol").read_text() == "requeue 7\n"
+
+
+def test_xpk_is_given_the_command_and_our_status(tmp_path):
+    environ = stand_ins(tmp_path, xpk='printf "%s\n" "$@" >$T/xpk')
+    settings = {"NAME": "n", "CLUSTER": "c", "ZONE": "z", "TPU": "v5litepod-16", "IMAGE": "i"}
+    subprocess.run(
+        [ROOT / "launch/gke/xpk.sh", "--workdir=a b"], env={**environ, **settings}, check=True
+    )
+    words = (tmp_path / "xpk").read_text().splitlines()
+    assert words[words.index("--restart-on-exit-codes") + 1] == str(processes.RESTART)
+    assert words[-1].rstrip() == r"exec python launch/train.py --workdir=a\ b"
 
 
 def only(path: str):

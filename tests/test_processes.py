@@ -1,9 +1,8 @@
-"""Tests for dmpo_jax/processes.py and jobs/stopping.py: what needs no second process, and joining."""
+"""Tests for dmpo_jax/processes.py and jobs/stopping.py: what needs no training run."""
 
 import os
 import subprocess
 import sys
-import time
 
 import launched
 import pytest
@@ -104,35 +103,57 @@ def test_errors_of_our_own_are_words_and_others_are_bugs():
     )
 
 
-@pytest.fixture
-def aborts(monkeypatch):
-    """What a watchdog would have ended the process with."""
-    found = []
-    monkeypatch.setattr(processes, "abort", lambda *ending: found.append(ending))
-    monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda: None)
-    return found
+class Clock:
+    """Time that passes only in waiting, and what is done meanwhile."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda: None)
+        monkeypatch.setattr(processes, "abort", lambda *ending: self.ended.append(ending))
+        self.ended = []
+        self.script = []  # (second, call), in order; a call that returns True ends the waiting
+
+    def wait(self, seconds):
+        until = self.now + seconds
+        while self.script and self.script[0][0] <= until:
+            self.now, call = self.script.pop(0)
+            if call():
+                return True
+        self.now = until
+        return False
 
 
-def test_the_watchdog_ends_what_hangs_and_spares_what_moves(aborts):
-    with stopping.Watchdog(0.2) as watchdog:
-        for number in range(5):
-            watchdog.alive(f"update {number}")
-            time.sleep(0.1)
-        watchdog.alive("a checkpoint", slow=True)
-        time.sleep(0.4)
-        assert not aborts
-        watchdog.alive("update 7")
-        time.sleep(0.4)
-    ((status, words),) = aborts
+def test_the_watchdog_ends_what_hangs_and_spares_what_moves(monkeypatch):
+    clock = Clock(monkeypatch)
+    watchdog = stopping.Watchdog(10)
+    watchdog._done = clock
+    clock.script = [
+        (29, lambda: watchdog.alive("update 2")),  # the first may compile: thrice as long
+        (38, lambda: watchdog.alive("update 3")),
+        (47, lambda: watchdog.alive("a checkpoint", slow=True)),
+        (76, lambda: watchdog.alive("update 4")),
+    ]
+    watchdog._watch()
+    assert clock.now == 86
+    ((status, words),) = clock.ended
     assert status == processes.RESTART
-    assert words.startswith("update 7 has not come to an end within 0.2 s (train.hang_limit)")
+    assert words.startswith("update 4 has not come to an end within 10 s (train.hang_limit)")
 
 
-def test_no_limit_watches_nothing(aborts):
+def test_the_watchdog_stops_when_training_does(monkeypatch):
+    clock = Clock(monkeypatch)
+    watchdog = stopping.Watchdog(10)
+    watchdog._done = clock
+    clock.script = [(5, lambda: True)]
+    watchdog._watch()
+    assert not clock.ended
+
+
+def test_no_limit_starts_no_watch(monkeypatch):
+    monkeypatch.setattr(stopping.threading, "Thread", None)
     with stopping.Watchdog(0) as watchdog:
         watchdog.alive("update 1")
-        time.sleep(0.05)
-    assert not aborts
 
 
 JOIN = """

@@ -7,7 +7,7 @@ import time
 import jax
 from etils import epath
 
-from dmpo_jax import processes
+from dmpo_jax import checkpoint, processes
 from dmpo_jax.config import Config
 from dmpo_jax.jobs.collect import collect
 from dmpo_jax.jobs.debug import make_debug
@@ -29,6 +29,8 @@ def run(config: Config, workdir: epath.PathLike) -> None:
     """
     processes.join(**config.distributed)
     workdir = epath.Path(workdir)
+    if "train" in config.jobs:
+        checkpoint.check_folder(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
     if config.mesh.cpu_devices > 1:  # has no effect where there is an accelerator

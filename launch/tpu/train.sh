@@ -68,11 +68,11 @@ install() {
 }
 
 start() { # in the background there: a lost ssh connection ends nothing
-  local flags
-  flags=$(printf '%q ' "$@")
-  everywhere "cd run && pgrep -f launch/train.py >/dev/null || setsid --fork bash -c \
-    'PATH=\$PWD/venv/bin:\$PATH launch/again.sh python launch/train.py $flags; echo \$? >status' \
-    >>log 2>&1 </dev/null"
+  local run
+  run="PATH=\$PWD/venv/bin:\$PATH launch/again.sh python launch/train.py $(printf '%q ' "$@")"
+  run=$(printf '%q' "$run; echo \$? >status")
+  everywhere "cd run && pgrep -f launch/train.py >/dev/null || \
+    setsid --fork bash -c $run >>log 2>&1 </dev/null"
 }
 
 status() { # of worker 0 of slice 0, and its last line while there is none
