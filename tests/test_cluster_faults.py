@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 import pytest
-from launched import ROOT, Job, free_port
 
 import tiny
 from dmpo_jax import diffusers_io, processes
+from launched import ROOT, Job, free_port
 
 LONG = {"train__steps": 40, "log__checkpoint_every": 10, "log__validate_every": 0}
 HEARTBEAT = 10  # s; JAX's own default is 100

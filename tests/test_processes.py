@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
-import launched
 import pytest
 
+import launched
 from dmpo_jax import flags, processes
 from dmpo_jax.jobs import stopping
 

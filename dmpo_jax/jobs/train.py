@@ -365,5 +365,3 @@ def make_validate(run: Run) -> Callable[[Any], dict[str, float]]:
         return {f"validation_{name}": value / weight for name, value in totals.items()}
 
     return validate
-
-

@@ -40,8 +40,7 @@ def _adapted(module: Any, x: Array, y: Array) -> Array:
 
 
 class Linear(nnx.Linear):
-    """split: how the layer shares its features over the mesh's "tensor" axis (`mesh.RULES`).
-    """
+    """split: how the layer shares its features over the mesh's "tensor" axis (`mesh.RULES`)."""
 
     def __init__(self, features_in: int, features_out: int, *, split: str = "whole", **kw: Any):
         super().__init__(features_in, features_out, **kw)
