@@ -241,7 +241,7 @@ def _row(plan: Mapping[str, Any]) -> list[str]:
     if time:
         modelled = [
             between(time["low"], time["high"], 3),
-            between(100 * plan["mfu"]["low"], 100 * plan["mfu"]["high"], 0) + " %",
+            between(100 * plan["mfu"]["high"], 100 * plan["mfu"]["low"], 0) + " %",
             between(run["days"]["low"], run["days"]["high"], 2),
             between(run["chip_hours"]["low"], run["chip_hours"]["high"], 0),
         ]

@@ -236,8 +236,10 @@ def jaxpr_flops(jaxpr: Any) -> int:
 def _times(name: str, params: Mapping[str, Any]) -> int:
     if name == "scan":
         return params["length"]
-    if name == "shard_map":
-        return params["mesh"].size
+    if name == "shard_map":  # over the axes that it splits by hand; the others it sees whole
+        sizes = dict(params["mesh"].shape)
+        axes = params.get("newly_manual_axes", params.get("manual_axes", sizes))
+        return math.prod(sizes[axis] for axis in axes)
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid)
     return 1
