@@ -41,8 +41,12 @@ def main() -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
 
+    from dmpo_jax import host_memory
+
     jax.config.update("jax_num_cpu_devices", size.devices or args.threads)
     if args.worker:
+        if args.worker == "ours":
+            host_memory.keep_freed_memory()
         print(json.dumps(work(args, size, steps)))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -91,6 +95,9 @@ def timed(side: Ours | Torch, steps: int) -> tuple[float, float]:
 
 def together(args: argparse.Namespace, size: Size, rounds: int, steps: int) -> dict[str, Any]:
     """Both sides in this process, taking turns; memory in processes of their own."""
+    from dmpo_jax import host_memory
+
+    host_memory.keep_freed_memory()  # as a run does; PyTorch has the good of it too
     ours = Ours(args.folder, size)
     ours.compile()
     noised = ours.noised()

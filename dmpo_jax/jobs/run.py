@@ -7,6 +7,7 @@ import time
 import jax
 from etils import epath
 
+from dmpo_jax import host_memory
 from dmpo_jax.config import Config
 from dmpo_jax.jobs.collect import collect
 from dmpo_jax.jobs.debug import make_debug
@@ -29,6 +30,7 @@ def run(config: Config, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
+    host_memory.keep_freed_memory()
     if config.mesh.cpu_devices > 1:  # has no effect where there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     if config.debug.family:
