@@ -61,7 +61,7 @@ class Conv(nnx.Conv):
         strides = (self.strides,) * 2 if isinstance(self.strides, int) else self.strides
         y = convolution(x.astype(dtype), self.kernel[...].astype(dtype), strides, self.padding)
         if self.bias is not None:
-            y = y + self.bias[...].astype(dtype)
+            y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
         return _adapted(self, x, y)
 
 
