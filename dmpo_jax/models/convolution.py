@@ -18,7 +18,7 @@ def convolution(
     x: Float[Array, "N H W C"],
     kernel: Float[Array, "I J C D"],
     strides: tuple[int, int] = (1, 1),
-    padding: Sequence[tuple[int, int]] = ((0, 0), (0, 0)),
+    padding: str | Sequence[tuple[int, int]] = "VALID",
 ) -> Float[Array, "N h w D"]:
     """`x` convolved by `kernel`, no bias.
 
@@ -28,10 +28,12 @@ def convolution(
 
     Args:
         strides: down and across.
-        padding: zeros (before, after), down and across.
+        padding: zeros (before, after), down and across; or "SAME" or "VALID".
     """
     if _platform() == "cpu":
         n, *size = x.shape[:3]
+        if isinstance(padding, str):
+            padding = jax.lax.padtype_to_pads(size, kernel.shape[:2], strides, padding)
         axes = [_Axis(*each) for each in zip(size, kernel.shape[:2], strides, padding, strict=True)]
         if n * axes[0].out * axes[1].out <= FEW_PIXELS:
             return _as_product(x, kernel, *axes)
