@@ -19,11 +19,12 @@ x = jax.device_put(jnp.ones((2, 1024)), jax.NamedSharding(mesh, jax.P("data")))
 # 64 MB a device that no fusion can do without.
 f = jax.jit(lambda x: jnp.sort(jnp.outer(jnp.arange(16384.0), x[0]), axis=0)[-1])
 run = f.lower(x).compile()
-for _ in range(2):
+counts = []
+for _ in range(6):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     run(x).block_until_ready()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-run(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts))  # two devices may ask in an order that needs new room once more
 """
 
 
