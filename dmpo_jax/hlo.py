@@ -202,8 +202,9 @@ def collectives(
             as a `tensor` part of it that the caller adds, is taken for it: XLA transposes
             and reshapes freely.
 
-    An asynchronous one counts at its start. An all-reduce of which each chip keeps a slice
-    is what TPUs make of a reduce-scatter, and counts as one.
+    An asynchronous one counts at its start. An all-reduce fused with the slice that each chip
+    keeps is what TPUs make of a reduce-scatter, and counts as one; where the slice is a kernel
+    of its own, the whole array has travelled, and it counts as the all-reduce that it is.
     """
     program = text if isinstance(text, Program) else Program(text)
     sizes = {math.prod(shape) for shape in parameters}
@@ -228,7 +229,11 @@ def _collectives(
 ) -> Iterator[Collective]:
     """One for each array: XLA joins small ones into one instruction."""
     group = _group_size(line, program.devices)
-    scattered = kind == "all-reduce" and _is_sliced(program, computation, line.name, group)
+    scattered = (
+        kind == "all-reduce"
+        and computation in program.fused
+        and _is_sliced(program, computation, line.name, group)
+    )
     for array in arrays(_result(line)):
         if array.dtype == "u32" and not array.dims:
             continue  # a start's semaphores

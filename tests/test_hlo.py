@@ -128,6 +128,27 @@ def test_joined_arrays_count_each():
     assert [one.moves for one in found] == ["parameters", "activations"]
 
 
+@pytest.mark.parametrize(("fused", "kind"), [(True, "reduce-scatter"), (False, "all-reduce")])
+def test_a_slice_of_an_all_reduce(fused, kind):
+    """One kernel of both is a reduce-scatter; apart, the whole array travels."""
+    both = (
+        "%p = f32[64,64]{1,0} parameter(0)",
+        "%zero = s32[] constant(0)",
+        "%a = f32[64,64]{1,0} all-reduce(%p), replica_groups={}, to_apply=%add",
+        "ROOT %s = f32[64,8]{1,0} dynamic-slice(%a, %zero, %zero), dynamic_slice_sizes={64,8}",
+    )
+    if fused:
+        body = "\n".join(f"  {line}" for line in both)
+        extra = f"%both (p: f32[64,64]) -> f32[64,8] {{\n{body}\n}}\n"
+        call = "ROOT %f = f32[64,8]{1,0} fusion(%q), kind=kCustom, calls=%both"
+        text = module("%q = f32[64,64]{1,0} parameter(0)", call, extra=extra)
+    else:
+        text = module(*both)
+    (one,) = hlo.collectives(text)
+    assert one.kind == kind
+    assert one.moved == (2 if kind == "all-reduce" else 1) * 64 * 64 * 4 * 7 // 8
+
+
 LOOP = """
 %body (t: (s32[], f32[64,64])) -> (s32[], f32[64,64]) {
   %t = (s32[], f32[64,64]{1,0}) parameter(0)

@@ -239,7 +239,9 @@ def _xla(program: Any) -> dict[str, float]:
         return {}
     costs = costs[0] if isinstance(costs, list) else costs
     names = ("flops", "bytes accessed", "optimal_seconds")
-    return {name.replace(" ", "_"): float(costs[name]) for name in names if name in costs}
+    known = {name.replace(" ", "_"): float(costs[name]) for name in names if name in costs}
+    # Negative where the compiler could not tell, seen for steps with loops.
+    return {name: value for name, value in known.items() if value >= 0}
 
 
 def _out_of_memory(error: Exception) -> int | None:
