@@ -100,7 +100,8 @@ shift 2
 case "$1 $2" in
   "queued-resources describe") cat "$T/state" 2>/dev/null || exit 1 ;;
   "queued-resources create") echo "$@" >>"$T/created"; echo ACTIVE >"$T/state" ;;
-  "queued-resources delete") rm "$T/state"; rm -rf "$T"/align*/ ;;
+  "queued-resources delete") rm "$T/state"
+    for node in "$T"/align*/; do mv "$node" "$T/gone-$RANDOM$RANDOM"; done ;;
   "tpu-vm scp") mkdir -p "$T/${4%:}"; cp "$3" "$T/${4%:}/" ;;
   "tpu-vm ssh")
     [[ -d $T/$3 ]] || exit 255

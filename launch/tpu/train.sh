@@ -39,7 +39,8 @@ queue() { # returns when the slices are there
           --accelerator-type "$ACCELERATOR" --runtime-version "$RUNTIME" ${SPOT:+"$SPOT"}
         ;;
       SUSPENDED | FAILED) # preempted: it does not come back by itself
-        "${tpus[@]}" queued-resources delete "$NAME" --zone "$ZONE" --force --quiet
+        "${tpus[@]}" queued-resources delete "$NAME" --zone "$ZONE" --force --quiet ||
+          true # it may be going already
         ;;
     esac
     sleep "$POLL"
@@ -71,8 +72,8 @@ start() { # in the background there: a lost ssh connection ends nothing
   local run
   run="PATH=\$PWD/venv/bin:\$PATH launch/again.sh python launch/train.py $(printf '%q ' "$@")"
   run=$(printf '%q' "$run; echo \$? >status")
-  everywhere "cd run && pgrep -f launch/train.py >/dev/null || \
-    setsid --fork bash -c $run >>log 2>&1 </dev/null"
+  everywhere "cd run && { pgrep -f launch/train.py >/dev/null || \
+    setsid --fork bash -c $run >>log 2>&1 </dev/null; }"
 }
 
 status() { # of worker 0 of slice 0, and its last line while there is none
@@ -84,8 +85,8 @@ status() { # of worker 0 of slice 0, and its last line while there is none
 
 while :; do
   queue
-  everywhere "test -e run/venv/bin/pip && test -e run/log" 2>/dev/null || install
-  start "$@"
+  everywhere "test -e run/venv/bin/pip && test -e run/log" 2>/dev/null || install || continue
+  start "$@" || continue  # preempted meanwhile: queue again
   ended=""
   while [[ -z $ended && $(state) == ACTIVE ]]; do
     sleep "$POLL"
