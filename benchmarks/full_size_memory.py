@@ -26,19 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-SDXL = {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from dmpo_jax.models.published import SDXL
+
 PARAMETERS = 2_567_463_684
 RESULTS = pathlib.Path(__file__).parent / "results" / "full_size_memory.json"
 GIGA = 1e9

@@ -19,15 +19,9 @@ import sys
 import time
 from typing import Any
 
+from dmpo_jax.models.published import SD15
+
 HERE = pathlib.Path(__file__).parent
-SD15 = {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
 
 
 def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:

@@ -30,6 +30,6 @@ def keep_freed_memory() -> bool:
 
 def _only_cpu() -> bool:
     """Without asking JAX for its devices, which would start its threads."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms == "cpu"
+    if platforms := jax.config.values["jax_platforms"]:
+        return platforms == "cpu"
     return not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))

@@ -30,7 +30,7 @@ print(min(counts))  # two devices may ask in an order that needs new room once m
 
 def test_accelerators_are_left_alone(monkeypatch):
     for platforms in ("tpu", "cuda,cpu"):
-        jax_config = type("Config", (), {"jax_platforms": platforms})
+        jax_config = type("Config", (), {"values": {"jax_platforms": platforms}})
         monkeypatch.setattr(host_memory, "jax", type("Jax", (), {"config": jax_config}))
         assert not host_memory.keep_freed_memory()
 

@@ -1,12 +1,15 @@
 """How a UNet's forward is carried out. No choice here changes what it computes."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
-from dmpo_jax.models import attention, placement
+from dmpo_jax.models import attention, parameters, placement
 
 REMAT = ("none", "block", "transformer", "offload")
 _INPUT = "block_input"
@@ -60,3 +63,36 @@ def rematerialised(
         return function(checkpoint_name(x, _INPUT), *rest)
 
     return jax.checkpoint(from_named, prevent_cse=not in_scan, policy=policy)
+
+
+def apply_blocks(
+    blocks: Sequence[Any],
+    x: Float[Array, "N T D"],
+    context: Float[Array, "N S E"],
+    execution: Execution,
+) -> Float[Array, "N T D"]:
+    """Equal transformer blocks, one after another; as a loop over them where `scan` says so.
+
+    A loop's parameters are stacked here, not in the state: that costs a copy of the blocks'
+    kernels in the compute dtype, and leaves every other part (files, adapters, checkpoints)
+    with one array a PyTorch tensor. Blocks that differ, as where one alone has adapters, are
+    not looped over.
+    """
+    inner = "none" if execution.remat == "block" else execution.remat
+    structures, parts = zip(*(parameters.split(block) for block in blocks), strict=True)
+    alike = all(part.keys() == parts[0].keys() for part in parts)
+    if not (execution.scan and alike and len(blocks) > 1):
+        for block in blocks:
+            one = functools.partial(block, kernel=execution.attention)
+            x = rematerialised(one, inner)(x, context)
+        return x
+
+    def stack(path: str) -> Array:
+        held = parameters.frozen_dtype(path, x.dtype)
+        return jnp.stack([part[path].astype(held) for part in parts])
+
+    def body(x, params):
+        one = functools.partial(parameters.merge(structures[0], params), kernel=execution.attention)
+        return rematerialised(one, inner, in_scan=True)(x, context), None
+
+    return jax.lax.scan(body, x, {path: stack(path) for path in parts[0]})[0]

@@ -76,12 +76,10 @@ class Conv(nnx.Conv):
 
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w D"]:
         dtype = self.dtype or x.dtype
-        y = convolution(
-            _features(self, "rows", x.astype(dtype)),
-            gathered(self.kernel[...].astype(dtype), self.out_features, self.split),
-            (self.strides,) * 2 if isinstance(self.strides, int) else self.strides,
-            self.padding,
-        )
+        padding: Any = self.padding
+        strides: Any = (self.strides,) * 2 if isinstance(self.strides, int) else self.strides
+        kernel = gathered(self.kernel[...].astype(dtype), self.out_features, self.split)
+        y = convolution(_features(self, "rows", x.astype(dtype)), kernel, strides, padding)
         y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)

@@ -6,14 +6,12 @@ Reference: diffusers `UNet2DConditionModel`, `unet_2d_blocks`, `Transformer2DMod
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from dmpo_jax.models import parameters
 from dmpo_jax.models.config import ModelConfig, Only, per_block
-from dmpo_jax.models.execution import DEFAULT, Execution, rematerialised
+from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks, rematerialised
 from dmpo_jax.models.layers import (
     ACTIVATIONS,
     Attention,
@@ -145,42 +143,6 @@ class Transformer2DModel(nnx.Module):
         hidden = self.proj_in(self.norm(x)).reshape(n, h * w, c)
         hidden = apply_blocks(list(self.transformer_blocks), hidden, context, execution)
         return x + self.proj_out(hidden.reshape(n, h, w, c))
-
-
-def apply_blocks(
-    blocks: list[BasicTransformerBlock],
-    x: Float[Array, "N T D"],
-    context: Float[Array, "N S E"],
-    execution: Execution,
-) -> Float[Array, "N T D"]:
-    """One after another; in a loop over their stacked parameters where `scan` says so.
-
-    Parameters are stacked here, not in the state: that costs a copy of the blocks' kernels
-    in the compute dtype, and leaves every other part (files, adapters, checkpoints) with one
-    array a PyTorch tensor.
-    """
-    inner = "none" if execution.remat == "block" else execution.remat
-    if not execution.scan or len(blocks) == 1:
-        for block in blocks:
-            x = rematerialised(functools.partial(block, kernel=execution.attention), inner)(
-                x, context
-            )
-        return x
-    structures, parts = zip(*(parameters.split(block) for block in blocks), strict=True)
-    dtype = blocks[0].ff.net[2].dtype or x.dtype
-
-    def stack(path: str) -> Array:
-        held = parameters.frozen_dtype(path, dtype)
-        return jnp.stack([part[path].astype(held) for part in parts])
-
-    def body(x, params):
-        block = parameters.merge(structures[0], params)
-        apply = rematerialised(
-            functools.partial(block, kernel=execution.attention), inner, in_scan=True
-        )
-        return apply(x, context), None
-
-    return jax.lax.scan(body, x, {path: stack(path) for path in parts[0]})[0]
 
 
 class Stage(nnx.Module):
