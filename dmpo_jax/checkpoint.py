@@ -7,7 +7,6 @@ notices a file that is cut or gone, but not a flipped bit in an array.
 """
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -30,8 +29,7 @@ _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 _NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
-_FULL = ("No space left", "RESOURCE_EXHAUSTED", "quota")
-_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
+_FULL = ("No space left", "Disk quota exceeded")
 
 
 def _write_small_arrays_whole() -> None:
@@ -83,7 +81,7 @@ class Checkpoints:
         if "://" not in os.fspath(folder):  # of a URL it would make a folder of that name here
             self._folder = self._folder.absolute()
         self._warn = warn
-        self._read_only = read_only
+        self._read_only, self._writing = read_only, False
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
         self._claim(json.loads(json.dumps(identity)))  # as it will read back: tuples are lists
         options = ocp.CheckpointManagerOptions(
@@ -144,12 +142,19 @@ class Checkpoints:
             )
             self._saving(lambda: self._manager.save(step, args=items, force=True))
             self._whole.add(step)
+            self._writing = True
         if wait:
             self.wait()
 
     def check(self) -> None:
-        """Raises what went wrong in writing by now; waits for nothing."""
-        self._saving(self._manager.check_for_errors)
+        """SaveError where writing has gone wrong by now; waits for nothing.
+
+        Of many processes those that wrote their part wait for one that did not for as long as
+        Orbax has them (600 s), and then raise too.
+        """
+        if self._writing and not self._manager.is_saving_in_progress():
+            self._writing = False
+            self.wait()
 
     def _saving(self, act: Callable[[], object]) -> None:
         try:
@@ -157,8 +162,11 @@ class Checkpoints:
         except _NOT_SAVING:
             raise
         except Exception as error:  # Orbax and tensorstore: each has kinds of its own
-            reason = re.sub(r"\s*\[(?:tensorstore|source|google)[^\]]*\]", "", str(error).strip())
-            full = any(x in reason for x in _FULL) or getattr(error, "errno", 0) in _FULL_NUMBERS
+            # tensorstore names every file it was in the middle of; what went wrong comes last.
+            reason = re.sub(r"\s*\[\w+='[^\]]*\]", "", str(error).strip().rpartition('": ')[2])
+            full = (
+                any(x in str(error) for x in _FULL) or getattr(error, "errno", 0) in _FULL_NUMBERS
+            )
             raise SaveError(
                 f"a checkpoint could not be written to {self._folder} "
                 f"({type(error).__name__}: {reason[-300:]}). "
