@@ -18,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dmpo_jax import checkpoint
+from dmpo_jax import checkpoint, checksums
 
 # When one array cannot be read, Orbax leaves the tasks that read the others, and their event
 # loop, to the garbage collector, which complains.
@@ -219,14 +219,14 @@ def test_another_identity_is_refused_key_by_key(folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float16"])
 def test_checksum_sees_one_bit_and_an_exchange(dtype):
     x = np.array(jax.random.bernoulli(jax.random.key(0), 0.5, (6, 5))).astype(jnp.dtype(dtype))
-    base = int(checkpoint._checksum(x))
+    base = int(checksums.checksum(x))
     for i in range(x.size):
         y = x.copy()
         y.view(np.uint8).reshape(x.size, -1)[i, -1] ^= 1
-        assert int(checkpoint._checksum(y)) != base
+        assert int(checksums.checksum(y)) != base
     if len(np.unique(x[0])) > 1:
-        assert int(checkpoint._checksum(x[:, ::-1])) != base
-    assert int(checkpoint._checksum(np.zeros((0, 3), x.dtype))) == 0
+        assert int(checksums.checksum(x[:, ::-1])) != base
+    assert int(checksums.checksum(np.zeros((0, 3), x.dtype))) == 0
 
 
 SAVE_FOREVER = """

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
     {"types", "config", "processes"},
-    {"flags", "objectives", "health", "noising", "optim", "mesh"},
+    {"flags", "objectives", "health", "noising", "optim", "mesh", "checksums"},
     {"models"},
     {"diffusers_io", "data", "checkpoint", "writers", "samplers"},
     {"step", "scorers"},
