@@ -7,31 +7,29 @@ notices a file that is cut or gone, but not a flipped bit in an array.
 """
 
 import contextlib
-import errno
 import functools
-import hashlib
 import json
 import logging
-import math
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dmpo_jax import checksums
+
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 _NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
-_FULL = ("No space left", "RESOURCE_EXHAUSTED", "quota")
-_FULL_NUMBERS = (errno.ENOSPC, errno.EDQUOT)
+_FULL = ("No space left", "Disk quota exceeded")
 
 
 def _write_small_arrays_whole() -> None:
@@ -83,7 +81,8 @@ class Checkpoints:
         if "://" not in os.fspath(folder):  # of a URL it would make a folder of that name here
             self._folder = self._folder.absolute()
         self._warn = warn
-        self._read_only = read_only
+        self._read_only, self._writing = read_only, False
+        self._last = -1  # whose writing was begun last
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
         self._claim(json.loads(json.dumps(identity)))  # as it will read back: tuples are lists
         options = ocp.CheckpointManagerOptions(
@@ -93,7 +92,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._manager = _Manager(self._folder, options=options)
         # Reads with a barrier for this process alone: where one of many cannot read its
         # part, the others must not wait in Orbax for it, but hear of it in _attempt.
         self._alone = alone = ocp.options.MultiprocessingOptions(
@@ -135,21 +134,26 @@ class Checkpoints:
             wait: return only when the checkpoint is whole on disk.
         """
         if step not in self._whole:
-            leaves = _describe(state)
-            for leaf, checksum in zip(leaves.values(), _checksums(state), strict=True):
+            leaves = checksums.describe(state)
+            for leaf, checksum in zip(leaves.values(), checksums.compute(state), strict=True):
                 leaf["checksum"] = checksum
-            index = {"leaves": leaves, "digest": _digest(leaves)}
+            index = {"leaves": leaves, "digest": checksums.digest(leaves)}
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index)
             )
+            self.wait()  # for the one before
+            self._last = step
             self._saving(lambda: self._manager.save(step, args=items, force=True))
             self._whole.add(step)
+            self._writing = True
         if wait:
             self.wait()
 
     def check(self) -> None:
-        """Raises what went wrong in writing by now; waits for nothing."""
-        self._saving(self._manager.check_for_errors)
+        """SaveError where writing has gone wrong by now; waits for nothing."""
+        if self._writing and not self._manager.is_writing():
+            self._writing = False
+            self.wait()
 
     def _saving(self, act: Callable[[], object]) -> None:
         try:
@@ -157,13 +161,16 @@ class Checkpoints:
         except _NOT_SAVING:
             raise
         except Exception as error:  # Orbax and tensorstore: each has kinds of its own
-            reason = re.sub(r"\s*\[(?:tensorstore|source|google)[^\]]*\]", "", str(error).strip())
-            full = any(x in reason for x in _FULL) or getattr(error, "errno", 0) in _FULL_NUMBERS
+            # tensorstore names every file it was in the middle of; what went wrong comes last.
+            reason = re.sub(r"\s*\[\w+='[^\]]*\]", "", str(error).strip().rpartition('": ')[2])
+            # Orbax counts the one that failed until it has waited for the other processes.
+            whole = [step for step in self.steps() if step != self._last]
+            full = any(x in str(error) for x in _FULL)
             raise SaveError(
                 f"a checkpoint could not be written to {self._folder} "
                 f"({type(error).__name__}: {reason[-300:]}). "
                 + ("The disk is full: make room, or keep fewer with log.keep. " if full else "")
-                + f"The newest whole one is {max(self.steps(), default='none')}: run the same "
+                + f"The newest whole one is {max(whole, default='none')}: run the same "
                 "command again to go on from it"
             ) from error
 
@@ -189,7 +196,7 @@ class Checkpoints:
             RuntimeError: if there are checkpoints and none is whole. Nothing is renamed
                 then, so that the next start cannot take the folder for a new run's.
         """
-        abstract = jax.tree.map(_abstract_leaf, abstract)
+        abstract = jax.tree.map(checksums.abstract_leaf, abstract)
         self.wait()
         broken: dict[int, str] = {}
         steps = self.steps() if step is None else [step]
@@ -232,7 +239,7 @@ class Checkpoints:
             ValueError: there is no such checkpoint, or its fields are not these.
             RuntimeError: none asked for is whole. Nothing is set aside.
         """
-        abstract = jax.tree.map(_abstract_leaf, abstract)
+        abstract = jax.tree.map(checksums.abstract_leaf, abstract)
         self.wait()
         if not self.steps() or step not in [None, *self.steps()]:
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
@@ -257,13 +264,15 @@ class Checkpoints:
         # A state is a NamedTuple, whose leaves are named by attribute, a part is a dict.
         described = {}
         for field, tree in abstract.items():
-            described |= {f".{field}{name}": leaf for name, leaf in _describe(tree).items()}
+            described |= {
+                f".{field}{name}": leaf for name, leaf in checksums.describe(tree).items()
+            }
         leaves = self._attempt(lambda: self._read_index(step))
         held = {n: v for n, v in leaves.items() if n.startswith(tuple(f".{f}" for f in abstract))}
-        _check_same(step, held, described)
+        checksums.check_same(step, held, described)
         part = self._attempt(lambda: self._restore_part(step, abstract))
-        checksums = [x for tree in part.values() for x in _checksums(tree)]
-        for name, checksum in zip(described, checksums, strict=True):
+        found_sums = [x for tree in part.values() for x in checksums.compute(tree)]
+        for name, checksum in zip(described, found_sums, strict=True):
             if leaves[name]["checksum"] != checksum:
                 raise _Unreadable(f"the values of {name} are not those that were saved")
         return part
@@ -281,11 +290,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when nothing is being written; SaveError where that went wrong."""
-        self._saving(self._manager.wait_until_finished)
+        while self._manager.is_writing():
+            time.sleep(0.01)
+        self._saving(self._manager.raise_or_wait)
 
     def close(self) -> None:
         """Waits, then lets go of Orbax's threads. The object is of no use afterwards."""
-        self._saving(self._manager.close)
+        self.wait()
+        self._manager.close()
         self._reader.close()
 
     def _claim(self, identity: dict[str, Any]) -> None:
@@ -321,17 +333,17 @@ class Checkpoints:
     def _read(self, step: int, abstract: Any) -> Any:
         """One checkpoint, verified; raises _Unreadable on every process if on any."""
         leaves = self._attempt(lambda: self._read_index(step))
-        _check_same(step, leaves, _describe(abstract))
+        checksums.check_same(step, leaves, checksums.describe(abstract))
         path, args = self._folder / str(step) / "state", ocp.args.StandardRestore(abstract)
         state = self._attempt(lambda: self._reader.restore(path, args=args))
-        for (name, leaf), checksum in zip(leaves.items(), _checksums(state), strict=True):
+        for (name, leaf), checksum in zip(leaves.items(), checksums.compute(state), strict=True):
             if leaf["checksum"] != checksum:
                 raise _Unreadable(f"the values of {name} are not those that were saved")
         return state
 
     def _read_index(self, step: int) -> dict[str, dict]:
         index = ocp.JsonCheckpointHandler().restore(self._folder / str(step) / "index")
-        if index["digest"] != _digest(index["leaves"]):
+        if index["digest"] != checksums.digest(index["leaves"]):
             raise _Unreadable("its list of leaves is damaged")
         return index["leaves"]
 
@@ -375,85 +387,37 @@ def check_folder(folder: epath.PathLike) -> None:
         )
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which says at once when writing has failed on this process.
+
+    Orbax first waits for the other processes, which may be waiting for this one's part: up to
+    its timeout of 600 s. Where another version has no such method to override, so does this.
+    """
+
+    failed: Exception | None = None
+
+    def is_writing(self) -> bool:
+        return self.failed is None and self.is_saving_in_progress()
+
+    def raise_or_wait(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+        self.wait_until_finished()
+
+    def _wait_for_checkpointers(self) -> None:  # in the thread that commits
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failed = error
+            raise
+
+
 class SaveError(RuntimeError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
 class _Unreadable(Exception):
     """A checkpoint is not whole; the message says why."""
-
-
-def _abstract_leaf(x: Any) -> jax.ShapeDtypeStruct:
-    if getattr(x, "sharding", None) is None:
-        raise ValueError(f"restore needs a sharding on every leaf of the state, but got {x}")
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _describe(state: Any) -> dict[str, dict]:
-    """{name: {"shape", "dtype"}} of every leaf, in the tree's own order."""
-    return {
-        jax.tree_util.keystr(path): {"shape": list(x.shape), "dtype": str(x.dtype)}
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-    }
-
-
-def _check_same(step: int, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
-    """Raises ValueError where a checkpoint's leaves are not those the run has."""
-
-    def shown(leaf):
-        return f"{leaf['dtype']}{leaf['shape']}" if leaf else "nothing"
-
-    differing = [
-        f"{name}: the checkpoint has {shown(saved.get(name))}, the run {shown(wanted.get(name))}"
-        for name in {**saved, **wanted}
-        if any(
-            saved.get(name, {}).get(k) != wanted.get(name, {}).get(k) for k in ("shape", "dtype")
-        )
-    ]
-    if differing:
-        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise ValueError(
-            f"checkpoint {step} is whole, but does not match this run's state:\n  "
-            + "\n  ".join(differing[:8])
-            + f"{more}\nUse the model and optimizer it was saved with, or another --workdir."
-        )
-
-
-def _digest(leaves: dict[str, dict]) -> str:
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
-
-
-def _checksums(state: Any) -> list[int]:
-    """One checksum a leaf, in the tree's order; the same under every sharding."""
-    # One small program a distinct shape, where one over all leaves would take minutes to compile.
-    return [int(x) for x in jax.device_get([_checksum(x) for x in jax.tree.leaves(state)])]
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """A uint32 that any one changed element changes for certain.
-
-    Computed where the array lies, so it costs a pass over memory and no copy. It is a sum,
-    and integers wrap, so the order of adding (and with it the sharding) cannot matter.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    width = min(x.dtype.itemsize, 4)
-    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
-    bits = bits.astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        stride = math.prod(bits.shape[axis + 1 :]) % 2**32
-        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        index = index + iota * jnp.uint32(stride)
-    return _mix(bits + _mix(index)).sum(dtype=jnp.uint32)
-
-
-def _mix(x: jax.Array) -> jax.Array:
-    """A one-to-one scrambling of uint32s (the finaliser of MurmurHash3)."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

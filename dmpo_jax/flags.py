@@ -119,9 +119,21 @@ def words_of(error: BaseException) -> str:
 
 
 def log_to_console() -> None:
-    """Our own messages as plain lines, other libraries' from warnings up."""
+    """Our own messages as plain lines, other libraries' from warnings up.
+
+    Tracebacks that libraries log, as Orbax does of every thread that one error passes
+    through, are left out but with --debug: the error itself comes too.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    if not (DEBUG.present and DEBUG.value):
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_without_traceback)
     logging.getLogger("dmpo_jax").setLevel(logging.INFO)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
 
 
 def load(path: str) -> ConfigDict:

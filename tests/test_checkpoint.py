@@ -1,6 +1,7 @@
 """Tests for dmpo_jax/checkpoint.py."""
 
 import gc
+import os
 import pathlib
 import shutil
 import signal
@@ -17,7 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dmpo_jax import checkpoint
+from dmpo_jax import checkpoint, checksums
 
 # When one array cannot be read, Orbax leaves the tasks that read the others, and their event
 # loop, to the garbage collector, which complains.
@@ -218,14 +219,14 @@ def test_another_identity_is_refused_key_by_key(folder):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float16"])
 def test_checksum_sees_one_bit_and_an_exchange(dtype):
     x = np.array(jax.random.bernoulli(jax.random.key(0), 0.5, (6, 5))).astype(jnp.dtype(dtype))
-    base = int(checkpoint._checksum(x))
+    base = int(checksums.checksum(x))
     for i in range(x.size):
         y = x.copy()
         y.view(np.uint8).reshape(x.size, -1)[i, -1] ^= 1
-        assert int(checkpoint._checksum(y)) != base
+        assert int(checksums.checksum(y)) != base
     if len(np.unique(x[0])) > 1:
-        assert int(checkpoint._checksum(x[:, ::-1])) != base
-    assert int(checkpoint._checksum(np.zeros((0, 3), x.dtype))) == 0
+        assert int(checksums.checksum(x[:, ::-1])) != base
+    assert int(checksums.checksum(np.zeros((0, 3), x.dtype))) == 0
 
 
 SAVE_FOREVER = """
@@ -257,6 +258,58 @@ def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
         assert not said
         assert (np.asarray(state["w"]) == step).all()
     assert not [f for f in (tmp_path / "c").glob("*") if "tmp" in f.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of one and a half of the checkpoints below."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root, and a system that has it")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_is_told_soon_and_keeps_the_checkpoint_before(small_disk):
+    def state(step):
+        noise = np.random.default_rng(step).random(2**19, np.float32)  # does not compress
+        return {"w": jnp.asarray(noise)}
+
+    checkpoints = opened(small_disk)
+    checkpoints.save(1, state(1), wait=True)
+    checkpoints.check()
+    checkpoints.save(2, state(2))
+
+    def check_for_a_minute():  # as the loop does after every update
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            checkpoints.check()
+            time.sleep(0.01)
+
+    with pytest.raises(checkpoint.SaveError, match=r"The disk is full: .* whole one is 1:"):
+        check_for_a_minute()
+    with opened(small_disk, read_only=True) as checkpoints:
+        step, got = checkpoints.restore(abstract(state(0)))
+        assert step == 1
+        assert_same(got, state(1))
+
+
+def test_reading_leaves_what_is_being_written_and_passes_over_what_is_broken(folder):
+    (folder / "3.orbax-checkpoint-tmp").mkdir()  # as of a run that is saving just now
+    cut(max((folder / "2" / "state").rglob("d/*"), key=lambda f: f.stat().st_size))
+    before = sorted(f.relative_to(folder) for f in folder.rglob("*"))
+    said = []
+    with opened(folder, read_only=True, warn=said.append) as checkpoints:
+        params = {"params": abstract(make_state(0).params)}
+        step, got = checkpoints.restore_part(params)
+        assert step == 1
+        assert_same(got["params"], make_state(1).params)
+        assert said[0].startswith("checkpoint 2 is not whole (")
+        with pytest.raises(RuntimeError, match=r"is whole \(2: "):
+            checkpoints.restore_part(params, step=2)
+    assert sorted(f.relative_to(folder) for f in folder.rglob("*")) == before
+    with pytest.raises(ValueError, match="there are no checkpoints in"):
+        opened(folder / "none", read_only=True)
 
 
 TWO_PROCESSES = """

@@ -190,12 +190,12 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(count, made, small_
 def test_a_process_that_hangs_ends_the_job(made, base):
     """SIGSTOP: no error, no end of a connection, just silence."""
     workdir = base / "stopped"
-    leaves = {**LONG, "train__steps": 100_000, "train__hang_limit": 5}
+    leaves = {**LONG, "train__steps": 100_000, "train__hang_limit": 20}
     with Job(made, workdir, count=2, devices=2, **leaves) as job:
         job.wait_for_step(15)
         began = time.monotonic()
         job.processes[1].send_signal(signal.SIGSTOP)
-        status, said = job.end(timeout=100)[0]
+        status, said = job.end(timeout=300)[0]
     print(f"process 1 stopped: process 0 ended after {time.monotonic() - began:.1f} s")
     assert status == processes.RESTART, said
     assert "(train.hang_limit): a process or a disk hangs" in said
@@ -219,14 +219,16 @@ keep = optax.GradientTransformation(  # for its state
 )
 run = run._replace(setup=run.setup._replace(tx=keep))
 state = train.make_state(run, params)
-# Away from the reference, where the loss is no longer the same for every pair.
-moved = jax.jit(lambda p: {k: 1.01 * v for k, v in p.items()})(state.params)
-state = state._replace(params=moved)
+# Also away from the reference, where rounding counts more: u is no longer small.
+away = jax.jit(lambda s: (s.step + 0, {k: 1.01 * v for k, v in s.params.items()}))(state)
 update = step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
 sharding = mesh.batch_sharding(run.devices)
 batch = mesh.shard_batch(next(train.make_batches(run, 0)), sharding, config.train.batch_size)
-state, _ = update(state, run.reference, batch, run.key)
-found = {k: placement.gather(v) for k, v in state.opt_state.items()}
+found = {}
+for place in ("start", "moved"):
+    state, _ = update(state, run.reference, batch, run.key)
+    found |= {f"{place} {k}": placement.gather(v) for k, v in state.opt_state.items()}
+    state = state._replace(step=away[0], params=away[1])
 if jax.process_index() == 0:
     np.savez(sys.argv[3], **found)
 """
@@ -264,16 +266,13 @@ def gradients(made, out, count: int, devices: int, fsdp: int) -> dict[str, np.nd
 @pytest.mark.slow
 def test_gradients_are_the_same_on_one_device_and_on_two_processes_of_four(made, tmp_path):
     alone = gradients(made, tmp_path / "1.npz", 1, 1, 1)
-    scale = np.sqrt(sum(np.square(g).sum() for g in alone.values()))
-    assert scale > 0
     for fsdp in (1, 8):
         shared = gradients(made, tmp_path / f"{fsdp}_2x4.npz", 2, 4, fsdp)
         assert set(shared) == set(alone)
-        difference = np.sqrt(sum(np.square(shared[k] - alone[k]).sum() for k in alone))
-        print(f"2 processes x 4 devices, fsdp {fsdp}: {difference / scale:.1e} of the gradient")
-        assert difference < 1e-5 * scale
-        for name in alone:
-            largest = np.abs(alone[name]).max()
-            np.testing.assert_allclose(
-                shared[name], alone[name], rtol=0, atol=1e-5 * max(largest, 1e-3 * scale)
-            )
+        for place, bound in {"start": 1e-5, "moved": 3e-4}.items():  # as in test_step.py
+            names = [name for name in alone if name.startswith(place)]
+            scale = np.sqrt(sum(np.square(alone[k]).sum() for k in names))
+            apart = np.sqrt(sum(np.square(shared[k] - alone[k]).sum() for k in names))
+            print(f"2 processes x 4 devices, fsdp {fsdp}, {place}: {apart / scale:.1e}")
+            assert scale > 0
+            assert apart < bound * scale

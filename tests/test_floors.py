@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
     {"types", "config", "chips", "hlo", "processes"},
-    {"flags", "objectives", "health", "noising", "optim", "mesh", "host_memory"},
+    {"flags", "objectives", "health", "noising", "optim", "mesh", "host_memory", "checksums"},
     {"models"},
     {"diffusers_io", "data", "checkpoint", "writers", "samplers"},
     {"step", "scorers"},

@@ -1,0 +1,85 @@
+"""What a checkpoint's leaves are and hold: names, shapes, dtypes and checksums.
+
+Orbax notices a file that is cut or gone, but not a flipped bit in an array.
+"""
+
+import hashlib
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def abstract_leaf(x: Any) -> jax.ShapeDtypeStruct:
+    if getattr(x, "sharding", None) is None:
+        raise ValueError(f"restore needs a sharding on every leaf of the state, but got {x}")
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def describe(state: Any) -> dict[str, dict]:
+    """{name: {"shape", "dtype"}} of every leaf, in the tree's own order."""
+    return {
+        jax.tree_util.keystr(path): {"shape": list(x.shape), "dtype": str(x.dtype)}
+        for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def check_same(step: int, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
+    """Raises ValueError where a checkpoint's leaves are not those the run has."""
+
+    def shown(leaf):
+        return f"{leaf['dtype']}{leaf['shape']}" if leaf else "nothing"
+
+    differing = [
+        f"{name}: the checkpoint has {shown(saved.get(name))}, the run {shown(wanted.get(name))}"
+        for name in {**saved, **wanted}
+        if any(
+            saved.get(name, {}).get(k) != wanted.get(name, {}).get(k) for k in ("shape", "dtype")
+        )
+    ]
+    if differing:
+        more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise ValueError(
+            f"checkpoint {step} is whole, but does not match this run's state:\n  "
+            + "\n  ".join(differing[:8])
+            + f"{more}\nUse the model and optimizer it was saved with, or another --workdir."
+        )
+
+
+def digest(leaves: dict[str, dict]) -> str:
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
+
+
+def compute(state: Any) -> list[int]:
+    """One checksum a leaf, in the tree's order; the same under every sharding."""
+    # One small program a distinct shape, where one over all leaves would take minutes to compile.
+    return [int(x) for x in jax.device_get([checksum(x) for x in jax.tree.leaves(state)])]
+
+
+@jax.jit
+def checksum(x: jax.Array) -> jax.Array:
+    """A uint32 that any one changed element changes for certain.
+
+    Computed where the array lies, so it costs a pass over memory and no copy. It is a sum,
+    and integers wrap, so the order of adding (and with it the sharding) cannot matter.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4)
+    bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
+    bits = bits.astype(jnp.uint32)
+    index = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        stride = math.prod(bits.shape[axis + 1 :]) % 2**32
+        iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        index = index + iota * jnp.uint32(stride)
+    return _mix(bits + _mix(index)).sum(dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A one-to-one scrambling of uint32s (the finaliser of MurmurHash3)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
