@@ -152,7 +152,7 @@ def test_refusals(made, lora_run, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "train.ema_decay": 0.0}))
     with pytest.raises(ValueError, match="kept no moving average"):
         convert(workdir=tmp_path, out=tmp_path / "x", weights="ema")
-    with pytest.raises(ValueError, match=r"no checkpoint in .* there are \[\]"):
+    with pytest.raises(ValueError, match="there are no checkpoints in"):
         convert(workdir=tmp_path, out=tmp_path / "x")
     with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors is missing"):
         diffusers_io.load_lora(tmp_path)

@@ -1,15 +1,18 @@
 """A compiled training step in a file, so that a run starts without compiling."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from dmpo_jax import config as configs
 
@@ -26,6 +29,20 @@ _LEAVES = (
     "train.accumulation",
     "train.ema_decay",
 )
+
+
+@contextlib.contextmanager
+def never_cached() -> Iterator[None]:
+    """Compiles past the compilation cache: on a CPU, a program that was read from there and is
+    saved once more lacks functions when it is loaded."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks whether there is one but once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def identity(config: configs.Config, setup: Any, arguments: Any, devices: Any) -> dict[str, Any]:

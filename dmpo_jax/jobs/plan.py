@@ -150,7 +150,8 @@ def plan_one(
     program, needed = None, None
     with jax.set_mesh(planned.devices), reported(f"{topology}: compiling"):
         try:
-            program = lowered.compile()
+            with compiled_steps.never_cached() if save else contextlib.nullcontext():
+                program = lowered.compile()
         except Exception as error:
             needed = _out_of_memory(error)
             if needed is None:
