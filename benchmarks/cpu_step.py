@@ -204,8 +204,8 @@ def check_agreement(seen: dict[str, list[dict[str, float]]]) -> None:
     """
     for i, (ours, other) in enumerate(zip(seen["ours"], seen["torch"], strict=True)):
         for name, value in ours.items():
-            # Later steps carry the first ones' rounding through the optimizer.
-            tolerance = 1e-4 if i == 0 else 1e-2
+            # beta carries rounding of 1e-6 into the gradients, the optimizer into later steps.
+            tolerance = 1e-3 if i == 0 else 1e-2
             if not math.isclose(value, other[name], rel_tol=tolerance, abs_tol=tolerance):
                 raise ValueError(
                     f"step {i}: {name} should be equal, got ours {value}, torch {other[name]}"
