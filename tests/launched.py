@@ -36,6 +36,37 @@ def write_config(file: pathlib.Path, made: tuple[str, str], **leaves) -> pathlib
     return file
 
 
+def identity(port: int, index: int, count: int) -> dict[str, str]:
+    """The environment that makes a process one of `count`."""
+    return {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
+def run_script(script: str, arguments: list[str], *, count: int) -> None:
+    """A Python script on `count` processes, which see each other; asserts that all succeed."""
+    port = free_port()
+    path = f"{ROOT}:{ROOT / 'tests'}"
+    shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            env={**shared, **identity(port, i, count)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    try:
+        errors = [process.communicate(timeout=1200)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * count, errors
+
+
 class Job:
     """`count` processes of one launch line. A context manager, which leaves none behind.
 
@@ -59,11 +90,6 @@ class Job:
         port = free_port()
         self.processes = []
         for i in range(count):
-            own = {
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-                "JAX_NUM_PROCESSES": str(count),
-                "JAX_PROCESS_ID": str(i),
-            }
             self.processes.append(
                 subprocess.Popen(
                     [
@@ -82,7 +108,7 @@ class Job:
                         # One for each number of devices: XLA's programs for CPUs are of a kind.
                         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        **(own if count > 1 else {}),
+                        **(identity(port, i, count) if count > 1 else {}),
                         **(environment or {}),
                     },
                     start_new_session=True,  # what stops one must not end the tests

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,7 +16,7 @@ import pytest
 
 import tiny
 from dmpo_jax import diffusers_io, processes
-from launched import ROOT, Job, free_port
+from launched import Job, run_script
 
 LONG = {"train__steps": 40, "log__checkpoint_every": 10, "log__validate_every": 0}
 HEARTBEAT = 10  # s; JAX's own default is 100
@@ -238,30 +237,7 @@ if jax.process_index() == 0:
 
 def gradients(made, out, count: int, devices: int, fsdp: int) -> dict[str, np.ndarray]:
     """One gradient at one state, by `count` processes of as many devices each."""
-    address = f"127.0.0.1:{free_port()}"
-    running = []
-    for i in range(count):
-        own = {
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(count),
-            "JAX_PROCESS_ID": str(i),
-        }
-        environ = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **own}
-        arguments = [*made, str(out), str(devices), str(fsdp)]
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-c", GRADIENTS, *arguments],
-                env={**os.environ, **environ},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        errors = [process.communicate(timeout=1200)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * count, errors
+    run_script(GRADIENTS, [*made, str(out), str(devices), str(fsdp)], count=count)
     return dict(np.load(out))
 
 
