@@ -5,10 +5,10 @@
     python benchmarks/digits.py --table    # draws table and plot again, trains nothing
 
 The pairs are made once, by the project's own jobs, into --work. Every objective is then given
-six settings (`digits_plan.GRIDS`), of which the judge that labelled the pairs chooses one on
-validation seeds; runs of that setting with several training seeds are judged by two judges on
-held-out seeds. --noise takes those settings and runs as they are and trains again with 10, 20
-and 30 % of the decided labels flipped.
+nine settings (`digits_plan.GRIDS`); the judge that labelled the pairs chooses two of them on
+validation seeds, and of these one, when both were trained with two seeds more. Runs of that
+setting with other training seeds are judged by two judges on held-out seeds. --noise takes those
+settings and runs as they are and trains again with 10, 20 and 30 % of the decided labels flipped.
 
 Writes OUT/digits.json (every run, as soon as it is done), digits.md and digits.png, with
 --noise digits_noise.*. Killed and called again, it goes on where it was.
@@ -31,7 +31,7 @@ import rich.console  # noqa: E402
 from etils import epath  # noqa: E402
 
 from benchmarks import digits_noise, digits_plan, digits_plots, digits_report  # noqa: E402
-from benchmarks.digits_plan import GRIDS, SAFEGUARD, Budget, Trial  # noqa: E402
+from benchmarks.digits_plan import GRIDS, Budget, Trial  # noqa: E402
 from benchmarks.digits_runs import base_config, flip_labels, make_pairs  # noqa: E402
 from benchmarks.digits_scores import Results, make_rows  # noqa: E402
 from benchmarks.digits_workers import Group, Workers  # noqa: E402
@@ -54,8 +54,8 @@ def main() -> None:
         write_noise(args, clean, noisy, trials, judges)
     else:
         if not args.table:
-            train_clean(args, budget, work, clean, objectives, judges[0], SAFEGUARD)
-        write_clean(args, clean, objectives, judges, SAFEGUARD)
+            train_clean(args, budget, work, clean, objectives, judges[0])
+        write_clean(args, clean, objectives, judges)
 
 
 def parse() -> argparse.Namespace:
@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     add("--batch_size", type=int, default=budget.batch_size, help=f"({budget.batch_size})")
     add("--pairs", type=int, default=budget.pairs, help=f"to make ({budget.pairs})")
     add("--images", type=int, default=budget.images, help=f"that are judged ({budget.images})")
-    add("--workers", type=int, default=1, help="processes that share the cores (1)")
+    add("--workers", type=int, default=2, help="processes that share the cores (2)")
     add("--work", default=str(ROOT / "runs" / "digits_benchmark"), help="folder for the pairs")
     add("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
@@ -87,42 +87,33 @@ def train_clean(
     results: Results,
     objectives: Sequence[str],
     judge: str,
-    safeguard: float,
 ) -> None:
     """The grids, then the chosen settings."""
     make_pairs(budget, work)
+    make_pairs(budget, work, probabilities=True)
     results.notes = notes(args)
-    grids = [trial for name in objectives for trial in digits_plan.tuning_trials(name)]
-    marks = [0.0, safeguard] if safeguard and "dmpo" in objectives else [0.0]
-    finals = args.seeds * (len(objectives) + len(marks) - 1)
-    begun = [run["trial"] for run in results.runs.values() if not run["trial"]["tuning"]]
-    start = sum(t["objective"] in objectives and t["seed"] < args.seeds for t in begun)
-    start += sum(trial.name in results.runs for trial in grids) + (results.base is not None)
-    with (
-        Workers(args.workers, budget, work) as workers,
-        progress(len(grids) + finals + 1, start) as bar,
-    ):
-        run_all(workers, results, grids, bar, with_base=True)
+    with Workers(args.workers, budget, work) as workers:
+        trials = [trial for name in objectives for trial in digits_plan.tuning_trials(name)]
+        run_all(workers, results, trials, "grids", with_base=True)
+        trials = []
+        for name in objectives:
+            trials += digits_plan.second_round(name, results.runs, judge) or []
+        run_all(workers, results, trials, "second round")
         trials = []
         for name in objectives:
             setting = digits_plan.chosen(name, results.runs, judge)
             if setting is None:
-                raise RuntimeError(f"the grid of {name} is not done, though all of it was run")
-            for mu in marks if name == "dmpo" else [0.0]:
-                trials += digits_plan.final_trials(name, setting, args.seeds, safeguard=mu)
-        run_all(workers, results, trials, bar)
-
-
-def progress(total: int, start: int) -> Progress:
-    # A console of its own: what sampling shows is held back by way of sys.stderr.
-    return Progress(total, start, "digits", console=rich.console.Console(file=sys.stderr))
+                raise RuntimeError(f"the tuning of {name} is not done, though all of it was run")
+            for row in digits_plan.rows_of(name, setting, args.seeds):
+                trials += row
+        run_all(workers, results, trials, "final runs")
 
 
 def run_all(
     workers: Workers,
     results: Results,
     trials: Sequence[Trial],
-    bar: Progress,
+    stage: str,
     *,
     with_base: bool = False,
 ) -> None:
@@ -130,9 +121,14 @@ def run_all(
     todo: list[Group] = list(digits_plan.groups(trials, results.runs))
     if with_base and results.base is None:
         todo.insert(0, None)
-    for name, result in workers.run(todo):
-        results.add(name, result)
-        bar.advance(1, last=name)
+    left = sum(1 if group is None else len(group) for group in todo)
+    start = len(trials) + with_base - left
+    # A console of its own: what sampling shows is held back by way of sys.stderr.
+    console = rich.console.Console(file=sys.stderr)
+    with Progress(len(trials) + with_base, start, stage, console=console) as bar:
+        for name, result in workers.run(todo):
+            results.add(name, result)
+            bar.advance(1, last=name)
 
 
 def train_noisy(
@@ -149,9 +145,8 @@ def train_noisy(
             flip_labels(work, share, seed)
     noisy.notes, noisy.base = notes(args), clean.base
     every = [t for of in trials.values() for s, each in of.items() if s for t in each]
-    start = sum(trial.name in noisy.runs for trial in every)
-    with Workers(args.workers, budget, work) as workers, progress(len(every), start) as bar:
-        run_all(workers, noisy, every, bar)
+    with Workers(args.workers, budget, work) as workers:
+        run_all(workers, noisy, every, "label noise")
 
 
 def notes(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,9 +175,8 @@ def write_clean(
     results: Results,
     objectives: Sequence[str],
     judges: Sequence[str],
-    safeguard: float,
 ) -> None:
-    rows = make_rows(results, objectives, args.seeds, judges[0], safeguard)
+    rows = make_rows(results, objectives, args.seeds, judges[0])
     if not rows:
         raise SystemExit(
             f"{results.path} has no objective whose runs are all done: nothing to show"

@@ -6,18 +6,25 @@ from typing import Any
 
 BASELINE = "diffusion_dpo"  # against whom all others are also compared
 SHARES = (0.1, 0.2, 0.3)  # of the decided pairs' labels, flipped by --noise
-TUNING_SEED = 100  # of training; final runs count from 0
+# Of training; final runs count from 0. The whole grid is trained with the first, its FINALISTS
+# with the others too: the best of many on one seed may be a setting that falls apart on the next.
+TUNING_SEEDS, FINALISTS = (100, 101, 102), 2
 # Blocks of image seeds, `evaluate.FIRST_SEED + block * 2**20` on: nothing is trained on either.
 TUNING_IMAGES, HELD_OUT_IMAGES = 1, 2
-SAFEGUARD = 0.9  # mu of dmpo's row with the winner-preserving safeguard, as published for SD1.5
+# Rows more, with their objective's setting, not tuned themselves: the winner-preserving safeguard
+# with its mu as published for SD1.5, and the judge's probabilities instead of labels drawn by them.
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "dmpo": ({"safeguard": 0.9}, {"probabilities": True}),
+    "diffusion_dpo": ({"probabilities": True},),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Six settings an objective: hyperparameters kept, betas tried, learning rates tried."""
+    """Nine settings an objective: hyperparameters kept, betas tried, learning rates tried."""
 
     betas: tuple[float, ...] = ()
-    rates: tuple[float, ...] = (1e-4, 3e-4)
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     kept: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def settings(self) -> list["Setting"]:
@@ -40,19 +47,17 @@ class Setting:
 
 # The logit u = beta/2 * margin has the same meaning in dmpo, diffusion_dpo, the alpha family
 # and jensen_shannon: the same betas. diffusion_kto's has no half. ipo asks for a margin of
-# 1/(2 beta), hinge for 1/beta: here of 0.1, 0.03 and 0.01, about what dmpo's betas ask for
+# 1/(2 beta), hinge for 1/beta: here of 0.3, 0.1 and 0.03, about what dmpo's betas ask for
 # (2 * 4.6 / beta). dspo and mapo: from their published value up, and on both sides of it.
-_LOGIT = (100.0, 300.0, 1000.0)
+_LOGIT = (30.0, 100.0, 300.0)
 GRIDS: dict[str, Grid] = {
     "dmpo": Grid(_LOGIT, kept={"alpha": 0.01}),
     "diffusion_dpo": Grid(_LOGIT, kept={"label_smoothing": 0.0}),
-    "sft": Grid(rates=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 2e-3)),
-    "ipo": Grid((5.0, 15.0, 50.0)),
-    "hinge": Grid((10.0, 30.0, 100.0)),
+    "sft": Grid(rates=(1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 2e-4, 3e-4, 1e-3, 2e-3)),
+    "ipo": Grid((1.5, 5.0, 15.0)),
+    "hinge": Grid((3.0, 10.0, 30.0)),
     "dspo": Grid((0.001, 0.1, 1.0)),
-    "diffusion_kto": Grid(
-        (50.0, 150.0, 500.0), kept={"chosen_weight": 1.0, "rejected_weight": 1.0}
-    ),
+    "diffusion_kto": Grid((15.0, 50.0, 150.0), kept={"chosen_weight": 1.0, "rejected_weight": 1.0}),
     "mapo": Grid((0.01, 0.1, 1.0)),
     "alpha_divergence": Grid(_LOGIT, kept={"alpha": 0.01, "order": 0.5}),
     "jensen_shannon": Grid(_LOGIT, kept={"alpha": 0.01}),
@@ -79,8 +84,8 @@ class Trial:
     """One training run and its judging.
 
     seed: of the data's order, noise and timesteps, and of which labels are flipped.
-    flipped: the share of them. safeguard: its mu; 0 is none. tuning: judged on the tuning
-    images, whose scores are kept as means only.
+    flipped: the share of them. safeguard: its mu; 0 is none. probabilities: instead of drawn
+    labels. tuning: judged on the tuning images, whose scores are kept as means only.
     """
 
     objective: str
@@ -88,12 +93,14 @@ class Trial:
     seed: int
     flipped: float = 0.0
     safeguard: float = 0.0
+    probabilities: bool = False
     tuning: bool = False
 
     @property
     def row(self) -> str:
         """The name of its row in the table."""
-        return f"{self.objective} + safeguard" if self.safeguard else self.objective
+        marks = {"safeguard": self.safeguard, "probabilities": self.probabilities}
+        return " + ".join([self.objective, *(name for name, mark in marks.items() if mark)])
 
     @property
     def name(self) -> str:
@@ -109,29 +116,52 @@ class Trial:
 
 
 def tuning_trials(objective: str) -> list[Trial]:
-    """An objective's grid."""
-    return [Trial(objective, s, TUNING_SEED, tuning=True) for s in GRIDS[objective].settings()]
+    """An objective's grid, the first round of tuning."""
+    settings = GRIDS[objective].settings()
+    return [Trial(objective, setting, TUNING_SEEDS[0], tuning=True) for setting in settings]
 
 
-def final_trials(
-    objective: str, setting: Setting, seeds: int, *, flipped: float = 0.0, safeguard: float = 0.0
-) -> list[Trial]:
-    """The runs of a chosen setting."""
-    return [
-        Trial(objective, setting, seed, flipped=flipped, safeguard=safeguard)
-        for seed in range(seeds)
-    ]
-
-
-def chosen(objective: str, runs: dict[str, Any], judge: str) -> Setting | None:
-    """The setting of the grid whose tuning images the judge scores highest.
-
-    runs: name -> result, as kept. None where the grid is not yet done.
-    """
+def second_round(objective: str, runs: dict[str, Any], judge: str) -> list[Trial] | None:
+    """The FINALISTS of the grid with the other seeds; None where the grid is not done."""
     trials = tuning_trials(objective)
     if any(trial.name not in runs for trial in trials):
         return None
-    return max(trials, key=lambda trial: runs[trial.name]["scores"][judge]).setting
+    best = sorted(trials, key=lambda trial: -runs[trial.name]["scores"][judge])[:FINALISTS]
+    return [dataclasses.replace(t, seed=seed) for t in best for seed in TUNING_SEEDS[1:]]
+
+
+def final_trials(
+    objective: str, setting: Setting, seeds: int, *, flipped: float = 0.0, **variant: Any
+) -> list[Trial]:
+    """The runs of a chosen setting. variant: one of VARIANTS' dicts."""
+    return [Trial(objective, setting, s, flipped=flipped, **variant) for s in range(seeds)]
+
+
+def rows_of(objective: str, setting: Setting, seeds: int) -> list[list[Trial]]:
+    """The runs of each of its rows in the table, its own first."""
+    every = ({}, *VARIANTS.get(objective, ()))
+    return [final_trials(objective, setting, seeds, **variant) for variant in every]
+
+
+def chosen(objective: str, runs: dict[str, Any], judge: str) -> Setting | None:
+    """The finalist whose tuning images the judge scores highest, by the mean over TUNING_SEEDS.
+
+    runs: name -> result, as kept. None where tuning is not yet done.
+    """
+    second = second_round(objective, runs, judge)
+    if second is None or any(trial.name not in runs for trial in second):
+        return None
+
+    finalists = {str(trial.setting): trial.setting for trial in second}
+    return max(finalists.values(), key=lambda s: sum(tuning_scores(objective, s, runs, judge)))
+
+
+def tuning_scores(
+    objective: str, setting: Setting, runs: dict[str, Any], judge: str
+) -> list[float]:
+    """Of the seeds it was tuned with: all of TUNING_SEEDS, or the first alone."""
+    names = [Trial(objective, setting, seed, tuning=True).name for seed in TUNING_SEEDS]
+    return [runs[name]["scores"][judge] for name in names if name in runs]
 
 
 def groups(trials: Sequence[Trial], done: Iterable[str]) -> list[list[Trial]]:

@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 
 from benchmarks.digits_noise import Curve
-from benchmarks.digits_plan import BASELINE, GRIDS, Setting, chosen, tuning_trials
+from benchmarks.digits_plan import (
+    BASELINE,
+    FINALISTS,
+    GRIDS,
+    TUNING_SEEDS,
+    Setting,
+    chosen,
+    tuning_scores,
+    tuning_trials,
+)
 from benchmarks.digits_scores import Interval, Results, Row
 
 
@@ -47,9 +56,10 @@ def report(results: Results, rows: Sequence[Row], judges: Sequence[str], command
     means = {j: sum(s) / len(s) for j, s in base["held_out"]["scores"].items()}
     lines = ["# Every objective on the digits job", "", *how(results, command)]
     lines += [
-        f"Each objective's setting is the best of {len(tuning_trials('dmpo'))} (below) by the "
-        f"mean score that {first} gives to {about['tuning_images']} validation seeds after a "
-        f"training run with a seed of its own. With it, {seeds} training seeds, judged on "
+        f"Each objective's setting is chosen by the mean score that {first} gives to "
+        f"{about['tuning_images']} validation seeds: the best {FINALISTS} of "
+        f"{len(tuning_trials('dmpo'))} (below) after a training run, and of these the better one "
+        f"by {len(TUNING_SEEDS)} runs. With it, {seeds} other training seeds, judged on "
         f"{about['images']} held-out seeds; neither chose anything. Brackets: 95 % bootstrap "
         "intervals over training seeds and held-out seeds, paired where two models are compared; "
         f"{seeds} training seeds tell of the spread between runs only roughly. Score: mean "
@@ -96,33 +106,43 @@ def _details(rows: Sequence[Row]) -> list[str]:
 
 def _grids(results: Results, rows: Sequence[Row], judge: str) -> list[str]:
     """Every point of every grid, the chosen one in bold."""
-    lines = [f"The grids, and the mean score by {judge} on the validation seeds:", ""]
+    lines = [
+        f"The grids, and the mean score by {judge} on the validation seeds, of each tuning run:",
+        "",
+    ]
     cells, names = [], [row.name for row in rows if row.name in GRIDS]
     for name in names:
         best = chosen(name, results.runs, judge)
         cells.append([name])
         for trial in tuning_trials(name):
-            score = results.runs[trial.name]["scores"][judge]
+            scores = tuning_scores(name, trial.setting, results.runs, judge)
             betas = [f"β {v:g}, " for k, v in trial.setting.hyperparameters.items() if k == "beta"]
-            text = f"{''.join(betas)}{trial.setting.rate:g}: {score:.3f}"
+            text = (
+                f"{''.join(betas)}{trial.setting.rate:g}: {', '.join(f'{x:.3f}' for x in scores)}"
+            )
             cells[-1].append(f"**{text}**" if trial.setting == best else text)
     count = max((len(row) for row in cells), default=1) - 1
     lines += table(["objective", *[""] * count], cells)
     if ends := [name for name in names if at_an_end(name, chosen(name, results.runs, judge))]:
-        lines += [f"At an end of its betas (or rates, for sft): {', '.join(ends)}.", ""]
+        lines += [f"At an end of its betas or rates: {', '.join(ends)}.", ""]
     if any(row.name not in GRIDS for row in rows):
-        lines += ["The safeguard's row has dmpo's setting, and was not tuned itself.", ""]
+        said = "Rows with a + have their objective's setting, and were not tuned themselves. "
+        said += (
+            "probabilities: trained on the judge's probabilities instead of labels drawn by them."
+        )
+        lines += [said, ""]
     return lines
 
 
 def at_an_end(objective: str, setting: Setting | None) -> bool:
-    """Whether a setting has the least or largest beta of its grid, or, without betas, rate."""
+    """Whether a setting has the least or largest beta or rate of its grid."""
     grid = GRIDS[objective]
     if setting is None:
         return False
-    tried = grid.betas or grid.rates
-    value = setting.hyperparameters["beta"] if grid.betas else setting.rate
-    return value in (min(tried), max(tried))
+    ends = [(setting.rate, grid.rates)]
+    if grid.betas:
+        ends.append((setting.hyperparameters["beta"], grid.betas))
+    return any(value in (min(tried), max(tried)) for value, tried in ends)
 
 
 def noise_report(

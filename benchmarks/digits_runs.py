@@ -25,6 +25,7 @@ from dmpo_jax.jobs.sample import load_prompts, make_sampler
 from dmpo_jax.models import parameters
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "digits_dmpo.py"
+PROBABILITIES = "probabilities"  # folder
 LAST = 10  # updates whose metrics are averaged as those of the end
 NOISES = 8  # timesteps and noises a validation pair is measured at
 HEALTH = ("implicit_accuracy", "margin", "chosen_gain", "rejected_gain")
@@ -48,15 +49,21 @@ def trial_config(budget: Budget, trial: Trial, work: epath.Path) -> configs.Conf
     if trial.safeguard:
         config.safeguard.mu = trial.safeguard
     config.optimizer.learning_rate = 1.0
-    config.data.encoded = str(encoded_folder(work, trial.flipped, trial.seed))
+    folder = encoded_folder(work, trial.flipped, trial.seed)
+    config.data.encoded = str(work / PROBABILITIES / "encoded" if trial.probabilities else folder)
     return config
 
 
-def make_pairs(budget: Budget, work: epath.Path) -> None:
-    """Collects and encodes pairs in `work`, by the project's own jobs, unless they are there."""
+def make_pairs(budget: Budget, work: epath.Path, *, probabilities: bool = False) -> None:
+    """Collects and encodes pairs in `work`, by the project's own jobs, unless they are there.
+
+    probabilities: the same images in a folder of their own, with the judge's probabilities.
+    """
     config = base_config(budget)
     config.jobs = ("collect", "encode")
-    run_jobs(config, work)
+    if probabilities:
+        config.collect.labels = "probability"
+    run_jobs(config, work / PROBABILITIES if probabilities else work)
 
 
 def encoded_folder(work: epath.Path, share: float, seed: int) -> epath.Path:
@@ -265,6 +272,7 @@ def trial_fields(trial: Trial) -> dict[str, Any]:
         "seed": trial.seed,
         "flipped": trial.flipped,
         "safeguard": trial.safeguard,
+        "probabilities": trial.probabilities,
         "tuning": trial.tuning,
     }
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from benchmarks.digits_plan import BASELINE, Setting, Trial, chosen, final_trials
+from benchmarks.digits_plan import BASELINE, Setting, Trial, chosen, rows_of
 
 Scores = Float[np.ndarray, "T N"]  # of T training runs on the same N images
 
@@ -151,23 +151,16 @@ def make_row(
     )
 
 
-def make_rows(
-    results: Results, objectives: Sequence[str], seeds: int, judge: str, safeguard: float
-) -> list[Row]:
-    """A row for each objective that is done, best first by the judge that labelled.
-
-    safeguard: of dmpo's second row; 0 asks for none.
-    """
+def make_rows(results: Results, objectives: Sequence[str], seeds: int, judge: str) -> list[Row]:
+    """A row for each objective that is done and its variants; best first by `judge`."""
     runs, base = results.runs, results.base
     if base is None:
         return []
-    finals = []
+    finals: list[list[Trial]] = []
     for objective in objectives:
         setting = chosen(objective, runs, judge)
         if setting is not None:
-            finals.append(final_trials(objective, setting, seeds))
-            if objective == "dmpo" and safeguard:
-                finals.append(final_trials(objective, setting, seeds, safeguard=safeguard))
+            finals += rows_of(objective, setting, seeds)
     finals = [trials for trials in finals if done(trials, runs)]
     baseline = next((trials for trials in finals if trials[0].row == BASELINE), [])
     rows = [make_row(trials, runs, base, baseline) for trials in finals]

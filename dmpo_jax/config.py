@@ -27,6 +27,7 @@ MOMENTS, STORED = ("sample", "mean"), ("bfloat16", "float16", "float32")
 # Equal to optim.OPTIMIZERS and optim.SCHEDULES, which lie a floor above; a test compares.
 OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
 SCHEDULES = ("constant", "cosine", "linear")
+LABELS = ("drawn", "probability")  # of collected pairs
 # Equal to attention.KERNELS and execution.REMAT, likewise.
 KERNELS = ("auto", "plain", "cudnn", "splash")
 REMAT = ("none", "block", "transformer", "offload")
@@ -155,7 +156,11 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "collect.pairs": (1024, "pairs to make"),
     "collect.scorer": ("", "what judges the two images; '' must be set for the collect job"),
     "collect.temperature": (1.0, "Bradley-Terry: preference = sigmoid(score difference / this)"),
-    "collect.tie_margin": (0.0, "score differences below this are ties, preference 0.5"),
+    "collect.labels": (
+        "drawn",
+        "drawn by that probability, or the probability itself",
+    ),
+    "collect.tie_margin": (0.0, "drawn: score differences below this are ties, preference 0.5"),
     "evaluate.seeds": (256, "held-out images a judge sees of each model"),
     "evaluate.judges": (config_dict.placeholder(tuple), "names of scorers; unset: collect.scorer"),
     "debug.family": (

@@ -57,6 +57,7 @@ def _check_names(config: configs.Config):
         "data.moments_dtype": configs.STORED,
         "optimizer.name": configs.OPTIMIZERS,
         "optimizer.schedule": configs.SCHEDULES,
+        "collect.labels": configs.LABELS,
     }
     flat = configs.leaves(config)
     for path, allowed in choices.items():

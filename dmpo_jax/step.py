@@ -109,13 +109,15 @@ def train_step(
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    moved = (params, opt_state, average(state.ema, params, state.step, setup.ema_decay))
-    kept = (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, kept)
+    new = (params, opt_state, average(state.ema, params, state.step, setup.ema_decay))
+    old = (state.params, state.opt_state, state.ema)
+    params, opt_state, ema = jax.tree.map(functools.partial(jnp.where, finite), new, old)
     skipped = state.skipped + (1 - finite.astype(jnp.int32))
+    # Of what they moved by, not of `updates`: that norm would read the whole state once more.
+    moved = jax.tree.map(jnp.subtract, params, state.params)
     metrics |= {
         "grad_norm": grad_norm,
-        "update_norm": optax.tree.norm(updates),
+        "update_norm": optax.tree.norm(moved),
         "skipped": skipped.astype(jnp.float32),
         "pairs": pairs,
     }

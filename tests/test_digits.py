@@ -9,7 +9,7 @@ import torch
 
 from dmpo_jax import diffusers_io, scorers
 from dmpo_jax.data import digits
-from dmpo_jax.jobs.collect import draw_labels, image_seeds
+from dmpo_jax.jobs.collect import draw_labels, image_seeds, win_probability
 from dmpo_jax.jobs.evaluate import compare
 from dmpo_jax.jobs.pixels import prepare
 from dmpo_jax.jobs.sample import load_prompts, make_sampler
@@ -114,6 +114,8 @@ def test_judges_know_digits_that_they_never_saw(name, unseen, least):
 
 def test_labels_are_as_noisy_as_the_temperature():
     scores = np.tile([[0.7, 0.5]], (4000, 1))
+    np.testing.assert_allclose(win_probability(scores, 0.25), 1 / (1 + np.exp(-0.8)))
+    assert list(win_probability(np.array([[0.0, 1e3], [2.0, 2.0], [1e3, 0.0]]), 1.0)) == [0, 0.5, 1]
     labels = draw_labels(scores, temperature=0.25, tie_margin=0.0, seed=0)
     assert abs(labels.mean() - 1 / (1 + np.exp(-0.8))) < 0.03
     assert set(draw_labels(scores, temperature=0.25, tie_margin=0.3, seed=0)) == {0.5}

@@ -11,14 +11,22 @@ from etils import epath
 
 import tiny
 from benchmarks import digits_noise, digits_plan, digits_plots, digits_report, digits_runs
-from benchmarks.digits_plan import Setting, Trial, chosen, final_trials, groups, tuning_trials
+from benchmarks.digits_plan import (
+    Setting,
+    Trial,
+    chosen,
+    final_trials,
+    groups,
+    rows_of,
+    second_round,
+    tuning_trials,
+)
 from benchmarks.digits_scores import Results, interval, make_rows, wins
 from benchmarks.digits_workers import Workers
 from dmpo_jax import optim, step
 from dmpo_jax.data import digits, records
 from dmpo_jax.jobs.evaluate import compare
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.writers import Progress
 
 JUDGES = ("digits_svm", "digits_forest")
 ABOUT = {"steps": 1, "batch_size": 2, "pairs": 40, "tuning_images": 6, "images": 6}
@@ -61,18 +69,18 @@ def test_training_runs_that_differ_widen_the_interval():
 
 def test_every_objective_is_tuned_with_the_same_effort():
     sizes = {name: len(grid.settings()) for name, grid in digits_plan.GRIDS.items()}
-    assert set(sizes.values()) == {6}
-    assert all(len({str(s) for s in grid.settings()}) == 6 for grid in digits_plan.GRIDS.values())
+    assert set(sizes.values()) == {9}
+    assert all(len({str(s) for s in grid.settings()}) == 9 for grid in digits_plan.GRIDS.values())
     assert set(digits_plan.GRIDS) == set(OBJECTIVES)
 
 
 def test_runs_of_one_program_stay_together_and_done_ones_are_left_out():
     trials = tuning_trials("dmpo")
-    assert [len(group) for group in groups(trials, [])] == [2, 2, 2]
+    assert [len(group) for group in groups(trials, [])] == [3, 3, 3]
     left = groups(trials, [trial.name for trial in trials[:3]])
     assert [trial for group in left for trial in group] == trials[3:]
     seeds = final_trials("dmpo", trials[0].setting, 3, flipped=0.1)
-    assert len({trial.name for trial in seeds} | {trial.name for trial in trials}) == 9
+    assert len({trial.name for trial in seeds} | {trial.name for trial in trials}) == 12
     assert groups(seeds, []) == [seeds]
 
 
@@ -109,13 +117,14 @@ def compared(path, bench, objectives=("dmpo", "diffusion_dpo"), seeds=2):
     results.notes = {"environment": "a CPU", "workers": "one process"}
     workers = Workers(1, digits_plan.Budget(), path.parent)
     workers._bench = bench
-    bar = Progress(1)
-    run_all(
-        workers, results, [t for o in objectives for t in tuning_trials(o)], bar, with_base=True
-    )
+    grids = [trial for name in objectives for trial in tuning_trials(name)]
+    run_all(workers, results, grids, "grids", with_base=True)
     for objective in objectives:
+        again = second_round(objective, results.runs, JUDGES[0])
+        run_all(workers, results, again, "second round")
         setting = chosen(objective, results.runs, JUDGES[0])
-        run_all(workers, results, final_trials(objective, setting, seeds), bar)
+        for trials in rows_of(objective, setting, seeds):
+            run_all(workers, results, trials, "final runs")
     return results
 
 
@@ -123,7 +132,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(tmp_path):
     path = tmp_path / "digits.json"
     first, second = FakeBench(), FakeBench()
     results = compared(path, first)
-    assert len(first.asked) == 2 * (6 + 2)
+    assert len(first.asked) == 2 * (9 + 4 + 2) + 2 * 3  # three variants
     # As a kill leaves it: the last run is not there, and half of a file beside it.
     held = json.loads(path.read_text())
     lost = list(held["runs"])[-1]
@@ -145,24 +154,35 @@ def test_runs_of_another_budget_are_refused(tmp_path):
 
 def test_the_setting_is_chosen_by_the_judge_that_labelled():
     trials = tuning_trials("dmpo")
-    scores = [{"scores": {"digits_svm": i, "digits_forest": -i}} for i in (0, 3, 5, 5, 1, 2)]
+    scores = [
+        {"scores": {"digits_svm": i, "digits_forest": -i}} for i in (0, 3, 5, 5, 1, 2, 2, 2, 2)
+    ]
     runs = {trial.name: one for trial, one in zip(trials, scores, strict=True)}
-    assert chosen("dmpo", runs, "digits_svm") == trials[2].setting
-    assert chosen("dmpo", runs, "digits_forest") == trials[0].setting
+    assert chosen("dmpo", runs, "digits_svm") is None  # without the second round
+    again = second_round("dmpo", runs, "digits_svm")
+    assert [trial.setting for trial in again] == [trials[2].setting] * 2 + [trials[3].setting] * 2
+    assert {trial.seed for trial in again} == set(digits_plan.TUNING_SEEDS[1:])
+    for trial, score in zip(again, (1, 1, 4, 5), strict=True):
+        runs[trial.name] = {"scores": {"digits_svm": score}}
+    assert chosen("dmpo", runs, "digits_svm") == trials[3].setting
+    assert second_round("dmpo", runs, "digits_forest")[0].setting == trials[0].setting
     del runs[trials[0].name]
-    assert chosen("dmpo", runs, "digits_svm") is None
+    assert second_round("dmpo", runs, "digits_svm") is None
 
 
 def test_tables_and_plots_say_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
     clean = compared(tmp_path / "digits.json", FakeBench())
-    rows = make_rows(clean, ["dmpo", "diffusion_dpo", "sft"], 2, JUDGES[0], 0.0)
-    assert [row.name for row in rows] == ["dmpo", "diffusion_dpo"]  # best first; sft is not done
+    rows = make_rows(clean, ["dmpo", "diffusion_dpo", "sft"], 2, JUDGES[0])
+    assert len(rows) == 5  # sft is not done
+    names = {row.name for row in rows[:3]}  # best first
+    assert names == {"dmpo", "dmpo + safeguard", "dmpo + probabilities"}
+    assert [row.name for row in rows[3:]] == ["diffusion_dpo", "diffusion_dpo + probabilities"]
     assert rows[0].setting.rate == 1e-4
     assert rows[0].against_baseline["digits_svm"].mean == 1.0
     text = digits_report.report(clean, rows, JUDGES, "python benchmarks/digits.py")
     assert "100.0 % [100.0, 100.0]" in text
-    assert "beta=100 alpha=0.01 rate=0.0001" in text
+    assert "beta=30 alpha=0.01 rate=0.0001" in text
     digits_plots.plot(tmp_path / "digits.png", clean, rows, JUDGES)
 
     trials = digits_noise.noise_trials(clean, ["dmpo"], 2, JUDGES[0])
@@ -289,7 +309,7 @@ def test_a_small_comparison_from_end_to_end(tmp_path, workers):
     subprocess.run(command, check=True)
     results = json.loads((tmp_path / "digits.json").read_text())
     trained = [r for r in results["runs"].values() if r["trial"]["hyperparameters"]]
-    assert len(results["runs"]) - len(trained) == 6 + 2
+    assert len(results["runs"]) - len(trained) == 9 + 4 + 2
     assert all(np.isfinite(list(run["health"].values())).all() for run in results["runs"].values())
     subprocess.run([*command, "--noise"], check=True)
     noisy = json.loads((tmp_path / "digits_noise.json").read_text())["runs"]

@@ -145,6 +145,10 @@ def test_policy_moves_and_reference_does_not():
     assert {m.dtype for m in metrics.values()} == {jnp.dtype(jnp.float32)}
     assert float(metrics["margin_abs_max"]) > 0
     assert_same(reference, before)
+    after = jax.device_get(state.params)
+    state, metrics = jit_step(setup)(state, reference, make_batch(2, seed=3), run_key())
+    by = {path: x - after[path] for path, x in jax.device_get(state.params).items()}
+    assert float(metrics["update_norm"]) == pytest.approx(float(optax.tree.norm(by)), rel=1e-5)
     for path, x in state.params.items():
         assert not np.array_equal(x, before[path]), path
 
@@ -160,6 +164,7 @@ def test_a_nonfinite_loss_changes_nothing_and_is_counted():
     state, metrics = fn(state, reference, bad, run_key())
     assert not np.isfinite(float(metrics["loss"]))
     assert float(metrics["skipped"]) == 1
+    assert float(metrics["update_norm"]) == 0
     assert (int(state.step), int(state.skipped)) == (2, 1)
     assert_same((state.params, state.opt_state), (before.params, before.opt_state))
     state, metrics = fn(state, reference, make_batch(2, seed=2), run_key())

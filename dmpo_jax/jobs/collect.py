@@ -26,6 +26,7 @@ def collect(
     pairs: int,
     seed: int = 0,
     temperature: float = 1.0,
+    labels: str = "drawn",
     tie_margin: float = 0.0,
     variant: str | None = None,
     steps: int = 50,
@@ -36,6 +37,8 @@ def collect(
     """Writes `out`, a parquet file in Pick-a-Pic's schema. Does nothing where it exists.
 
     Prompts take turns; `image_seeds` gives runs of different seeds different images.
+
+    labels: "drawn" or "probability", see `draw_labels` and `win_probability`.
 
     Raises:
         ValueError: unknown scorer, or a part of the model is missing.
@@ -54,7 +57,10 @@ def collect(
     asked = [prompts[i % len(prompts)] for i in range(pairs) for _ in range(2)]
     images = sampler(params, asked, image_seeds(seed, 2 * pairs), "collecting")
     scores = score(images, asked).reshape(pairs, 2)
-    labels = draw_labels(scores, temperature=temperature, tie_margin=tie_margin, seed=seed)
+    if labels == "probability":
+        preferences = win_probability(scores, temperature)
+    else:
+        preferences = draw_labels(scores, temperature=temperature, tie_margin=tie_margin, seed=seed)
     jpegs = [sources.encode_image(image) for image in images]
     out.parent.mkdir(parents=True, exist_ok=True)
     sources.write_pick_a_pic(
@@ -71,17 +77,17 @@ def collect(
                 "has_label": True,
                 "are_different": True,
             }
-            for i, label in enumerate(labels)
+            for i, label in enumerate(preferences)
         ),
     )
-    best = (scores[:, 0] > scores[:, 1]).astype(float)
-    decided = (labels != 0.5) & (scores[:, 0] != scores[:, 1])
+    first = scores[:, 0] > scores[:, 1]
+    decided = (preferences != 0.5) & (scores[:, 0] != scores[:, 1])
     LOG.info(
         "%d pairs, %.0f %% ties; of the others %.0f %% name the image that scores higher; "
         "mean score %.3f",
         pairs,
-        100 * (labels == 0.5).mean(),
-        100 * (labels == best)[decided].mean() if decided.any() else 0,
+        100 * (preferences == 0.5).mean(),
+        100 * ((preferences > 0.5) == first)[decided].mean() if decided.any() else 0,
         scores.mean(),
     )
 
@@ -96,16 +102,19 @@ def image_seeds(seed: int, count: int) -> list[int]:
     return [seed * 2**20 + i for i in range(count)]
 
 
+def win_probability(scores: np.ndarray, temperature: float) -> np.ndarray:
+    """That image 0 of `[N, 2]` scores wins: sigmoid((s_0 - s_1) / temperature), Bradley-Terry."""
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is 0
+        return 1 / (1 + np.exp((scores[:, 1] - scores[:, 0]) / temperature))
+
+
 def draw_labels(
     scores: np.ndarray, *, temperature: float, tie_margin: float, seed: int
 ) -> np.ndarray:
     """Labels for image 0 of `[N, 2]` scores: 0, 1, or 0.5 for a tie.
 
-    Bradley-Terry: image 0 wins with probability sigmoid((s_0 - s_1) / temperature), so
-    labels are as noisy as the temperature is high. Closer scores than tie_margin tie.
+    Image 0 wins by its `win_probability`, so labels are as noisy as the temperature is high.
+    Closer scores than tie_margin tie.
     """
-    difference = scores[:, 0] - scores[:, 1]
-    wins = np.random.default_rng(seed).random(len(scores)) < 1 / (
-        1 + np.exp(-difference / temperature)
-    )
-    return np.where(np.abs(difference) < tie_margin, 0.5, wins.astype(float))
+    wins = np.random.default_rng(seed).random(len(scores)) < win_probability(scores, temperature)
+    return np.where(np.abs(scores[:, 0] - scores[:, 1]) < tie_margin, 0.5, wins.astype(float))

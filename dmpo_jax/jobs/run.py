@@ -86,6 +86,7 @@ def _collect(config: Config, workdir: epath.Path) -> None:
         out=workdir / "pairs.parquet",
         pairs=config.collect.pairs,
         temperature=config.collect.temperature,
+        labels=config.collect.labels,
         tie_margin=config.collect.tie_margin,
         **_sampling(config),
     )
