@@ -131,7 +131,9 @@ def plot(found: dict[str, Any], path: pathlib.Path) -> None:
         row[0].set_ylabel(name, fontsize=9)
     for axis, title in zip(axes[0], PANELS, strict=True):
         axis.set_title(title, fontsize=9)
-    for axis in axes[0]:
+    for axis, title in zip(axes[0], PANELS, strict=True):
+        if title not in ("implicit accuracy", "shares"):
+            axis.margins(y=0.3)  # room for the legend
         axis.legend(fontsize=6.5, frameon=False)
     for axis in axes[-1]:
         axis.set_xlabel("update", fontsize=8)
