@@ -36,6 +36,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd15-fsdp": (SD15, FSDP),
     "sd15-remat-block": (SD15, {**REPLICATED, "model.remat": "block"}),
     "sd15-remat-transformer": (SD15, {**REPLICATED, "model.remat": "transformer"}),
+    "sd15-offload": (SD15, {**REPLICATED, "model.remat": "offload"}),
     "sd15-splash": (SD15, {**REPLICATED, "model.attention": "splash"}),
     "sd15-best-memory": (
         SD15,

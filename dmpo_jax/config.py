@@ -86,9 +86,9 @@ LEAVES: dict[str, tuple[Any, str]] = {
     ),
     "model.remat": (
         "none",
-        "what a backward computes again, to save memory: none, block (resnets and spatial "
-        "transformers), transformer (resnets and transformer blocks), offload (and what is "
-        "kept goes to the host)",
+        "what a backward computes again, to save memory: none (kernels gathered over mesh.fsdp "
+        "are kept too), block (resnets and spatial transformers), transformer (resnets and "
+        "transformer blocks), offload (and what is kept goes to the host)",
     ),
     "model.scan": (False, "compile equal transformer blocks once, as a loop (SDXL has 70)"),
     "data.source": ("", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made"),

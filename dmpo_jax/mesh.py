@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-SHARDED_FROM = 65536  # elements; below it, gathering costs more than the memory is worth
+SHARDED_FROM = 2**18  # elements; below it, gathering costs more than the memory is worth
 
 # What a parameter's path ends in -> how its layer uses it over "tensor"; the first match
 # counts. "columns": each device has some output features, "rows": some input features, and
@@ -130,7 +130,7 @@ def split_of(path: str) -> str:
 def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
     """How a leaf of this shape is kept: large ones in parts, the rest on every device.
 
-    A leaf of two axes or more and at least 65,536 elements is split on its last axis where
+    A leaf of two axes or more and at least 262,144 elements is split on its last axis where
     the devices divide it: the output features of every kernel. "rows" are split
     over "tensor" on the axis before, as they are used.
     """

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dmpo_jax import config as configs
+from dmpo_jax import hlo
 from dmpo_jax import mesh as meshes
 from dmpo_jax.models import attention, execution, lora, parameters, placement
 from dmpo_jax.models.execution import Execution
@@ -102,6 +103,7 @@ def test_remat_and_scan_change_nothing(how):
     ("shape", "how"),
     [
         ({"data": 1, "fsdp": 8}, Execution()),
+        ({"data": 1, "fsdp": 8}, Execution(remat="transformer", scan=True)),
         ({"data": 2, "fsdp": 2, "tensor": 2}, Execution(remat="transformer", scan=True)),
         pytest.param({"data": 1, "fsdp": 2, "tensor": 4}, Execution(), marks=pytest.mark.slow),
     ],
@@ -115,6 +117,13 @@ def test_a_sharded_model_computes_the_same(shape, how, monkeypatch):
         kinds = r"\b(all-gather|all-to-all|collective-permute|reduce-scatter)\("
         found = set(re.findall(kinds, compiled.as_text()))
         assert found == {"all-gather", "reduce-scatter"}
+        shardings = meshes.parameter_sharding(meshes.make_mesh(**shape), initial())
+        cut = [x for path, x in initial().items() if any(shardings[path].spec)]
+        found = hlo.collectives(compiled.as_text(), [np.shape(x) for x in cut])
+        gathered = sum(c.trips * c.payload for c in found if c.kind == "all-gather")
+        # One forward: without remat its kernels serve the backward too, else they come again.
+        times = gathered / sum(np.size(x) * 4 for x in cut)
+        assert times == 1 if how.remat == "none" else 1 < times <= 2
 
 
 def test_rules_are_the_layers_own():

@@ -93,8 +93,8 @@ def test_data_goes_over_the_slices():
 
 def test_parameter_sharding():
     mesh = mesh_lib.make_mesh(data=2, fsdp=4)
-    large, odd = jax.ShapeDtypeStruct((3, 256, 256), jnp.float32), np.zeros((65536, 3))
-    state = {"a.kernel": large, "opt": (odd, np.zeros((255, 256)), jnp.zeros(())), "none": None}
+    large, odd = jax.ShapeDtypeStruct((4, 256, 256), jnp.float32), np.zeros((2**17, 3))
+    state = {"a.kernel": large, "opt": (odd, np.zeros((511, 512)), jnp.zeros(())), "none": None}
     specs = jax.tree.map(lambda s: s.spec, mesh_lib.parameter_sharding(mesh, state))
     whole = PartitionSpec()
     assert specs == {
@@ -110,7 +110,7 @@ def test_parameter_sharding():
 def test_parameters_are_cut_as_their_layers_use_them():
     """Optimizer moments like their parameters, whatever holds them."""
     mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
-    kernel = jax.ShapeDtypeStruct((256, 512), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     paths = {
         "attn1.to_q.kernel": PartitionSpec(None, ("tensor", "fsdp")),
         "attn1.to_out.0.kernel": PartitionSpec("tensor", "fsdp"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dmpo_jax.models import attention, parameters, placement
+from dmpo_jax.models import attention, parameters
 
 REMAT = ("none", "block", "transformer", "offload")
 _INPUT = "block_input"
@@ -20,10 +20,11 @@ class Execution(NamedTuple):
 
     attention: a name in `attention.KERNELS`.
     remat: what a backward computes again instead of keeping it from the forward.
-        "none": nothing but gathered kernels. "block": each resnet and each spatial
-        transformer, whole. "transformer": each resnet and each transformer block.
-        "offload": as "transformer", and what is kept waits in the host's memory. What the
-        splash kernel leaves for its backward is small and dear, and always kept.
+        "none": nothing; gathered kernels are kept too, which with "fsdp" is the whole model
+        in the compute dtype on every device. The others gather again. "block": each resnet
+        and each spatial transformer, whole. "transformer": each resnet and each transformer
+        block. "offload": as "transformer", and what is kept waits in the host's memory.
+        What the splash kernel leaves for its backward is small and dear, and always kept.
     scan: whether equal transformer blocks are one loop, compiled once, or unrolled.
     """
 
@@ -44,11 +45,7 @@ def rematerialised(
     """
     policies: Any = jax.checkpoint_policies
     if remat == "none":
-        if not placement.shards_parameters():
-            return function
-        # A gathered kernel kept for the backward would be the whole model on every device.
-        policy = policies.save_anything_except_these_names(placement.GATHERED)
-        return jax.checkpoint(function, prevent_cse=not in_scan, policy=policy)
+        return function
     if remat != "offload":
         policy = policies.save_only_these_names(attention.RESIDUALS)
         return jax.checkpoint(function, prevent_cse=not in_scan, policy=policy)

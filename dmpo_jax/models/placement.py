@@ -11,13 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
 from dmpo_jax import mesh as meshes
-
-GATHERED = "gathered_kernel"  # under this name a remat policy finds them
 
 
 def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
@@ -66,13 +63,6 @@ def _with_mesh(predict: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return placed
 
 
-def _size(axis: str, kind: AxisType) -> int:
-    """Of an axis of the mesh in force, where it is of this kind; else 1."""
-    mesh = jax.sharding.get_abstract_mesh()
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return mesh.shape[axis] if types.get(axis) == kind else 1
-
-
 def platform() -> str:
     """Of the devices that the program being traced will run on: "cpu", "gpu" or "tpu".
 
@@ -80,11 +70,6 @@ def platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
-
-
-def shards_parameters() -> bool:
-    """Whether devices hold parts of parameters, so that they are gathered at use."""
-    return _size("fsdp", AxisType.Manual) > 1
 
 
 def gathered(kernel: Array, features: int, split: str) -> Array:
@@ -97,14 +82,15 @@ def gathered(kernel: Array, features: int, split: str) -> Array:
     """
     if kernel.shape[-1] < features:
         kernel = jax.lax.all_gather(kernel, "fsdp", axis=kernel.ndim - 1, tiled=True)
-        kernel = checkpoint_name(kernel, GATHERED)
     axis = {"columns": -1, "rows": -2, "whole": None}[split]
     return kernel if axis is None else split_over_tensor(kernel, axis)
 
 
 def split_over_tensor(x: Array, axis: int) -> Array:
     """`x`, with an axis shared over "tensor" where that is an axis of devices."""
-    size = _size("tensor", AxisType.Auto)
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    size = mesh.shape["tensor"] if types.get("tensor") == AxisType.Auto else 1
     if size == 1 or x.shape[axis] % size:
         return x
     spec = ["tensor" if i == axis % x.ndim else None for i in range(x.ndim)]
