@@ -342,46 +342,6 @@ def test_two_real_processes_write_the_same_files(made, whole, tmp_path):
 # --- images ---------------------------------------------------------------------
 
 
-def raw_pair(shape, name="x:0", **given):
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (*shape, 3), np.uint8)
-    return sources.RawPair(name, "a", (png(image), png(255 - image)), 1.0, **given), image
-
-
-def test_random_crops_are_of_the_id_alone():
-    shape = (SIDE, 3 * SIDE)
-    pairs = [raw_pair(shape, f"x:{i}")[0] for i in range(40)]
-    lefts = [pixels.load_pixels(p, "", SIDE, "random").sizes[0, 3] for p in pairs]
-    again = [pixels.load_pixels(p, "", SIDE, "random").sizes[0, 3] for p in reversed(pairs)]
-    assert lefts == again[::-1]
-    assert len(set(lefts)) > 15
-    assert 0 <= min(lefts) < 10
-    assert 54 < max(lefts) <= 2 * SIDE
-    pair, image = raw_pair(shape)
-    found = pixels.load_pixels(pair, "", SIDE, "random")
-    left = found.sizes[0, 3]
-    np.testing.assert_array_equal(found.images[0], image[:, left : left + SIDE])
-    np.testing.assert_array_equal(found.images[1], 255 - found.images[0])
-    np.testing.assert_array_equal(found.sizes, [[32, 96, 0, left, 32, 32]] * 2)
-    assert pixels.load_pixels(pair, "", SIDE).sizes[0, 3] == 32
-
-
-@pytest.mark.parametrize("shape", [(33, 50), (32, 47), (61, 40), (90, 64)])
-def test_sizes_of_a_mirrored_crop(shape):
-    """diffusers mirrors first and crops then: its crop's left is counted from the other side."""
-    _, image = raw_pair(shape)
-    crop, sizes = pixels.prepare(image, SIDE, place=(0.3, 0.9))
-    mirrored_sizes = flip_sizes(np.array([sizes, sizes]))
-    left = mirrored_sizes[0, 3]
-    width = max(round(shape[1] * SIDE / min(shape)), SIDE)
-    height = max(round(shape[0] * SIDE / min(shape)), SIDE)
-    resized = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS))
-    seen = resized[:, ::-1][sizes[2] : sizes[2] + SIDE, left : left + SIDE]
-    np.testing.assert_array_equal(seen, crop[:, ::-1])
-    np.testing.assert_array_equal(np.delete(mirrored_sizes[0], 3), np.delete(sizes, 3))
-    np.testing.assert_array_equal(flip_sizes(mirrored_sizes)[1], sizes)
-
-
 def expected(made, found, **settings):
     """The VAE's own moments, float32, of `Pixels`."""
     pipeline = diffusers_io.load_pipeline(made[1])
@@ -500,44 +460,3 @@ def test_prompts_that_change_are_refused(made, tmp_path, monkeypatch):
         ValueError, match="a prompt that was not there when the prompts were listed"
     ):
         encode(made, tmp_path / "out")
-
-
-# --- running ahead --------------------------------------------------------------
-
-
-def test_map_ahead_keeps_order_and_holds_few():
-    taken, most = 0, 0
-
-    def items():
-        nonlocal taken
-        for i in range(60):
-            taken = i
-            yield i
-
-    def slow(i):
-        time.sleep(0.002 * (i % 3))
-        return i
-
-    done = []
-    for i in ahead.map_ahead(slow, items(), threads=3, ahead=5):
-        done.append(i)
-        time.sleep(0.003)
-        most = max(most, taken - i)
-    assert done == list(range(60))
-    assert 3 <= most <= 5 + 2  # in the queue, being offered, and in hand
-
-
-def test_map_ahead_raises_what_is_raised():
-    def items():
-        yield 1
-        yield 0
-        raise KeyError("source")
-
-    with pytest.raises(ZeroDivisionError):
-        list(ahead.map_ahead(lambda i: 1 / i, items(), threads=2, ahead=4))
-    with pytest.raises(KeyError, match="source"):
-        list(ahead.map_ahead(lambda i: i, items(), threads=2, ahead=4))
-    endless = ahead.map_ahead(lambda i: i, itertools.count(), threads=2, ahead=4)
-    assert next(endless) == 0
-    endless.close()  # and its threads end
-    assert threading.active_count() < 50
