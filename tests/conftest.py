@@ -18,9 +18,9 @@ def triple():
 @pytest.fixture(scope="module")
 def quick_steps():
     """Compiles training steps in a third of the time, for what does not ask for quick programs."""
+    import launched
     from dmpo_jax import step
 
-    quick = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **quick})
+        patch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **launched.QUICK})
         yield

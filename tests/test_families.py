@@ -22,6 +22,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from etils import epath
 from PIL import Image
 
+import launched
 import tiny
 import torch_pipelines
 from dmpo_jax import diffusers_io
@@ -34,7 +35,6 @@ from dmpo_jax.models import families, parameters
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIDE = torch_pipelines.SIDE
-QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,9 @@ def leaves(model, source) -> dict:
 
 
 def train_here(model, source, workdir, monkeypatch):
-    monkeypatch.setattr(train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **QUICK})
+    monkeypatch.setattr(
+        train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **launched.QUICK}
+    )
     run(tiny.make_config("", "", **leaves(model, source)), workdir)
 
 
@@ -223,7 +225,9 @@ def assert_same_unet(pipeline, folder):
         wanted = pipeline.unet(sample, times, context, added_cond_kwargs=added).sample
     arrays = (sample.permute(0, 2, 3, 1), times, context, pooled, ids)
     structure, params = parameters.split(unet)
-    call = jax.jit(lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=QUICK)
+    call = jax.jit(
+        lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=launched.QUICK
+    )
     found = call(params, *[None if x is None else jnp.asarray(x.numpy()) for x in arrays])
     np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1), atol=2e-4, rtol=2e-4)
 
