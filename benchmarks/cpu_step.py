@@ -29,24 +29,23 @@ from typing import Any
 import numpy as np
 from cpu_sides import Ours, Size, Torch, environment, peak_resident_mb, size_of, write_reference
 
+from dmpo_jax import host_memory
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 SIDES = ("ours", "torch")
 PLAIN = "contiguous,default"
 
 
 def main() -> None:
+    host_memory.use_huge_pages()  # as a run does; PyTorch has the good of it too
     args = parse_args()
     size = size_of(args.size)
     rounds, steps = args.rounds or size.rounds, args.steps or size.steps
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     import jax
 
-    from dmpo_jax import host_memory
-
     jax.config.update("jax_num_cpu_devices", size.devices or args.threads)
     if args.worker:
-        if args.worker == "ours":
-            host_memory.keep_freed_memory()
         print(json.dumps(work(args, size, steps)))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -95,9 +94,6 @@ def timed(side: Ours | Torch, steps: int) -> tuple[float, float]:
 
 def together(args: argparse.Namespace, size: Size, rounds: int, steps: int) -> dict[str, Any]:
     """Both sides in this process, taking turns; memory in processes of their own."""
-    from dmpo_jax import host_memory
-
-    host_memory.keep_freed_memory()  # as a run does; PyTorch has the good of it too
     ours = Ours(args.folder, size)
     ours.compile()
     noised = ours.noised()

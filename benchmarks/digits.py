@@ -35,10 +35,12 @@ from benchmarks.digits_plan import GRIDS, Budget, Trial  # noqa: E402
 from benchmarks.digits_runs import base_config, flip_labels, make_pairs  # noqa: E402
 from benchmarks.digits_scores import Results, make_rows  # noqa: E402
 from benchmarks.digits_workers import Group, Workers  # noqa: E402
+from dmpo_jax import host_memory  # noqa: E402
 from dmpo_jax.writers import Progress  # noqa: E402
 
 
 def main() -> None:
+    host_memory.use_huge_pages()  # the workers' too
     args = parse()
     objectives = args.objectives
     budget = Budget(args.steps, args.batch_size, args.pairs, args.images, args.images)

@@ -13,7 +13,6 @@ from etils import epath
 
 from benchmarks.digits_plan import Budget, Trial
 from benchmarks.digits_runs import Bench
-from dmpo_jax.host_memory import keep_freed_memory
 from dmpo_jax.jobs.run import cache_compilations
 
 Group = Sequence[Trial] | None  # None asks for the base's images
@@ -99,7 +98,6 @@ def serve(connection: Any, index: int, count: int, budget: Budget, work: str) ->
         os.sched_setaffinity(0, cores[index::count] or cores)
     jax.config.update("jax_num_cpu_devices", 1)
     cache_compilations()
-    keep_freed_memory()
     try:
         bench = Bench(budget, epath.Path(work))
         while True:

@@ -1,35 +1,33 @@
 """How a process that computes on the CPU gets its memory from the system."""
 
-import ctypes
 import importlib.util
+import os
 import sys
 
-import jax
-
-# Parameters of glibc's mallopt, from its malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TUNABLES, _HUGE_PAGES = "GLIBC_TUNABLES", "glibc.malloc.hugetlb"
 
 
-def keep_freed_memory() -> bool:
-    """Has memory that was freed taken again, not given back to the system; on a CPU alone.
+def use_huge_pages() -> None:
+    """Starts this program once more, with pages of 2 MB for its memory; on a CPU alone.
 
-    A compiled step's temporaries are one allocation, freed at its end. glibc maps one of over
-    32 MB anew each time, and the system fills it with zeros page by page: a third of the
-    digits step's time. From here on the process stays as large as it once was. To be called
-    before JAX starts its threads, each of which would keep an arena of its own.
+    A compiled step's temporaries are one allocation, freed at its end, and the system fills
+    them with zeros anew at every step, page by page: at 4 KB a page a third of the digits
+    step's time. glibc (2.35 and later) reads the setting only when a program starts, hence
+    the second start: to be called before anything that takes long is imported. Elsewhere, and
+    where the kernel has no transparent huge pages, the setting is without effect.
 
-    Returns:
-        Whether it was done: with glibc, and where JAX can find no accelerator.
+    Keeping freed memory instead, by mallopt, takes a single arena, for which the threads of
+    two devices wait: on some days that costs more than the pages do.
     """
-    if not (_only_cpu() and sys.platform == "linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-    return mallopt is not None and all([mallopt(*setting) for setting in settings])
+    tunables = os.environ.get(_TUNABLES, "")
+    if not (sys.platform == "linux" and _only_cpu()) or _HUGE_PAGES in tunables:
+        return
+    os.environ[_TUNABLES] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _only_cpu() -> bool:
-    """Without asking JAX for its devices, which would start its threads."""
-    if platforms := jax.config.values["jax_platforms"]:
+    """Without importing JAX, which takes a second."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
     return not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))

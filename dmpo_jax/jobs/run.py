@@ -7,7 +7,7 @@ import time
 import jax
 from etils import epath
 
-from dmpo_jax import checkpoint, host_memory, processes
+from dmpo_jax import checkpoint, processes
 from dmpo_jax.config import Config
 from dmpo_jax.jobs.collect import collect
 from dmpo_jax.jobs.debug import make_debug
@@ -33,7 +33,6 @@ def run(config: Config, workdir: epath.PathLike) -> None:
         checkpoint.check_folder(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
-    host_memory.keep_freed_memory()
     if config.mesh.cpu_devices > 1:  # has no effect where there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     check_processes(config)
