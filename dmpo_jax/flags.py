@@ -129,6 +129,7 @@ def log_to_console() -> None:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_without_traceback)
         sys.excepthook = _print_exception
+        sys.unraisablehook = _print_unraisable
     logging.getLogger("dmpo_jax").setLevel(logging.INFO)
 
 
@@ -141,6 +142,11 @@ def _print_exception(kind: type[BaseException], error: BaseException, trace: Any
     # What tensorstore's threads come back to after a write that failed, once for each array.
     if str(error) != "Event loop is closed":
         sys.__excepthook__(kind, error, trace)
+
+
+def _print_unraisable(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def load(path: str) -> ConfigDict:

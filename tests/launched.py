@@ -128,7 +128,7 @@ class Job:
     def __exit__(self, *exception) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+            process.communicate()  # also closes the pipe, which a process never read keeps open
 
     def wait_for_step(self, step: int, timeout: float = 1200) -> None:
         deadline = time.monotonic() + timeout
