@@ -55,7 +55,9 @@ setup(
     packages=find_packages(include=["dmpo_jax", "dmpo_jax.*"]),
     # The embedded digits pipeline.
     package_data={
-        "dmpo_jax": [f"digits/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")]
+        "dmpo_jax": [
+            f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")
+        ]
     },
     install_requires=DEPENDENCIES,
     extras_require={

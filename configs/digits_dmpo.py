@@ -9,7 +9,7 @@ seeds by that judge and by a second one. See `WORKDIR/samples/before_after.png` 
 """
 
 from dmpo_jax import config as base
-from dmpo_jax.data.digits import PIPELINE  # configs/digits_base.py says how it was made
+from dmpo_jax.toy.digits import PIPELINE
 
 
 def get_config():

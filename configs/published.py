@@ -3,14 +3,14 @@
     python launch/train.py --config=configs/published.py:sd15_diffusion_dpo --workdir=DIR \\
         --config.data.encoded=ENCODED   # made by launch/encode.py
 
-`dmpo_jax/recipes.py` lists them with their sources: sd15_dmpo, sd15_diffusion_dpo, sd15_dspo,
-sdxl_dmpo, sdxl_diffusion_dpo, sdxl_diffusion_dpo_safeguarded. All are 2,000 updates of 2,048
-pairs of Pick-a-Pic v2. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are DMPO plain, without
-the safeguard that its launchers add.
+`dmpo_jax/config/recipes.py` lists them with their sources: sd15_dmpo, sd15_diffusion_dpo,
+sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo, sdxl_diffusion_dpo_safeguarded. All are 2,000 updates of
+2,048 pairs of Pick-a-Pic v2. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are DMPO plain,
+without the safeguard that its launchers add.
 """
 
 from dmpo_jax import config as base
-from dmpo_jax import recipes
+from dmpo_jax.config import recipes
 
 MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -4,28 +4,47 @@ Letters: B pairs, 2 the images of a pair (0 chosen, 1 rejected), H W C a latent'
 height, width and channels, S context tokens, D context width, P pooled width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Pair = Float[Array, "B 2 H W C"]
-PerPair = Float[Array, "B"]
+PerPair = Float[Array, " B"]
 
 
-class Conditioning(NamedTuple):
-    """What the UNet is told beside latents and timestep; row i belongs to pair i.
+class Condition(NamedTuple):
+    """What a model is given beside latents and time: named arrays, None where a family has none.
 
-    pooled and time_ids are None for models without SDXL's added conditioning. A
-    pair shares its prompt but not its sizes, hence the axis of 2 in time_ids
-    `(original height, width, crop top, left, target height, width)`, in pixels.
-    image: what editing and inpainting models see of a given image, as channels beside the
-    noised latents (`families.image_channels`); None for the others.
+    Row i belongs to pair i. The arrays named in `PER_IMAGE` differ between the images of a pair
+    and have an axis of 2 after the first; a pair shares the others. Read by name alone.
+
+    context: text embeddings. lengths: how many positions of each context are text.
+    pooled: one embedding a prompt. time_ids: SDXL's `(original height, width, crop top, left,
+    target height, width)`, in pixels. image: channels of a given image, beside the latents.
     """
 
     context: Float[Array, "B S D"]
     pooled: Float[Array, "B P"] | None = None
     time_ids: Float[Array, "B 2 6"] | None = None
     image: Float[Array, "B H W E"] | None = None
+    lengths: Int[Array, " B"] | None = None
+
+    PER_IMAGE = frozenset({"time_ids"})
+
+    def per_image(self, images: int) -> "Condition":
+        """`[B, ...]` of pairs -> `[B images, ...]`, one row for each of a pair's first images."""
+
+        def rows(name: str, x: Any) -> Any:
+            if x is None:
+                return None
+            if name in self.PER_IMAGE:
+                x = x[:, :images]
+            else:
+                x = jnp.broadcast_to(x[:, None], (len(x), images, *x.shape[1:]))
+            return x.reshape(-1, *x.shape[2:])
+
+        return Condition(**{name: rows(name, x) for name, x in self._asdict().items()})
 
 
 class PairBatch(NamedTuple):
@@ -35,7 +54,7 @@ class PairBatch(NamedTuple):
 
     moments: Float[Array, "B 2 H W M"]
     preference: PerPair
-    conditioning: Conditioning
+    condition: Condition
 
 
 class Noised(NamedTuple):
@@ -45,6 +64,6 @@ class Noised(NamedTuple):
     """
 
     latents: Pair
-    timesteps: Int[Array, "B"]
+    timesteps: Int[Array, " B"]
     target: Pair
     weights: PerPair | None = None

@@ -6,7 +6,7 @@
 #
 # 75 asks for it (a process was lost or hangs), and so does every status above 128 (ended by a
 # signal, or saved after one) but 130, Ctrl-C. 0 is done; 1 is an error that would come again.
-# dmpo_jax/processes.py has the whole list. On many workers start this on each: all processes of
+# dmpo_jax/parallel/processes.py has the whole list. On many workers start this on each: all processes of
 # a job end together, and find one another again.
 #
 # AGAIN_MOST (20) runs in all, AGAIN_PAUSE (10) seconds between two. A SIGTERM to this script

@@ -7,10 +7,10 @@ Writes DIR/pairs.parquet in Pick-a-Pic's schema, for launch/encode.py --source=p
 
 from absl import app, flags
 
-from dmpo_jax import flags as command
+from dmpo_jax.config import command_line as command
 from dmpo_jax.jobs.collect import collect
-from dmpo_jax.jobs.sample import load_prompts
-from dmpo_jax.scorers import SCORERS
+from dmpo_jax.sampling.sampler import load_prompts
+from dmpo_jax.scoring.digits import SCORERS
 
 MODEL = flags.DEFINE_string("model", None, "diffusers pipeline folder or hub id", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "text file, a prompt a line", required=True)

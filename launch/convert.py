@@ -10,9 +10,9 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
 
 from absl import app, flags
 
-from dmpo_jax import flags as command
+from dmpo_jax.config import command_line as command
+from dmpo_jax.export.single_file import convert_single_file
 from dmpo_jax.jobs.convert import convert
-from dmpo_jax.jobs.single_file import convert_single_file
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "a run's --workdir")
 SINGLE_FILE = flags.DEFINE_string("single_file", "", "a .safetensors file of a whole model")

@@ -11,10 +11,10 @@ writes a page that shows the pairs, DIR/index.html.
 
 from absl import app, flags
 
-from dmpo_jax import flags as command
-from dmpo_jax import processes
-from dmpo_jax.data.sources import SOURCES
-from dmpo_jax.jobs.encode import encode
+from dmpo_jax.config import command_line as command
+from dmpo_jax.data.raw import SOURCES
+from dmpo_jax.encoding.encode import encode
+from dmpo_jax.parallel import processes
 
 KINDS = ", ".join(sorted(SOURCES))
 SOURCE = flags.DEFINE_string("source", None, f"raw pairs, KIND:PATH; kinds: {KINDS}", required=True)
@@ -53,7 +53,7 @@ def main(argv) -> None:
     command.log_to_console()
     if INSPECT.value:
         # Only here: encoding needs none of what the page is made with.
-        from dmpo_jax.jobs.inspect import inspect_source
+        from dmpo_jax.inspection.look import inspect_source
 
         inspect_source(SOURCE.value, INSPECT.value)
         return

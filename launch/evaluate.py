@@ -14,10 +14,10 @@ sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != HERE]
 
 from absl import app, flags  # noqa: E402
 
-from dmpo_jax import flags as command  # noqa: E402
+from dmpo_jax.config import command_line as command  # noqa: E402
 from dmpo_jax.jobs.evaluate import evaluate, summary  # noqa: E402
-from dmpo_jax.jobs.sample import load_prompts  # noqa: E402
-from dmpo_jax.scorers import SCORERS  # noqa: E402
+from dmpo_jax.sampling.sampler import load_prompts  # noqa: E402
+from dmpo_jax.scoring.digits import SCORERS  # noqa: E402
 
 A = flags.DEFINE_string("a", None, "pipeline folder: the base", required=True)
 B = flags.DEFINE_string("b", None, "pipeline folder: the tuned model", required=True)

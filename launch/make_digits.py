@@ -4,13 +4,13 @@
     python launch/train.py --config=configs/digits_base.py --workdir=runs/digits_base
 
 The first trains the VAE on scikit-learn's digits and writes an untrained UNet; the second
-trains the UNet. `runs/digits_base/export` is then what stands in `dmpo_jax/digits`.
+trains the UNet. `runs/digits_base/export` is then what stands in `dmpo_jax/toy/pipeline`.
 """
 
 from absl import app, flags
 
-from dmpo_jax import flags as command
-from dmpo_jax.jobs.make_digits import make_digits
+from dmpo_jax.config import command_line as command
+from dmpo_jax.toy.make import make_digits
 
 OUT = flags.DEFINE_string("out", None, "folder of the new pipeline", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "of every random draw")

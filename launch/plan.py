@@ -12,12 +12,12 @@ import sys
 
 from absl import flags
 
-from dmpo_jax import config_checks
-from dmpo_jax import flags as command
-from dmpo_jax.jobs.plan import plan
-from dmpo_jax.jobs.plan_report import printed
-from dmpo_jax.models.published import PUBLISHED
+from dmpo_jax.config import checks as config_checks
+from dmpo_jax.config import command_line as command
+from dmpo_jax.families.published import PUBLISHED
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.planning.plan import plan
+from dmpo_jax.planning.report import printed
 
 TOPOLOGY = flags.DEFINE_list("topology", None, "v5p:4x4x4,v5e:4x4,gpu:8,...", required=True)
 MODEL = flags.DEFINE_enum("model", "", ["", *PUBLISHED], "shapes of this, not of model.folder")

@@ -11,9 +11,9 @@ or inpaint, and their paths relative to FILE.
 
 from absl import app, flags
 
-from dmpo_jax import flags as command
-from dmpo_jax.jobs.sample import sample
-from dmpo_jax.samplers import SAMPLERS
+from dmpo_jax.config import command_line as command
+from dmpo_jax.diffusion.samplers import SAMPLERS
+from dmpo_jax.sampling.sampler import sample
 
 MODEL = flags.DEFINE_string("model", None, "diffusers pipeline folder or hub id", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts, see above", required=True)

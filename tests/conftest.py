@@ -18,8 +18,8 @@ def triple():
 @pytest.fixture(scope="module")
 def quick_steps():
     """Compiles training steps in a third of the time, for what does not ask for quick programs."""
-    import launched
-    from dmpo_jax import step
+    from dmpo_jax.training import step
+    from tests.support import launched
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **launched.QUICK})

@@ -11,21 +11,15 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "config", "chips", "hlo", "processes"},
-    {
-        "flags",
-        "config_checks",
-        "recipes",
-        "objectives",
-        "noising",
-        "optim",
-        "mesh",
-        "host_memory",
-        "checksums",
-    },
-    {"models", "health"},
-    {"diffusers_io", "data", "checkpoint", "writers", "samplers"},
-    {"step", "scorers"},
+    {"types", "errors", "storage", "progress"},
+    {"objectives", "diffusion", "parallel"},
+    {"models"},
+    {"families"},
+    {"diffusers_io", "data"},
+    {"toy"},
+    {"encoding", "sampling", "scoring", "training", "export", "inspection"},
+    {"evaluation", "planning"},
+    {"config"},
     {"jobs"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
@@ -96,13 +90,16 @@ def test_imports_are_acyclic():
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("dmpo_jax.mesh", "from dmpo_jax import step"),
-        ("dmpo_jax.mesh", "def f():\n    from dmpo_jax.models.unet import UNet2DConditionModel"),
+        ("dmpo_jax.parallel.mesh", "from dmpo_jax.training import step"),
+        (
+            "dmpo_jax.parallel.mesh",
+            "def f():\n    from dmpo_jax.models.unet import UNet2DConditionModel",
+        ),
         ("dmpo_jax.models.unet", "import dmpo_jax.diffusers_io.weights as w"),
-        ("dmpo_jax.noising", "from dmpo_jax.objectives import margin"),  # the same floor
-        ("dmpo_jax.models.unet", "from .. import step"),
+        ("dmpo_jax.diffusion.noise", "from dmpo_jax.objectives import margin"),  # the same floor
+        ("dmpo_jax.models.unet", "from ..training import step"),
         ("dmpo_jax.models.unet", "from ..jobs import train"),
-        ("dmpo_jax.data.digits", "import dmpo_jax"),
+        ("dmpo_jax.toy.digits", "import dmpo_jax"),
     ],
 )
 def test_an_upward_import_is_seen(name, source):

@@ -7,8 +7,8 @@ a tensor at a time) and `placement` (arrays between host and devices).
 
 from dmpo_jax.diffusers_io.folders import find_folder, read_json, write_json
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
-from dmpo_jax.diffusers_io.lora import FILE as LORA_FILE
-from dmpo_jax.diffusers_io.lora import load_lora, save_lora
+from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
+from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     embed_prompts,

@@ -14,10 +14,10 @@ from jax.experimental import multihost_utils
 from dmpo_jax.diffusers_io import weights
 from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
+from dmpo_jax.diffusion.noise import NoiseSchedule
+from dmpo_jax.families.family import FAMILIES, Family
 from dmpo_jax.models import clip, parameters
 from dmpo_jax.models import unet as unets
-from dmpo_jax.models.families import FAMILIES, Family
-from dmpo_jax.noising import NoiseSchedule
 
 # CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
 # told a score in place of the target size.

@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from dmpo_jax.diffusers_io.folders import find_folder, read_json
-from dmpo_jax.noising import NoiseSchedule, make_noise_schedule
+from dmpo_jax.diffusion.noise import NoiseSchedule, make_noise_schedule
 
 LOG = logging.getLogger(__name__)
 

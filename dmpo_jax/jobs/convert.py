@@ -8,11 +8,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from dmpo_jax import checkpoint, diffusers_io, mesh
-from dmpo_jax import config as configs
-from dmpo_jax.jobs.model_card import write_card
-from dmpo_jax.jobs.verify import verify_unet
+from dmpo_jax import diffusers_io
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.export.model_card import write_card
+from dmpo_jax.export.verify import verify_unet
 from dmpo_jax.models import lora, parameters
+from dmpo_jax.parallel import mesh
+from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 Params = dict[str, jax.Array]

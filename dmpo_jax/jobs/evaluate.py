@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io, mesh, scorers
-from dmpo_jax.jobs.sample import make_sampler
+from dmpo_jax import diffusers_io
 from dmpo_jax.models import parameters
-from dmpo_jax.writers import image_grid, save_png
+from dmpo_jax.parallel import mesh
+from dmpo_jax.sampling.images import image_grid, save_png
+from dmpo_jax.sampling.sampler import make_sampler
+from dmpo_jax.scoring import digits as scorers
 
 FIRST_SEED = 2**31  # above every seed that collect gives out
 

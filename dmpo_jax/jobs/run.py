@@ -7,14 +7,15 @@ import time
 import jax
 from etils import epath
 
-from dmpo_jax import checkpoint, processes
-from dmpo_jax.config import Config
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.encoding.encode import encode
 from dmpo_jax.jobs.collect import collect
-from dmpo_jax.jobs.debug import make_debug
-from dmpo_jax.jobs.encode import encode
 from dmpo_jax.jobs.evaluate import evaluate, summary
-from dmpo_jax.jobs.sample import load_prompts
 from dmpo_jax.jobs.train import train
+from dmpo_jax.parallel import processes
+from dmpo_jax.sampling.sampler import load_prompts
+from dmpo_jax.toy.tiny import make_debug
+from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 

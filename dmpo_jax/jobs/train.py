@@ -10,30 +10,27 @@ import jax.numpy as jnp
 from etils import epath
 from jax.profiler import StepTraceAnnotation
 
-from dmpo_jax import (
-    checkpoint,
-    config_checks,
-    diffusers_io,
-    health,
-    mesh,
-    noising,
-    optim,
-    step,
-    writers,
-)
-from dmpo_jax import config as configs
-from dmpo_jax.data import pipeline, records
-from dmpo_jax.data.mixture import Mixture
-from dmpo_jax.jobs import compiled
+from dmpo_jax import diffusers_io
+from dmpo_jax import progress as progress_bar
+from dmpo_jax.config import checks as config_checks
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.data.batches import batches as pipeline
+from dmpo_jax.data.batches.mixture import Mixture
+from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.families import family as families
 from dmpo_jax.jobs.convert import adapt, export
-from dmpo_jax.jobs.grids import make_draw
-from dmpo_jax.jobs.stopping import Stopping, Watchdog
-from dmpo_jax.jobs.trace import Trace
-from dmpo_jax.jobs.watch import Watch, make_cost
-from dmpo_jax.models import families, lora, parameters
+from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.parallel import mesh
+from dmpo_jax.planning import compiled
+from dmpo_jax.sampling.grids import make_draw
+from dmpo_jax.training import checkpoint, health, metrics, optim, step
+from dmpo_jax.training.stopping import Stopping, Watchdog
+from dmpo_jax.training.telemetry import Watch, make_cost
+from dmpo_jax.training.trace import Trace
 from dmpo_jax.types import PairBatch
 
 LOG = logging.getLogger(__name__)
@@ -285,13 +282,13 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     LOG.info("%s", describe_learning_rate(config))
     with (
         Trace(config_checks.parse_profile(config.profile), run.workdir / "profile") as trace,
-        writers.MetricsWriter(
+        metrics.MetricsWriter(
             run.workdir,
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb or None,
             resume_step=start,
         ) as writer,
-        writers.Progress(total, start, config.objective) as progress,
+        progress_bar.Progress(total, start, config.objective) as progress,
         Stopping() as stop,
         Watchdog(config.train.hang_limit) as watchdog,
     ):
@@ -306,10 +303,10 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
             if number == start + 1 and not config.train.compiled:  # batches are all alike
                 update = watch.compile(update, state, run.reference, batch, run.key)
             with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
-                state, metrics = update(state, run.reference, batch, run.key)
+                state, measured = update(state, run.reference, batch, run.key)
             if unread is not None:
                 watch.report(*unread, writer, progress)
-            unread = (number, metrics)
+            unread = (number, measured)
             stopping = stop.asked(number)
             checkpoints.check()
             validating = due(number, config.log.validate_every)

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from dmpo_jax.models import placement
+from dmpo_jax.parallel import placement
 
 KERNELS = ("plain", "cudnn", "splash")
 Spec = Array | jax.ShapeDtypeStruct

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dmpo_jax.models.attention import attention
-from dmpo_jax.models.config import ModelConfig
+from dmpo_jax.models.component_config import ModelConfig
 from dmpo_jax.models.layers import ACTIVATIONS, Linear, activation, layer_norm
 
 KEYS = {

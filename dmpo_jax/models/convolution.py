@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmpo_jax.models.placement import platform
+from dmpo_jax.parallel.placement import platform
 
 # Up to so many pixels come out, over all images, XLA's CPU backend spends longer on laying
 # the kernel out anew than a matrix product takes; above, it is the other way round.

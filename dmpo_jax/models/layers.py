@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.convolution import convolution
-from dmpo_jax.models.placement import gathered, platform, split_over_tensor
+from dmpo_jax.parallel.placement import gathered, platform, split_over_tensor
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

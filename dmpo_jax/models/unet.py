@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
-from dmpo_jax.models.config import ModelConfig, Only, per_block
+from dmpo_jax.models.component_config import ModelConfig, Only, per_block
 from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks, rematerialised
 from dmpo_jax.models.layers import (
     ACTIVATIONS,
@@ -311,7 +311,7 @@ class UNet2DConditionModel(nnx.Module):
     def __call__(
         self,
         sample: Float[Array, "N H W C"],
-        timesteps: Shaped[Array, "N"] | Shaped[Array, ""],
+        timesteps: Shaped[Array, " N"] | Shaped[Array, ""],
         context: Float[Array, "N S E"],
         pooled: Float[Array, "N P"] | None = None,
         time_ids: Float[Array, "N 6"] | None = None,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dmpo_jax.models.config import ModelConfig, Only
+from dmpo_jax.models.component_config import ModelConfig, Only
 from dmpo_jax.models.layers import (
     ACTIVATIONS,
     Attention,

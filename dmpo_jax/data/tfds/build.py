@@ -16,10 +16,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from dmpo_jax.data import faults, sources
-from dmpo_jax.data.counts import PairCounts
-from dmpo_jax.data.shards import ShardWriter
-from dmpo_jax.data.splits import is_held_out
+from dmpo_jax.data import raw as sources
+from dmpo_jax.data.encoded.shards import ShardWriter
+from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.counts import PairCounts
+from dmpo_jax.data.raw.splits import is_held_out
 
 LOG = logging.getLogger(__name__)
 SPLITS = ("train", "validation")

@@ -24,8 +24,9 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils import tqdm
 
-from dmpo_jax.data import faults, sources
-from dmpo_jax.data.sources.built import STATISTICS
+from dmpo_jax.data import raw as sources
+from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.built import STATISTICS
 from dmpo_jax.data.tfds import build
 
 DESCRIPTION = """

@@ -1,0 +1,198 @@
+"""What the real TPU compiler says of our step: memory, collectives, time, and each lever's gain.
+
+    python benchmarks/speed/tpu_plan.py                     # every row, minutes each
+    python benchmarks/speed/tpu_plan.py sdxl-full-v5e-4x4   # one row, or several
+    python benchmarks/speed/tpu_plan.py --table             # what was measured before, as a table
+    python benchmarks/speed/tpu_plan.py --tiny ROW ...      # the same at tiny width, to try it out
+
+Needs libtpu, no TPU. Each row is `launch/plan.py` in a process of its own, so that its time and
+peak memory are its own. Results go to results/tpu_plan.json, a later one in an earlier's place.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+RESULTS = HERE.parent / "results" / "tpu_plan.json"
+SD15 = {"model": "sd15", "topology": "v5p:2x2x2", "pairs": 4}
+REPLICATED = {"mesh.data": 8, "mesh.fsdp": 1, "model.attention": "plain", "model.remat": "none"}
+FSDP = {**REPLICATED, "mesh.data": 1, "mesh.fsdp": 8}
+# SDXL compiles in reasonable time and memory with its 70 blocks in loops alone.
+LEAN = {"mesh.data": 1, "mesh.fsdp": -1, "model.remat": "transformer", "model.scan": True}
+# name: (what is compiled, overrides of the config). Levers are config leaves. Not model.scan for
+# SD1.5, whose transformers have one block each: the program is the same.
+ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sd15-yardstick-1": (SD15, {**REPLICATED, "model.remat": "transformer", "model.scan": True}),
+    "sd15-plain": (SD15, REPLICATED),
+    "sd15-fsdp": (SD15, FSDP),
+    "sd15-remat-block": (SD15, {**REPLICATED, "model.remat": "block"}),
+    "sd15-remat-transformer": (SD15, {**REPLICATED, "model.remat": "transformer"}),
+    "sd15-offload": (SD15, {**REPLICATED, "model.remat": "offload"}),
+    "sd15-splash": (SD15, {**REPLICATED, "model.attention": "splash"}),
+    "sd15-best-memory": (
+        SD15,
+        {**FSDP, "model.attention": "splash", "model.remat": "transformer"},
+    ),
+    "sd15-splash-fsdp": (SD15, {**FSDP, "model.attention": "splash"}),
+    "sdxl-full-v5e-4x4": (
+        {"model": "sdxl", "topology": "v5e:4x4", "pairs": 1},
+        {**LEAN, "model.attention": "splash"},
+    ),
+    "sdxl-full-v5p-2x2x1": (
+        {"model": "sdxl", "topology": "v5p:2x2x1", "pairs": 8},
+        {**LEAN, "model.attention": "splash"},
+    ),
+    "sdxl-lora-v5e-4x4": (
+        {"model": "sdxl", "topology": "v5e:4x4", "pairs": 1, "variant": "lora"},
+        {**LEAN, "model.attention": "splash"},
+    ),
+}
+# Measured once with diffusers 0.36's Flax UNet in the same DMPO step, on 2 cores; that UNet is
+# no part of diffusers any more. SDXL at 1 pair a chip was killed for memory after 26 minutes.
+YARDSTICK_2 = {
+    "row": "diffusers 0.36 Flax, SD1.5, 4 pairs a chip, v5p 2x2x2",
+    "temporaries_gb": 23.0,
+    "xla_seconds": 0.167,
+    "xla_traffic_gb": 355.0,
+    "compile_seconds": 656.0,
+}
+
+
+def command(name: str, tiny: bool) -> tuple[list[str], int]:
+    """The command line of a row, and how many chips it is for."""
+    what, overrides = ROWS[name]
+    chips = 1
+    for side in re.findall(r"\d+", what["topology"].partition(":")[2]):
+        chips *= int(side)
+    family = "sdxl" if what["model"] == "sdxl" else "sd15"
+    variant = ":debug" if tiny else f":{what['variant']}" if "variant" in what else ""
+    leaves = {**overrides, "train.batch_size": what["pairs"] * chips}
+    if tiny and what.get("variant") == "lora":
+        leaves["lora.rank"] = 4
+    flags = [f"--config.{path}={value}" for path, value in leaves.items()]
+    if not tiny:
+        flags.append(f"--model={what['model']}")
+    program = [sys.executable, str(ROOT / "launch" / "plan.py")]
+    config = f"--config={ROOT / 'configs' / f'{family}_dmpo.py'}{variant}"
+    return [*program, config, f"--topology={what['topology']}", *flags], chips
+
+
+def measure(name: str, tiny: bool) -> dict[str, Any]:
+    """One row in a process of its own."""
+    line, _ = command(name, tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "plan.json"
+        line += [f"--out={out}", f"--cache={folder}/cache"]
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        began = time.monotonic()
+        process = subprocess.Popen(line, env=environment)
+        # Of this child alone: RUSAGE_CHILDREN would hold the largest of all of them.
+        _, status, usage = os.wait4(process.pid, 0)
+        took = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        about = {"row": name, "tiny": tiny, "seconds": took, "peak_gb": usage.ru_maxrss / 1e6}
+        if process.returncode:
+            return {**about, "failed": process.returncode}
+        (plan,) = json.loads(out.read_text())
+    return {**about, "plan": plan}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, a row a result, yardstick 2 first."""
+    head = (
+        "row",
+        "pairs/chip",
+        "arguments GB",
+        "temporaries GB",
+        "fits",
+        "XLA's s",
+        "modelled s",
+        "TFLOP/chip",
+        "memory traffic GB",
+        "all-gather",
+        "reduce-scatter",
+        "all-reduce",
+        "all-to-all",
+        "permute",
+        "on activations",
+        "minutes",
+        "host GB",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    known = YARDSTICK_2
+    cells = [known["row"], "4", "", f"{known['temporaries_gb']:.1f}", ""]
+    cells += [f"{known['xla_seconds']:.3f}", "", "", f"{known['xla_traffic_gb']:.0f}"]
+    cells += [""] * 6 + [f"{known['compile_seconds'] / 60:.1f}", ""]
+    lines.append("| " + " | ".join(cells) + " |")
+    for one in results:
+        lines.append("| " + " | ".join(cells_of(one)) + " |")
+    return "\n".join(lines)
+
+
+def cells_of(one: dict[str, Any]) -> list[str]:
+    name = one["row"] + (" (tiny)" if one["tiny"] else "")
+    costs = [f"{one['seconds'] / 60:.1f}", f"{one['peak_gb']:.1f}"]
+    if "failed" in one:
+        return [name, f"failed with status {one['failed']}", *[""] * 13, *costs]
+    plan = one["plan"]
+    memory, times, rows = plan["memory"], plan["time"], plan["collectives"]
+
+    def runs(kind: str) -> str:
+        return "?" if rows is None else str(sum(r["runs"] for r in rows if r["kind"] == kind))
+
+    activations = [r["runs"] for r in rows or () if r["moves"] == "activations"]
+    estimate = plan["xla"].get("optimal_seconds")
+    traffic = plan["xla"].get("traffic_with_loops")
+    return [
+        name,
+        f"{plan['pairs_per_chip']:g}",
+        f"{memory['arguments'] / 1e9:.2f}",
+        f"{memory['temporaries'] / 1e9:.2f}",
+        "yes" if memory["fits"] else "NO",
+        "?" if estimate is None else f"{estimate:.3f}",
+        "?" if not times else f"{times['low']:.3f}-{times['high']:.3f}",
+        f"{plan['flops']['chip_executed'] / 1e12:.1f}",
+        "?" if traffic is None else f"{traffic / 1e9:.0f}",
+        *[runs(k) for k in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")],
+        runs("collective-permute"),
+        "?" if rows is None else str(sum(activations)),
+        *costs,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; default all")
+    parser.add_argument("--table", action="store_true", help="measure nothing, print what was")
+    parser.add_argument("--tiny", action="store_true", help="debug-size models")
+    given = parser.parse_args()
+    if unknown := sorted(set(given.rows) - set(ROWS)):
+        parser.error(f"there are no rows {unknown}; there are {', '.join(ROWS)}")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for name in () if given.table else given.rows or ROWS:
+        print(f"{name} ...", flush=True)
+        new = measure(name, given.tiny)
+        kept = [r for r in results if (r["row"], r["tiny"]) != (name, given.tiny)]
+        results = [*kept, new]
+        if not given.tiny:  # a trial is no result
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What training's curves look like when it is healthy and when it is not, and what came of it.
+
+    python benchmarks/study/health_curves.py           # about a quarter of an hour on 2 cores
+    python benchmarks/study/health_curves.py --table   # draws again, trains nothing
+
+The digits job by `launch/train.py`, once as its config has it and once for each way to go wrong
+in RUNS, on the same pairs. Each run is judged on held-out seeds. Writes OUT/health_curves.json
+(curves and win rates), health_curves.md and health_curves.png. A run that is there is kept.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
+from etils import epath  # noqa: E402
+from matplotlib import pyplot  # noqa: E402
+
+from benchmarks.study.digits_plan import Budget  # noqa: E402
+from benchmarks.study.digits_runs import encoded_folder, flip_labels, make_pairs  # noqa: E402
+
+matplotlib.use("Agg")
+
+# Name -> (settings, the share of labels flipped).
+RUNS: dict[str, tuple[dict[str, float], float]] = {
+    "healthy": ({}, 0.0),
+    "rate 10 times too high": ({"optimizer.learning_rate": 1e-3}, 0.0),
+    "β 100 times too low": ({"objectives.dmpo.beta": 3.0}, 0.0),
+    "β 30 times too high": ({"objectives.dmpo.beta": 9000.0}, 0.0),
+    "labels drawn by lot": ({}, 0.5),
+}
+# Title of a panel -> the curves in it.
+PANELS = {
+    "loss": ("loss", "validation_loss"),
+    "implicit accuracy": ("implicit_accuracy", "validation_implicit_accuracy"),
+    "margin, 5 to 95 %": ("margin", "margin_p05", "margin_p95"),
+    "error against the reference's": ("chosen_gain", "rejected_gain"),
+    "shares": ("past_optimum", "saturation"),
+}
+SMOOTHED = 15  # updates whose mean is drawn
+COLOURS = ("#0072B2", "#D55E00", "#888888")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--table", action="store_true", help="only draw again")
+    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "digits_benchmark")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--steps", type=int, default=150, help="updates a run (150)")
+    args = parser.parse_args()
+    file = args.out / "health_curves.json"
+    if not args.table:
+        found = {name: run(name, args.work, args.steps) for name in RUNS}
+        args.out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found) + "\n")
+    found = json.loads(file.read_text())
+    plot(found, file.with_suffix(".png"))
+    text = table(found)
+    file.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+def run(name: str, work: pathlib.Path, steps: int) -> dict[str, Any]:
+    """Curves by update, and what the judges say."""
+    settings, flipped = RUNS[name]
+    budget = Budget()
+    pairs = epath.Path(work) / f"pairs_{budget.pairs}"
+    make_pairs(budget, pairs)
+    if flipped:
+        flip_labels(pairs, flipped, 0)
+    workdir = work / "health_curves" / f"{name.replace(' ', '_')}_{steps}"
+    if not (workdir / "result.json").exists():
+        leaves = {
+            "jobs": "('train','evaluate')",
+            "data.encoded": encoded_folder(pairs, flipped, 0),
+            "train.steps": steps,
+            "log.every": 1,
+            "log.validate_every": 10,
+            "log.sample_every": 0,
+            **settings,
+        }
+        command = [sys.executable, "launch/train.py", "--config=configs/digits_dmpo.py"]
+        command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in leaves.items())]
+        subprocess.run(command, cwd=ROOT, check=True)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    wanted = {curve for panel in PANELS.values() for curve in panel}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for key in wanted & set(row):
+            curves.setdefault(key, []).append((row["step"], float(f"{row[key]:.5g}")))
+    result = json.loads((workdir / "result.json").read_text())
+    return {"settings": settings, "flipped": flipped, "curves": curves, "result": result}
+
+
+def smooth(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means of up to SMOOTHED neighbours, fewer at the start, at the last one's update."""
+    steps, values = np.array(points).T
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - SMOOTHED, 0)
+    return steps, (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def plot(found: dict[str, Any], path: pathlib.Path) -> None:
+    """A row a run, a column a panel, columns on one scale but for the margins' outliers."""
+    size = (2.9 * len(PANELS), 1.75 * len(found) + 0.6)
+    figure, axes = pyplot.subplots(
+        len(found), len(PANELS), figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    for row, (name, one) in zip(axes, found.items(), strict=True):
+        for axis, (title, names) in zip(row, PANELS.items(), strict=True):
+            for colour, curve in zip(COLOURS, names, strict=False):
+                _curve(axis, one["curves"][curve], curve, colour)
+            level = {"implicit accuracy": 0.5, "shares": None, "loss": None}.get(title, 0.0)
+            if level is not None:
+                axis.axhline(level, color="black", linewidth=0.6, linestyle=":")
+            if title in ("implicit accuracy", "shares"):
+                axis.set_ylim((0.3, 0.9) if title == "implicit accuracy" else (-0.03, 1.03))
+            axis.grid(color="#dddddd", linewidth=0.5)
+            axis.tick_params(labelsize=7)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(name, fontsize=9)
+    for axis, title in zip(axes[0], PANELS, strict=True):
+        axis.set_title(title, fontsize=9)
+    for axis, title in zip(axes[0], PANELS, strict=True):
+        if title not in ("implicit accuracy", "shares"):
+            axis.margins(y=0.3)  # room for the legend
+        axis.legend(fontsize=6.5, frameon=False)
+    for axis in axes[-1]:
+        axis.set_xlabel("update", fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _curve(axis: Any, points: list[tuple[int, float]], name: str, colour: str) -> None:
+    if name.startswith("validation"):
+        axis.plot(*np.array(points).T, "o", color=colour, markersize=2.5, label="validation")
+        return
+    style = "--" if name.endswith(("p05", "p95")) else "-"
+    axis.plot(*smooth(points), style, color=colour, linewidth=1.2, label=name)
+
+
+def table(found: dict[str, Any]) -> str:
+    """How each run ended: means of the last SMOOTHED updates, and win rates against the base."""
+    judges = list(next(iter(found.values()))["result"]["judges"])
+    heads = ["run", "loss", "accuracy", "validation", "margin", "chosen_gain", "rejected_gain"]
+    heads += ["past_optimum", "saturation", *(f"win rate, {judge}" for judge in judges)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, one in found.items():
+        last = {k: smooth(v)[1][-1] for k, v in one["curves"].items()}
+        cells = [name, f"{last['loss']:.4f}", f"{last['implicit_accuracy']:.3f}"]
+        cells += [f"{last['validation_implicit_accuracy']:.3f}"]
+        cells += [f"{last[k]:+.5f}" for k in ("margin", "chosen_gain", "rejected_gain")]
+        cells += [f"{last[k]:.2f}" for k in ("past_optimum", "saturation")]
+        rates = one["result"]["judges"]
+        cells += [f"{100 * rates[judge]['win_rate']:.1f} %" for judge in judges]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""A run's settings: their declaration, checks, recipes and command line."""
+
+from dmpo_jax.config.leaves import Config, debug, defaults
+
+__all__ = ["Config", "debug", "defaults"]

@@ -1,0 +1,292 @@
+"""From encoded pairs to this process's share of every batch.
+
+Element i of the endless shuffled data is a function of (seed, i), and row r of global
+batch s is element s * B + r, whichever process holds it. So the position in the data is
+the step, resuming is O(1), and the batches do not depend on how many processes read them.
+"""
+
+import concurrent.futures
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
+import numpy as np
+from jaxtyping import Float
+
+from dmpo_jax.data.batches.mixture import Mixture
+from dmpo_jax.data.batches.order import Draws, Element, Order
+from dmpo_jax.data.encoded.folder import EncodedPairs
+from dmpo_jax.types import Condition, PairBatch
+
+CACHED_PROMPTS = 512  # 160 MB at SDXL's [77, 2048] in float16
+LAST_STEP = 2**40  # stands for "endless" where Grain wants a length
+
+
+class Batches:
+    """Batch s of the endless data, as a function of s alone: `batches[s]`.
+
+    Args:
+        pairs: what `records.open_pairs` returns, or several of them in a `Mixture`: each
+            set then has its share of the elements, and epochs of its own.
+        split: name of the split.
+        global_batch: B, rows over all processes.
+        rows: the global rows that this process holds, in this order (`mesh.local_rows`).
+        seed: of order, dropout and flips, in [0, 2**32).
+        prompt_dropout: the probability that a pair is given the empty prompt, prompt 0. Where
+            the pairs have images to edit, it is the image's too: half of each come together,
+            so that p = prompt_dropout / 2 of the pairs lose the prompt alone, p the image
+            alone and p both, as InstructPix2Pix does with p = 0.05 (arXiv 2211.09800). A
+            dropped image is zeros. What is to be inpainted is never dropped.
+        shuffle: a fresh order each epoch; otherwise the stored order, again and again.
+        flip: half of the elements are the pair flipped horizontally, both images or neither.
+        num_threads: that read rows; 0 reads in the caller's thread.
+
+    Raises:
+        ValueError: if rows are repeated or outside [0, B), or the dropout outside [0, 1] (with
+            images to edit, above 2/3); if flips are asked for that were not stored.
+    """
+
+    def __init__(
+        self,
+        pairs: EncodedPairs | Mixture,
+        split: str,
+        *,
+        global_batch: int,
+        rows: Sequence[int] | np.ndarray,
+        seed: int,
+        prompt_dropout: float = 0.0,
+        shuffle: bool = True,
+        flip: bool = False,
+        num_threads: int = 0,
+    ):
+        if not 0 <= prompt_dropout <= 1:
+            raise ValueError(f"prompt_dropout must lie in [0, 1], but got {prompt_dropout}")
+        drops_images = pairs.meta["image_kind"] == "edit"
+        if drops_images and prompt_dropout > 2 / 3:
+            raise ValueError(
+                "prompt_dropout must be at most 2/3 for pairs with images to edit, of which it "
+                f"drops half as many again, but got {prompt_dropout}"
+            )
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2**32), but got {seed}")
+        sets = _sets(pairs)
+        if flip:
+            _check_flipped(sets)
+        self._rows = _checked_rows(rows, global_batch)
+        self._global_batch = global_batch
+        self._reader = _Reader(sets, split, num_threads)
+        weights = pairs.weights if isinstance(pairs, Mixture) else [1]
+        self._order = Order(self._reader.lengths, weights, seed=seed, shuffle=shuffle)
+        self._draws = Draws(
+            seed=seed, prompt_dropout=prompt_dropout, drops_images=drops_images, flip=flip
+        )
+
+    def __getitem__(self, step: int) -> PairBatch:
+        """This process's rows of batch `step`, in the order of `rows`."""
+        numbers = [step * self._global_batch + r for r in self._rows]
+        return self._reader.batch([Element(*self._order[i], *self._draws(i)) for i in numbers])
+
+
+def make_batches(
+    pairs: EncodedPairs | Mixture,
+    split: str,
+    *,
+    global_batch: int,
+    rows: Sequence[int] | np.ndarray,
+    seed: int,
+    start_step: int = 0,
+    prompt_dropout: float = 0.0,
+    shuffle: bool = True,
+    flip: bool = False,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[PairBatch]:
+    """`Batches` from start_step on, without end, read ahead in threads.
+
+    Args:
+        start_step: the first batch, reached in O(1).
+        num_threads: that read rows; 0 reads in the caller's thread, and not ahead.
+        prefetch: batches held ready.
+        others: see `Batches`.
+
+    Returns:
+        An iterator of numpy PairBatches, dtypes as stored: moments `[len(rows), 2, h, w, 2C]`,
+        or C where only means are stored. pooled and time_ids (float32) are None unless the
+        prompts carry pooled embeddings, and image `[len(rows), h, w, E]` unless the pairs do.
+    """
+    batches = Batches(
+        pairs,
+        split,
+        global_batch=global_batch,
+        rows=rows,
+        seed=seed,
+        prompt_dropout=prompt_dropout,
+        shuffle=shuffle,
+        flip=flip,
+        num_threads=num_threads,
+    )
+    steps = grain.MapDataset.range(start_step, LAST_STEP).map(batches.__getitem__)
+    # Rows are read by the pool's threads; Grain's keep it busy from one batch to the next.
+    ahead = min(2, prefetch) if num_threads else 0
+    return iter(steps.to_iter_dataset(grain.ReadOptions(ahead, prefetch if ahead else 0)))
+
+
+def make_epoch(
+    pairs: EncodedPairs | Mixture,
+    split: str,
+    *,
+    global_batch: int,
+    rows: Sequence[int] | np.ndarray,
+) -> Iterator[tuple[PairBatch, Float[np.ndarray, " B"]]]:
+    """One pass in stored order, each pair once, for validation.
+
+    A mixture's sets come one after the other, whatever their weights, those without the
+    split left out.
+
+    Yields:
+        (batch, weights): weights float32, 1 for a pair and 0 for the padding that fills
+        the last batch, so that every process makes the same number of equal steps.
+    """
+    rows = _checked_rows(rows, global_batch)
+    sets = _sets(pairs)
+    if isinstance(pairs, Mixture):
+        sets = [one for one in sets if split in one.meta["counts"]]
+    reader = _Reader(sets, split)
+    places = [Element(s, i) for s, length in enumerate(reader.lengths) for i in range(length)]
+
+    def batches() -> Iterator[tuple[PairBatch, np.ndarray]]:
+        for start in range(0, len(places), global_batch):
+            numbers = [start + r for r in rows]
+            weights = np.array([i < len(places) for i in numbers], np.float32)
+            batch = reader.batch([places[i if i < len(places) else 0] for i in numbers])
+            yield batch, weights
+
+    return batches()  # rows are checked now, not at the first batch
+
+
+def is_mean_only(meta: Mapping[str, Any]) -> bool:
+    """Whether the moments of a folder (its encoded.json) are means without log-variances.
+
+    Raises:
+        ValueError: the folder says neither "sample" nor "mean".
+    """
+    kind = meta.get("moments", "sample")
+    if kind not in ("sample", "mean"):
+        raise ValueError(
+            f'the encoded pairs\' moments should be "sample" or "mean", but are {kind!r}: encode '
+            "them with this version"
+        )
+    return kind == "mean"
+
+
+def latent_channels(meta: Mapping[str, Any]) -> int:
+    """C, of the moments that a folder holds: 2C with log-variances, C without."""
+    return meta["shapes"]["moments"]["shape"][-1] // (1 if is_mean_only(meta) else 2)
+
+
+def abstract_batch(meta: Mapping[str, Any], rows: int, sharding: Any) -> Any:
+    """Shapes of the batches of a folder with this `meta`, as `mesh.shard_batch` lays them out."""
+
+    def array(*shape: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=sharding)
+
+    arrays: dict[str, Any] = dict.fromkeys(("moments", "context", "pooled", "image"))
+    for name in arrays:
+        if described := meta["shapes"].get(name):
+            arrays[name] = array(*described["shape"], dtype=described["dtype"])
+    time_ids = None if arrays["pooled"] is None else array(2, 6, dtype=np.float32)
+    condition = Condition(
+        context=arrays["context"],
+        pooled=arrays["pooled"],
+        time_ids=time_ids,
+        image=arrays["image"],
+    )
+    return PairBatch(arrays["moments"], array(dtype=np.float32), condition)
+
+
+class _Reader:
+    """Fills batches with the pairs and prompts of some data sets of one shape."""
+
+    def __init__(self, sets: Sequence[EncodedPairs], split: str, num_threads: int = 0):
+        self._sources = [pairs.split(split) for pairs in sets]
+        self.lengths = [len(source) for source in self._sources]
+        # Prompts recur (the empty one above all): a bounded cache, shared by the threads.
+        cached = functools.lru_cache(maxsize=max(CACHED_PROMPTS // len(sets), 1))
+        self._prompts = [cached(pairs.prompts.__getitem__) for pairs in sets]
+        self._shapes = sets[0].meta["shapes"]
+        self._num_threads = num_threads
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
+
+    def batch(self, elements: Sequence[Element]) -> PairBatch:
+        """The elements in the order given."""
+        batch = self._empty(len(elements))
+
+        def fill(numbers: range) -> None:
+            for row in numbers:
+                self._fill(batch, row, elements[row])
+
+        everything, parts = range(len(elements)), min(self._num_threads, len(elements))
+        if self._pool is None:
+            fill(everything)
+        else:
+            for _ in self._pool.map(fill, [everything[part::parts] for part in range(parts)]):
+                pass  # an error comes up here
+        return batch
+
+    def _empty(self, rows: int) -> PairBatch:
+        def array(name: str) -> Any:
+            described = self._shapes.get(name)
+            if described is None:
+                return None
+            return np.empty((rows, *described["shape"]), np.dtype(described["dtype"]))
+
+        pooled = array("pooled")
+        time_ids: Any = None if pooled is None else np.empty((rows, 2, 6), np.float32)
+        preference: Any = np.empty(rows, np.float32)
+        condition = Condition(
+            context=array("context"), pooled=pooled, time_ids=time_ids, image=array("image")
+        )
+        return PairBatch(array("moments"), preference, condition)
+
+    def _fill(self, batch: PairBatch, row: int, element: Element) -> None:
+        # Each record is copied and let go before the next is read: its memory is then used
+        # again, still in the cache, where a batch of them would be cleared by the kernel.
+        pair = self._sources[element.source][element.record]
+        if element.flips:
+            pair = pair.flip()
+        prompt = self._prompts[element.source](0 if element.drops_prompt else pair.prompt)
+        arrays: Any = batch
+        arrays.moments[row] = pair.moments
+        arrays.preference[row] = pair.preference
+        told = arrays.condition
+        told.context[row] = prompt.context
+        if told.pooled is not None:
+            told.pooled[row], told.time_ids[row] = prompt.pooled, pair.sizes
+        if told.image is not None:
+            told.image[row] = 0 if element.drops_image else pair.image
+
+
+def _sets(pairs: EncodedPairs | Mixture) -> Sequence[EncodedPairs]:
+    return pairs.sets if isinstance(pairs, Mixture) else [pairs]
+
+
+def _check_flipped(sets: Sequence[EncodedPairs]) -> None:
+    for number, pairs in enumerate(sets):
+        which = f"folder {number} of the mixture" if len(sets) > 1 else "the folder"
+        if not pairs.meta.get("flipped", False):
+            raise ValueError(
+                f"flips were asked for, but {which} of encoded pairs does not hold them: encode "
+                "with flips, or train without"
+            )
+
+
+def _checked_rows(rows: Sequence[int] | np.ndarray, global_batch: int) -> list[int]:
+    rows = [int(r) for r in rows]
+    if not rows or len(set(rows)) < len(rows) or min(rows) < 0 or max(rows) >= global_batch:
+        raise ValueError(
+            f"rows must be distinct, at least one, in [0, {global_batch}), but got {rows}"
+        )
+    return rows

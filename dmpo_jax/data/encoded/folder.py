@@ -1,0 +1,320 @@
+"""Encoded pairs on disk: the schema, its writer and its reader.
+
+A folder holds
+
+    encoded_pairs-SPLIT.array_record-NNNNN  the pairs, with dataset_info.json and
+                            features.json: a TFDS dataset, so that
+                            `tfds.builder_from_directory(folder)` opens it too
+    prompts.array_record-NNNNN  the embeddings of each prompt (`prompt_store`)
+    encoded.json            what was encoded, with which model, every file's size
+
+`encoded.json` is written last. Without it, or with a file missing or cut short, the
+folder is not whole and is not opened: a cut ArrayRecord file reads as an empty one,
+without an error.
+"""
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.core.splits import SplitDict
+
+from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data.encoded import shards
+from dmpo_jax.data.encoded.examples import read_example
+from dmpo_jax.data.encoded.pair import (
+    ARRAYS,
+    EncodedPair,
+    PairSerializer,
+    make_features,
+    pair_bytes,
+)
+from dmpo_jax.data.encoded.prompts import PromptEmbedding, PromptStore
+from dmpo_jax.data.encoded.shards import Shard, ShardWriter
+
+# Format 1 had one file of prompts; flipped variants and means alone came with 2.
+FORMAT, READABLE = 2, (1, 2)
+MARKER = "encoded.json"
+FEATURES = "features.json"
+NAME = "encoded_pairs"
+SPLITS = ("train", "validation")
+REQUIRED_META = ("model", "scaling_factor")
+RESERVED_META = {"format", "counts", "shapes", "prompt_shards", "files"}
+DEFAULT_META = {"image_kind": "", "moments": "sample", "skipped": {}}
+OURS = re.compile(
+    rf"\.?({NAME}-.*\.array_record-\d+|{prompt_store.FILE.pattern})(\.partial)?"
+    r"|(dataset_info|features)\.json"
+)
+SHARD_BYTES = 256 * 2**20  # of what `write_pairs` writes
+
+
+class NotWholeError(ValueError):
+    """The folder's encoding did not finish, or its copy did not."""
+
+
+def shard_name(split: str, k: int) -> str:
+    """The name of a split's k-th file."""
+    return f"{NAME}-{split}.array_record-{k:05d}"
+
+
+def write_pairs(
+    folder: epath.PathLike,
+    splits: Mapping[str, Iterable[EncodedPair]],
+    prompts: Iterable[PromptEmbedding],
+    meta: Mapping[str, Any],
+) -> None:
+    """Writes a whole folder of encoded pairs, swapped so that index 0 is chosen.
+
+    Args:
+        folder: local or remote. Leftovers of a write that did not finish are removed.
+        splits: "train" and, if wanted, "validation". Read once, in order, after prompts.
+        prompts: read once. The first is the empty prompt.
+        meta: goes into encoded.json: at least `model` (its identity) and `scaling_factor`
+            (of the VAE); `image_kind`, a `Family.image`, where the pairs have images;
+            `moments`, "mean" where they are means alone; anything JSON can hold. Counts,
+            shapes and dtypes are added.
+
+    Raises:
+        ValueError: if the folder is already whole; if a pair or a prompt is malformed, not
+            finite or unlike the first, naming it. The folder is then not whole.
+    """
+    folder = epath.Path(folder)
+    if unknown := set(splits) - set(SPLITS):
+        raise ValueError(f"splits are {SPLITS}, but got {sorted(unknown)}")
+    if "train" not in splits:
+        raise ValueError(f"a 'train' split is needed, but got {sorted(splits)}")
+    _check_meta(meta)
+    clear(folder)
+    stored, shapes = _write_store(folder, iter(prompts))
+    count = sum(shard.records for shard in stored)
+    serialize, written = None, {}
+    for split in sorted(splits):
+        pairs, written[split] = iter(splits[split]), []
+        while (pair := next(pairs, None)) is not None:
+            if serialize is None:
+                imaged, moments = bool(meta.get("image_kind")), meta.get("moments", "sample")
+                serialize = PairSerializer(pair, prompts=count, imaged=imaged, moments=moments)
+            most = max(1, SHARD_BYTES // max(pair_bytes(serialize.shapes), 1))
+            with ShardWriter(folder, shard_name(split, len(written[split]))) as writer:
+                for each in itertools.chain([pair], itertools.islice(pairs, most - 1)):
+                    writer.write(serialize(each))
+                written[split].append(writer.close())
+        if serialize is None or not written[split]:
+            raise ValueError(f"split {split!r} needs at least one pair, but got none")
+        shapes = {**serialize.shapes, **shapes}
+    finish(folder, meta, written, stored, shapes)
+
+
+def _write_store(
+    folder: epath.Path, prompts: Iterator[PromptEmbedding]
+) -> tuple[list[Shard], dict[str, Any]]:
+    """The files of the prompt store, and the shapes of what is in them."""
+    stored, shapes, first = [], {}, next(prompts, None)
+    while first is not None or not stored:  # no prompt at all is refused as it is written
+        rest = itertools.islice(prompts, prompt_store.PER_SHARD - 1)
+        chunk = [] if first is None else itertools.chain([first], rest)
+        shard, got = prompt_store.write_prompts(folder, len(stored), chunk)
+        shapes = shapes or got
+        if got != shapes:
+            raise ValueError(f"the prompts of {shard.name} should be {shapes}, but got {got}")
+        stored.append(shard)
+        first = next(prompts, None)
+    return stored, shapes
+
+
+def finish(
+    folder: epath.Path,
+    meta: Mapping[str, Any],
+    splits: Mapping[str, Sequence[Shard]],
+    prompts: Sequence[Shard],
+    shapes: Mapping[str, Any],
+) -> None:
+    """Writes the TFDS metadata of files that are there, and, last, encoded.json.
+
+    Args:
+        meta: as of `write_pairs`.
+        splits: the files of each split, `shard_name(split, k)` for k from 0 on.
+        prompts: the files of the prompt store.
+        shapes: of the pairs' arrays, and of the prompts' `context` and `pooled`.
+    """
+    _check_meta(meta)
+    _write_info(folder, splits, shapes)
+    written = [*prompts, *itertools.chain.from_iterable(splits.values())]
+    files = {shard.name: shard.size for shard in written}
+    files |= {name: (folder / name).stat().length for name in ("dataset_info.json", FEATURES)}
+    counts = {split: sum(s.records for s in of_split) for split, of_split in splits.items()}
+    whole = {
+        **DEFAULT_META,
+        **meta,
+        "flipped": bool(shapes["flipped"]),
+        "format": FORMAT,
+        "counts": {"prompts": sum(shard.records for shard in prompts), **counts},
+        "shapes": shapes,
+        "prompt_shards": [shard.records for shard in prompts],
+        "files": files,
+    }
+    shards.save_json(folder / MARKER, whole)
+
+
+def _check_meta(meta: Mapping[str, Any]) -> None:
+    if missing := set(REQUIRED_META) - set(meta):
+        raise ValueError(f"meta needs {REQUIRED_META}, but {sorted(missing)} is missing")
+    if reserved := RESERVED_META & set(meta):
+        raise ValueError(f"meta may not set {sorted(reserved)}: the writer adds them")
+    json.dumps(dict(meta))  # fails here rather than after hours of encoding
+
+
+def _write_info(
+    folder: epath.Path, splits: Mapping[str, Sequence[Shard]], shapes: Mapping[str, Any]
+) -> None:
+    """dataset_info.json and features.json."""
+    with shards.local_copy_of(folder) as local:
+        identity = DatasetIdentity(
+            name=NAME,
+            version=tfds.core.Version(f"{FORMAT}.0.0"),
+            data_dir=os.fspath(local),
+            module_name="",
+        )
+        info = tfds.core.DatasetInfo(
+            builder=identity,
+            description="Encoded preference pairs.",
+            features=make_features(shapes),
+        )
+        info.set_file_format("array_record")
+        info.set_splits(
+            SplitDict(
+                [
+                    tfds.core.SplitInfo(
+                        name=split,
+                        shard_lengths=[shard.records for shard in of_split],
+                        num_bytes=sum(shard.record_bytes for shard in of_split),
+                        filename_template=tfds.core.ShardedFileTemplate(
+                            data_dir=local,
+                            dataset_name=NAME,
+                            split=split,
+                            filetype_suffix="array_record",
+                            template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+                        ),
+                    )
+                    for split, of_split in sorted(splits.items())
+                ]
+            )
+        )
+        info.write_to_directory(os.fspath(local))
+
+
+def clear(folder: epath.Path) -> None:
+    """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        _whole_meta(folder)
+    except NotWholeError:
+        pass
+    else:
+        raise ValueError(f"{folder} already holds encoded pairs: delete it or choose another")
+    (folder / MARKER).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name):
+            path.unlink()
+
+
+def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
+    """Opens what `write_pairs` wrote; reads nothing but the metadata.
+
+    Local and gs:// folders are read in place; others, which ArrayRecord cannot open, are
+    first copied to the machine's temporary folder, once.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+        NotWholeError: if the folder is not whole.
+        ValueError: if it has another format version.
+    """
+    folder = epath.Path(folder)
+    meta = load_meta(folder)
+    if shards.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        folder = shards.stage(folder, meta["files"], NAME)
+    return EncodedPairs(folder, meta)
+
+
+def load_meta(folder: epath.PathLike) -> dict[str, Any]:
+    """encoded.json of a folder that is whole; raises as `open_pairs`."""
+    folder = epath.Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"no encoded pairs at {folder}: run encode first")
+    meta = _whole_meta(folder)
+    if meta["format"] not in READABLE:
+        raise ValueError(
+            f"{folder} has format {meta['format']}, but this version reads "
+            f"{' and '.join(map(str, READABLE))}: delete it and run encode again"
+        )
+    # Folders of format 1, some made before there were images.
+    meta = {**DEFAULT_META, "flipped": False, "prompt_shards": [], **meta}
+    meta["shapes"] = {**dict.fromkeys(ARRAYS), **meta["shapes"]}
+    return meta
+
+
+def _whole_meta(folder: epath.Path) -> dict[str, Any]:
+    """encoded.json of a folder that is whole; NotWholeError otherwise."""
+    unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
+    meta = shards.load_json(folder / MARKER)
+    if meta is None:
+        raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)")
+    if name := shards.first_not_whole(folder, meta["files"]):
+        raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
+    return meta
+
+
+class EncodedPairs:
+    """An opened folder. `meta`: encoded.json. `prompts`: the store, `[j]` -> PromptEmbedding."""
+
+    def __init__(self, folder: epath.Path, meta: dict[str, Any]):
+        self.meta = meta
+        self.prompts = PromptStore(
+            folder,
+            meta["prompt_shards"],
+            total=meta["counts"]["prompts"],
+            shapes=meta["shapes"],
+        )
+        self._builder: Any = tfds.builder_from_directory(folder)
+
+    def split(self, name: str) -> "PairSource":
+        """The pairs of a split, by random access: len and `[i]` -> EncodedPair.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        if name not in self._builder.info.splits:
+            names = sorted(self._builder.info.splits)
+            raise ValueError(f"there is no split {name!r}, only {names}")
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = self._builder.as_data_source(name, deserialize_method=raw)
+        return PairSource(source, self.meta["shapes"])
+
+
+class PairSource:
+    """Random access to the pairs of one split; nothing is kept in memory."""
+
+    def __init__(self, source: Any, shapes: Mapping[str, Any]):
+        """source: of records as bytes. shapes: of their arrays, as in encoded.json."""
+        self._source, self._shapes = source, shapes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, i: int) -> EncodedPair:
+        record = self._source[prompt_store.checked_index(i, len(self))]
+        values = read_example(record, self._shapes)
+        return EncodedPair(
+            id=values["id"].decode(),
+            prompt=values["prompt"][0],
+            preference=values["preference"][0],
+            sizes=np.array(values["sizes"], np.int32).reshape(2, 6),
+            **{name: values[name] for name in ARRAYS if name in values},
+        )

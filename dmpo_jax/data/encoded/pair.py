@@ -1,0 +1,198 @@
+"""One encoded pair: what it holds, how it is mirrored, checked and made a record of."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float, Int
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+from dmpo_jax.data.encoded.prompts import check_floats, described
+
+ARRAYS = ("moments", "image", "flipped", "flipped_image")
+
+
+class EncodedPair(NamedTuple):
+    """One record.
+
+    id: where the pair came from. prompt: index into the prompt store. preference: the
+    probability that image 0 is preferred. moments: of the VAE, unscaled: mean, then
+    log-variance, on the last axis (M = 2C), or the mean alone (M = C) where the folder's
+    `meta["moments"]` is "mean"; bfloat16, float16 or float32. sizes: original height and
+    width, crop top and left, target height and width, in pixels. image: what the UNet sees of
+    a given image (`Condition.image`), of all pairs of a folder or of none. flipped,
+    flipped_image: moments and image of the same pair mirrored left to right, each of all
+    pairs of a folder or of none.
+    """
+
+    id: str
+    prompt: int
+    preference: float
+    moments: Float[np.ndarray, "2 h w M"]
+    sizes: Int[np.ndarray, "2 6"]
+    image: Float[np.ndarray, "h w E"] | None = None
+    flipped: Float[np.ndarray, "2 h w M"] | None = None
+    flipped_image: Float[np.ndarray, "h w E"] | None = None
+
+    def swap_to_chosen(self) -> "EncodedPair":
+        """The same pair with index 0 preferred: preference in [0.5, 1]."""
+        if self.preference >= 0.5:
+            return self
+        return self._replace(
+            preference=1 - self.preference,
+            moments=self.moments[::-1],
+            sizes=self.sizes[::-1],
+            flipped=None if self.flipped is None else self.flipped[::-1],
+        )
+
+    def flip(self) -> "EncodedPair":
+        """The pair mirrored: both images, what goes beside them, and SDXL's crop with them.
+
+        Raises:
+            ValueError: if the mirrored variant was not stored.
+        """
+        if self.flipped is None:
+            raise ValueError(
+                f"pair {self.id!r} has no flipped variant: encode with flip, or train without"
+            )
+        return self._replace(
+            moments=self.flipped,
+            flipped=self.moments,
+            sizes=flip_sizes(self.sizes),
+            image=self.flipped_image,
+            flipped_image=self.image,
+        )
+
+
+def flip_sizes(sizes: Int[np.ndarray, "*n 6"]) -> Int[np.ndarray, "*n 6"]:
+    """SDXL's sizes, in pixels, of the same crop seen in the mirrored image.
+
+    As diffusers' SDXL training does: the image is mirrored first and cropped then, so that
+    the crop's left edge is counted from what was the right one. Its own inverse.
+    """
+    sizes = np.array(sizes)
+    _, width = np.moveaxis(resized_size(sizes[..., :2], sizes[..., 4:]), -1, 0)
+    sizes[..., 3] = width - sizes[..., 5] - sizes[..., 3]
+    return sizes
+
+
+def resized_size(
+    original: Int[np.ndarray, "*n 2"], target: Int[np.ndarray, "*n 2"]
+) -> Int[np.ndarray, "*n 2"]:
+    """Height and width after resizing so that the shorter side is the (square) target's."""
+    scale = target[..., :1] / original.min(-1, keepdims=True)
+    return np.maximum(np.round(original * scale).astype(np.int64), target)
+
+
+class PairSerializer:
+    """Checks pairs, swaps them so that index 0 is chosen, and makes records of them.
+
+    Args:
+        first: a pair that all others must be like in shapes and dtypes.
+        prompts: how many there are.
+        imaged: whether every pair must have an image, or none may.
+        moments: "sample" (mean and log-variance) or "mean".
+
+    Raises (when called):
+        ValueError: naming the pair that is malformed, not finite or unlike the first.
+    """
+
+    def __init__(self, first: EncodedPair, *, prompts: int, imaged: bool, moments: str = "sample"):
+        self.shapes = _shapes(first)
+        self._prompts, self._imaged, self._mean = prompts, imaged, moments == "mean"
+        self._features: Any = None
+        self._serializer: Any = None
+
+    def __call__(self, pair: EncodedPair) -> bytes:
+        pair = self._checked(pair)
+        if self._features is None:  # only now are the shapes known to be legal
+            self._features = make_features(self.shapes)
+            self._serializer = ExampleSerializer(self._features.get_serialized_info())
+        given = {name: value for name, value in pair._asdict().items() if value is not None}
+        example = self._serializer.get_tf_example(self._features.encode_example(given))
+        # A plain SerializeToString puts the fields in another order in every process.
+        return example.SerializeToString(deterministic=True)
+
+    def _checked(self, pair: EncodedPair) -> EncodedPair:
+        """The pair with index 0 chosen and the stored dtypes, or a ValueError naming it."""
+        what = f"pair {pair.id!r}"
+        if not 0 <= pair.preference <= 1:  # also refuses nan
+            raise ValueError(f"{what}: preference must lie in [0, 1], but got {pair.preference}")
+        if not 0 <= pair.prompt < self._prompts:
+            raise ValueError(
+                f"{what}: prompt must lie in [0, {self._prompts}), but got {pair.prompt}"
+            )
+        self._check_arrays(what, pair)
+        if pair.sizes.shape != (2, 6) or pair.sizes.dtype.kind not in "iu":
+            raise ValueError(f"{what}: sizes should be integers [2, 6], but got {pair.sizes!r}")
+        return pair._replace(
+            prompt=int(pair.prompt),
+            preference=float(pair.preference),
+            sizes=pair.sizes.astype(np.int32),
+        ).swap_to_chosen()
+
+    def _check_arrays(self, what: str, pair: EncodedPair) -> None:
+        got, shapes, shape = _shapes(pair), self.shapes, pair.moments.shape
+        layout = "[2, h, w, C]" if self._mean else "[2, h, w, 2C]"
+        legal = len(shape) == 4 and shape[0] == 2 and (self._mean or shape[3] % 2 == 0)
+        if got["moments"] != shapes["moments"] or not legal:
+            raise ValueError(
+                f"{what}: moments should be {layout}, {shapes['moments']}, but got {got['moments']}"
+            )
+        check_floats(f"{what}: moments", pair.moments)
+        if self._imaged != (pair.image is not None):
+            needed = "should have an image, as meta's image_kind says" if self._imaged else None
+            said = "none" if needed else "no image_kind in meta: name it"
+            raise ValueError(f"{what} {needed or 'has an image'}, but got {said}")
+        if pair.image is not None:
+            legal = pair.image.ndim == 3 and pair.image.shape[:2] == shape[1:3]
+            if got["image"] != shapes["image"] or not legal:
+                raise ValueError(
+                    f"{what}: image should be [h, w, E], {shapes['image']}, h and w as of the "
+                    f"moments {list(shape)}, but got {got['image']}"
+                )
+            check_floats(f"{what}: image", pair.image)
+        for name, like in (("flipped", "moments"), ("flipped_image", "image")):
+            # What the first pair has every pair has, of the shape of what it mirrors.
+            wanted = shapes[like] if shapes["flipped"] else None
+            if got[name] != wanted:
+                raise ValueError(f"{what}: {name} should be {wanted}, but got {got[name]}")
+            if wanted:
+                check_floats(f"{what}: {name}", getattr(pair, name))
+
+
+def _shapes(pair: EncodedPair) -> dict[str, Any]:
+    """Shape and dtype of the pair's arrays; None for one that it does not have."""
+    arrays = {name: getattr(pair, name) for name in ARRAYS}
+    return {name: None if x is None else described(x) for name, x in arrays.items()}
+
+
+def make_features(shapes: Mapping[str, Any]) -> tfds.features.FeaturesDict:
+    """What TFDS calls the schema: of a record with arrays of these shapes and dtypes."""
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "prompt": tfds.features.Scalar(np.int32),
+            "preference": tfds.features.Scalar(np.float32),
+            "sizes": tfds.features.Tensor(shape=(2, 6), dtype=np.int32),
+        }
+        # As bytes: tf.Example has no 16-bit floats, and its float lists are slow to parse.
+        | {
+            name: tfds.features.Tensor(
+                shape=tuple(shapes[name]["shape"]),
+                dtype=np.dtype(shapes[name]["dtype"]),
+                encoding="bytes",
+            )
+            for name in ARRAYS
+            if shapes.get(name)
+        }
+    )
+
+
+def pair_bytes(shapes: Mapping[str, Any]) -> int:
+    """Bytes of the arrays of one pair, before compression."""
+    arrays = [shapes[name] for name in ARRAYS if shapes.get(name)]
+    return sum(math.prod(x["shape"]) * np.dtype(x["dtype"]).itemsize for x in arrays)

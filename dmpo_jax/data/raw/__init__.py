@@ -1,0 +1,67 @@
+"""Raw pairs from where people keep them: every source yields `RawPair`.
+
+Add a source: a class of `Source`, and a line in SOURCES.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from dmpo_jax.data.raw.built import BuiltSource
+from dmpo_jax.data.raw.hugging_face import HuggingFaceSource
+from dmpo_jax.data.raw.images import (
+    MAX_PIXELS,
+    BadImageError,
+    decode_image,
+    decode_mask,
+    encode_image,
+)
+from dmpo_jax.data.raw.parquet import ROWS_AT_ONCE
+from dmpo_jax.data.raw.pick_a_pic import GIVEN, PICK_A_PIC, PickAPic, write_pick_a_pic
+from dmpo_jax.data.raw.source import RawPair, Skipped, Source, Unit
+from dmpo_jax.data.raw.table import open_table
+from dmpo_jax.data.raw.web_dataset import WebDatasetSource
+
+__all__ = [
+    "GIVEN",
+    "MAX_PIXELS",
+    "PICK_A_PIC",
+    "ROWS_AT_ONCE",
+    "SOURCES",
+    "BadImageError",
+    "PickAPic",
+    "RawPair",
+    "Skipped",
+    "Source",
+    "Unit",
+    "decode_image",
+    "decode_mask",
+    "encode_image",
+    "open_source",
+    "write_pick_a_pic",
+]
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "pickapic": PickAPic,
+    "webdataset": WebDatasetSource,
+    "hf": HuggingFaceSource,
+    "table": open_table,
+    "tfds": BuiltSource,
+}
+
+
+def open_source(spec: str, ties: str = "keep", **options: Any) -> Source:
+    """Opens `KIND:PATH`, such as `pickapic:gs://bucket/data`.
+
+    Args:
+        ties: "keep", with a preference of 0.5, or "drop".
+        options: the kind's own.
+
+    Raises:
+        ValueError: if the kind is unknown or the path missing, naming the known kinds.
+    """
+    kind, _, path = spec.partition(":")
+    if kind not in SOURCES or not path:
+        raise ValueError(
+            f"a source is KIND:PATH with KIND one of {sorted(SOURCES)}, but got {spec!r}"
+        )
+    return SOURCES[kind](path, ties=ties, **options)

@@ -1,0 +1,136 @@
+"""Bad records: found, counted, logged, and endured up to a stated share."""
+
+import collections
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from dmpo_jax.data.raw.images import BadImageError, decode_image, decode_mask
+from dmpo_jax.data.raw.source import RawPair, Skipped
+
+LOG = logging.getLogger(__name__)
+HANDFUL = 3  # so many bad records never stop a job, however small the set
+MAX_LOGGED = 100  # of each reason; all are counted
+
+
+class TooManyBadError(ValueError):
+    """More of a source is bad than the job may leave out."""
+
+
+class Decoded(NamedTuple):
+    """A raw pair with its images decoded, RGB in [0, 255], each of its own size.
+
+    source, mask: where needed; the mask is 1 where the source is repainted.
+    """
+
+    pair: RawPair
+    images: tuple[UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _ 3"]]
+    source: UInt8[np.ndarray, "_ _ 3"] | None = None
+    mask: UInt8[np.ndarray, "_ _ 1"] | None = None
+
+
+def decode_pair(pair: RawPair, needs: frozenset[str] = frozenset()) -> Decoded | Skipped:
+    """Decodes a pair, or says why it is bad.
+
+    Bad are a preference that is NaN or outside [0, 1], an image that is missing, cut short,
+    undecodable or absurdly large, two images of the same pixels, and a missing image of
+    `needs`, which is some of "source" and "mask".
+    """
+    if not (math.isfinite(pair.preference) and 0 <= pair.preference <= 1):
+        return Skipped(pair.id, "bad label", f"should lie in [0, 1], but is {pair.preference}")
+    for name in sorted(needs):
+        if not getattr(pair, name):
+            return Skipped(pair.id, f"no {name}")
+    if not all(pair.images):
+        return Skipped(pair.id, "no image")
+    if pair.images[0] == pair.images[1]:
+        return Skipped(pair.id, "identical images", "the same bytes")
+    encoded = {"image 0": pair.images[0], "image 1": pair.images[1]}
+    encoded |= {name: getattr(pair, name) for name in sorted(needs)}
+    decoded = {}
+    for name, data in encoded.items():
+        try:
+            decoded[name] = (decode_mask if name == "mask" else decode_image)(data)
+        except BadImageError as error:
+            return Skipped(pair.id, error.reason, f"{name}: {error}")
+    images = (decoded["image 0"], decoded["image 1"])
+    if np.array_equal(*images):
+        return Skipped(pair.id, "identical images", "the same pixels")
+    return Decoded(pair, images, decoded.get("source"), decoded.get("mask"))
+
+
+class Tally:
+    """Counts the pairs of a job, good and bad.
+
+    Args:
+        limit: the share of `total` that may be bad.
+        total: pairs of the whole source, as by `len`; every part of a job has the same.
+
+    What a rule leaves out (`Skipped.fault` is False) is counted, but never too much.
+    """
+
+    def __init__(self, limit: float | int = 0.01, total: int = 0):
+        if not 0 <= limit <= 1:
+            raise ValueError(f"limit should be a share from 0 to 1, but is {limit}")
+        self.limit, self.total = limit, total
+        self.good = self.faults = self.ties = 0
+        self.counts: collections.Counter[str] = collections.Counter()  # skipped, by reason
+
+    def ok(self, preference: float | int | None = None) -> None:
+        """A pair that was used; its preference, if given, so that ties are counted."""
+        self.good += 1
+        self.ties += preference == 0.5
+
+    def skip(self, skipped: Skipped) -> None:
+        """Counts and logs a skipped record.
+
+        Raises:
+            TooManyBadError: more than `limit` of all are bad, and more than a handful.
+        """
+        self.counts[skipped.reason] += 1
+        self.faults += skipped.fault
+        detail = f": {skipped.detail}" if skipped.detail else ""
+        if self.counts[skipped.reason] <= MAX_LOGGED:
+            level = logging.WARNING if skipped.fault else logging.DEBUG
+            LOG.log(level, "%s is left out: %s%s", skipped.id, skipped.reason, detail)
+        self.check(f"; the last is {skipped.id}: {skipped.reason}{detail}" if skipped.fault else "")
+
+    def check(self, last: str = "") -> None:
+        """Raises TooManyBadError past the limit; for sums of tallies."""
+        if self.faults > max(self.limit * self.total, HANDFUL):
+            counts = ", ".join(f"{n} {reason}" for reason, n in self.counts.most_common())
+            raise TooManyBadError(
+                f"{self.faults} of {self.total} pairs are bad, above the limit of "
+                f"{self.limit:.2%} ({counts}){last}. Mend the source, or raise the limit"
+            )
+
+    def merge(self, other: "Tally") -> "Tally":
+        """Adds what another part of the job counted, in place. Does not check."""
+        self.good += other.good
+        self.faults += other.faults
+        self.ties += other.ties
+        self.counts.update(other.counts)
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` takes; keys of `counts` sorted, so that equal tallies are equal text."""
+        counts = dict(sorted(self.counts.items()))
+        own = ("limit", "total", "good", "faults", "ties")
+        return {name: getattr(self, name) for name in own} | {"counts": counts}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Tally":
+        tally = cls(value["limit"], value["total"])
+        tally.good, tally.faults, tally.ties = value["good"], value["faults"], value["ties"]
+        tally.counts.update(value["counts"])
+        return tally
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tally) and self.to_json() == other.to_json()
+
+    def __repr__(self) -> str:
+        return f"Tally({self.to_json()})"

@@ -1,0 +1,249 @@
+"""What the columns of a row mean: which hold the images, and which say what is preferred."""
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dmpo_jax.data.raw.source import RawPair, Skipped, Unfit
+
+LOG = logging.getLogger(__name__)
+# Ours -> what else it may be called; the first that is there.
+NAMES = {
+    "prompt": ("prompt", "caption"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "image_0": ("image_0", "jpg_0"),
+    "image_1": ("image_1", "jpg_1"),
+    "label_0": ("label_0", "label"),
+    "votes_0": ("votes_0",),
+    "votes_1": ("votes_1",),
+    "score_0": ("score_0",),
+    "score_1": ("score_1",),
+    "images": ("images", "image_path", "image_paths", "generations"),
+    "ranks": ("ranks", "rank", "ranking"),
+    "scores": ("scores", "human_preference"),
+    "source": ("source", "jpg_source"),
+    "mask": ("mask",),
+}
+MAX_IMAGES = 100  # of one prompt; K images make K (K - 1) / 2 pairs
+# (images, what says which is preferred): the first whose columns are all there.
+FORMS = (
+    (("chosen", "rejected"), ()),
+    (("image_0", "image_1"), ("label_0",)),
+    (("image_0", "image_1"), ("votes_0", "votes_1")),
+    (("image_0", "image_1"), ("score_0", "score_1")),
+    (("images",), ("ranks",)),
+    (("images",), ("scores",)),
+)
+
+
+class Preference(NamedTuple):
+    """Image `first` is preferred to image `second` with probability `value`."""
+
+    first: int
+    second: int
+    value: float
+
+
+class Layout(NamedTuple):
+    """Which columns of a table are read, and what they mean.
+
+    images: two columns, or one that holds a list. values: none (the first image is chosen),
+    or the columns that say what is preferred; by their names in NAMES, `columns` has theirs
+    in the table.
+    """
+
+    images: tuple[str, ...]
+    values: tuple[str, ...]
+    columns: Mapping[str, str]
+
+    @property
+    def given(self) -> frozenset[str]:
+        return frozenset(self.columns) & {"source", "mask"}
+
+    def wanted(self, *, images: bool) -> list[str]:
+        """The table's columns to read, with those of images or without."""
+        heavy = {*self.images, "source", "mask"}
+        return [column for name, column in self.columns.items() if images or name not in heavy]
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        prompt = row.get(self.columns["prompt"])
+        if prompt is None:
+            raise Unfit("no prompt")
+        if not isinstance(prompt, str):
+            raise Unfit("no prompt", f"should be a text, but is {prompt!r:.80}")
+        return prompt
+
+    def preferences(self, row: Mapping[str, Any]) -> list[Preference]:
+        """Every two images of a row, compared.
+
+        Raises:
+            Unfit: there is no label, or none that says what is preferred.
+        """
+        values = [row.get(self.columns[name]) for name in self.values]
+        if any(value is None for value in values):
+            raise Unfit("no label", fault=False)
+        if len(self.images) == 1:
+            return _compare_all(values[0], lower_is_better=self.values == ("ranks",))
+        if not values:
+            return [Preference(0, 1, 1.0)]
+        numbers = [_number(value) for value in values]
+        if self.values == ("label_0",):
+            (label,) = numbers
+            if not 0 <= label <= 1:
+                raise Unfit("bad label", f"should lie in [0, 1], but is {label}")
+            return [Preference(0, 1, label)]
+        if self.values == ("votes_0", "votes_1"):
+            return [Preference(0, 1, _share(*numbers))]
+        return [Preference(0, 1, _better(*numbers))]
+
+    def pairs(
+        self, name: str, row: Mapping[str, Any], load: Callable[[Any], bytes], ties: str
+    ) -> Iterator[RawPair | Skipped]:
+        """The pairs of a row; load: a cell -> its encoded image, or raises Unfit."""
+        try:
+            prompt, preferences = self.prompt(row), self.preferences(row)
+            cells = self._cells(row, 1 + max(p.second for p in preferences))
+        except Unfit as unfit:
+            yield unfit.at(name)
+            return
+        wanted = [p for p in preferences if ties == "keep" or p.value != 0.5]
+        needed = {i for p in wanted for i in (p.first, p.second)}
+        images = [_try(load, cell) if i in needed else None for i, cell in enumerate(cells)]
+        # An image that only some models are given: its absence is theirs to judge.
+        given = {
+            field: image if isinstance(image, bytes) else None
+            for field in self.given
+            if wanted and (image := _try(load, row.get(self.columns[field])))
+        }
+        for first, second, value in preferences:
+            own = f"{name}:{first}-{second}" if len(self.images) == 1 else name
+            if ties == "drop" and value == 0.5:
+                yield Skipped(own, "tie", fault=False)
+                continue
+            a, b = images[first], images[second]
+            if isinstance(a, bytes) and isinstance(b, bytes):
+                yield RawPair(own, prompt, (a, b), value, **given)
+            else:
+                yield next(image.at(own) for image in (a, b) if isinstance(image, Unfit))
+
+    def prompts(self, row: Mapping[str, Any], ties: str) -> Iterator[str]:
+        """The prompt of a row that labels admit, read without its images."""
+        try:
+            prompt, preferences = self.prompt(row), self.preferences(row)
+        except Unfit:
+            return
+        if ties == "keep" or any(p.value != 0.5 for p in preferences):
+            yield prompt
+
+    def most_pairs(self, row: Mapping[str, Any]) -> int:
+        """An upper bound of the pairs of a row."""
+        if len(self.images) == 2:
+            return 1
+        values = row.get(self.columns[self.values[0]])
+        try:
+            return max(math.comb(len(_as_list(values)), 2), 1)
+        except Unfit:
+            return 1
+
+    def _cells(self, row: Mapping[str, Any], count: int) -> Sequence[Any]:
+        if len(self.images) == 2:
+            return [row.get(self.columns[name]) for name in self.images]
+        cells = row.get(self.columns["images"])
+        if cells is None:
+            raise Unfit("no image")
+        cells = _as_list(cells)
+        if len(cells) != count:
+            raise Unfit("uneven lists", f"{len(cells)} images, but {count} {self.values[0]}")
+        return cells
+
+
+def find_layout(names: Sequence[str], where: str) -> Layout:
+    """What the columns of a table mean.
+
+    Raises:
+        ValueError: they hold no pairs that are known; names the columns found and expected.
+    """
+    found = {}
+    for name, others in NAMES.items():
+        present = [other for other in others if other in names]
+        if present:
+            found[name] = present[0]
+    forms = [form for form in FORMS if all(name in found for name in itertools.chain(*form))]
+    if "prompt" not in found or not forms:
+        known = "; ".join(", ".join([*images, *values]) for images, values in FORMS)
+        raise ValueError(
+            f"{where} holds no pairs that are known: it needs the column prompt (or caption) and "
+            f"one of these sets: {known}. It has {sorted(names)}: rename its columns"
+        )
+    if twice := sorted(name for name in found.values() if list(names).count(name) > 1):
+        raise ValueError(f"{where} has the columns {twice} twice: keep one of each")
+    images, values = forms[0]
+    if len(forms) > 1:
+        LOG.info("%s: preferences are read from %s", where, list(values) or list(images))
+    if found.get("label_0") == "label":
+        LOG.warning("%s: label is read as the probability that image_0 is preferred", where)
+    used = ("prompt", *images, *values, "source", "mask")
+    return Layout(images, values, {name: found[name] for name in used if name in found})
+
+
+def _number(value: Any) -> float:
+    """A finite number, out of a CSV's cell too."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Unfit("bad label", f"should be a number, but is {value!r:.80}")
+    return number
+
+
+def _share(first: float, second: float) -> float:
+    if min(first, second) < 0:
+        raise Unfit("bad label", f"votes should not be below 0, but are {first} and {second}")
+    total = first + second
+    if total == 0:
+        raise Unfit("no label", "no votes", fault=False)
+    if total == math.inf:
+        raise Unfit("bad label", f"{first} and {second} votes")
+    return first / total
+
+
+def _better(first: float, second: float) -> float:
+    return 0.5 if first == second else float(first > second)
+
+
+def _compare_all(values: Any, *, lower_is_better: bool) -> list[Preference]:
+    numbers = [_number(value) for value in _as_list(values)]
+    if len(numbers) < 2:
+        raise Unfit("uneven lists", f"a list of {len(numbers)} makes no pair")
+    if lower_is_better:
+        numbers = [-number for number in numbers]
+    return [
+        Preference(i, j, _better(numbers[i], numbers[j]))
+        for i, j in itertools.combinations(range(len(numbers)), 2)
+    ]
+
+
+def _as_list(value: Any) -> Sequence[Any]:
+    """A list, or the JSON of one in a CSV's cell."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise Unfit("bad label", f"should be a list, but is {value!r:.80}") from error
+    if not isinstance(value, list | tuple):
+        raise Unfit("bad label", f"should be a list, but is {value!r:.80}")
+    if len(value) > MAX_IMAGES:
+        raise Unfit("uneven lists", f"should hold up to {MAX_IMAGES}, but holds {len(value)}")
+    return value
+
+
+def _try(load: Callable[[Any], bytes], cell: Any) -> bytes | Unfit:
+    try:
+        return load(cell)
+    except Unfit as unfit:
+        return unfit

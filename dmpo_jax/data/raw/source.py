@@ -1,0 +1,169 @@
+"""What every source yields, and what every source is."""
+
+import abc
+import collections
+import errno
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from dmpo_jax.data.raw.images import MAX_BYTES
+
+UNIT_PAIRS = 1000  # about so many pairs are read together
+# The table names a file that is not there; any other error of the storage stops the job.
+_NO_SUCH_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
+
+
+class RawPair(NamedTuple):
+    """Two encoded images (JPEG, PNG, ...) of one prompt, in the order of the source.
+
+    preference: the probability, in [0, 1], that image 0 is preferred; 0.5 is a tie.
+    source: the encoded image that both images edit or repaint. mask: an encoded image of the
+    source's shape, white where it is repainted.
+    """
+
+    id: str
+    prompt: str
+    images: tuple[bytes, bytes]
+    preference: float
+    source: bytes | None = None
+    mask: bytes | None = None
+
+
+class Skipped(NamedTuple):
+    """A row, or one pair of a row, that gives no pair.
+
+    reason: a few words, the same for every such row. fault: whether it is a bad record;
+    otherwise it is left out by rule (no label, a tie where ties are dropped).
+    """
+
+    id: str
+    reason: str
+    detail: str = ""
+    fault: bool = True
+
+
+class Unit(NamedTuple):
+    """A part of a source that is read alone: rows `start` to `stop` of a file."""
+
+    name: str
+    file: str
+    start: int
+    stop: int
+
+
+class Unfit(Exception):
+    """Raised inside a source by what makes a row unfit; becomes a `Skipped`."""
+
+    def __init__(self, reason: str, detail: str = "", *, fault: bool = True):
+        super().__init__(reason, detail, fault)
+        self.reason, self.detail, self.fault = reason, detail, fault
+
+    def at(self, name: str) -> Skipped:
+        return Skipped(name, self.reason, self.detail, self.fault)
+
+
+class Source(abc.ABC):
+    """Pairs in parts, in a fixed order.
+
+    given: which of "source" and "mask" it has. skipped: what the last pass of `iter` left
+    out, by reason.
+    """
+
+    given: frozenset[str] = frozenset()
+
+    def __init__(self, ties: str = "keep"):
+        if ties not in ("keep", "drop"):
+            raise ValueError(f"ties should be 'keep' or 'drop', but is {ties!r}")
+        self.ties = ties
+        self.skipped: collections.Counter[str] = collections.Counter()
+
+    @abc.abstractmethod
+    def units(self) -> list[Unit]:
+        """The parts, in order; together every row once."""
+
+    @abc.abstractmethod
+    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
+        """The pairs of a unit, the same at every reading.
+
+        Raises:
+            ValueError: the file is damaged where it cannot be told which rows are.
+        """
+
+    @abc.abstractmethod
+    def prompts(self, unit: Unit) -> Iterator[str]:
+        """The prompt of each row that labels admit; images are not read where they need not be."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """An upper bound of the pairs."""
+
+    def __iter__(self) -> Iterator[RawPair]:
+        self.skipped.clear()
+        for unit in self.units():
+            for pair in self.read(unit):
+                if isinstance(pair, Skipped):
+                    self.skipped[pair.reason] += 1
+                else:
+                    yield pair
+
+
+def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
+    """The files that a path, a folder or a pattern stands for, sorted.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if "*" in path.name:
+        files = sorted(path.parent.glob(path.name))
+    elif path.is_dir():
+        files = sorted(path.glob(f"*{suffix}"))
+    else:
+        files = [path] if path.exists() else []
+    if not files:
+        raise FileNotFoundError(f"no {suffix.lstrip('.')} file at {path}")
+    return files
+
+
+def cut(name: str, file: epath.PathLike, rows: int, size: int = UNIT_PAIRS) -> list[Unit]:
+    """Units of at most `size` rows of a file."""
+    starts = range(0, rows, max(size, 1))
+    return [make_unit(name, file, i, min(i + starts.step, rows)) for i in starts]
+
+
+def make_unit(name: str, file: epath.PathLike, start: int, stop: int) -> Unit:
+    return Unit(f"{name}:{start}-{stop}", str(file), start, stop)
+
+
+def load_bytes(cell: Any, folder: epath.Path) -> bytes:
+    """The encoded image of a table's cell: bytes, a path, or a `datasets` image of either.
+
+    Paths are relative to the folder.
+
+    Raises:
+        Unfit: there is none, or it is absurdly large.
+    """
+    if isinstance(cell, Mapping):  # datasets' Image, as stored
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str) and cell:
+        cell = _read_file(epath.Path(cell) if "://" in cell else folder / cell)
+    if cell is not None and not isinstance(cell, bytes | str):
+        raise Unfit("no image", f"should be bytes or a path, but is {cell!r:.80}")
+    if not cell:
+        raise Unfit("no image")
+    if len(cell) > MAX_BYTES:
+        raise Unfit("absurd size", f"an encoded image of more than {MAX_BYTES} bytes")
+    return cell  # pyright: ignore[reportReturnType] - a path was read above
+
+
+def _read_file(path: epath.Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
+            raise Unfit("no image", f"no file {path}") from error
+        raise
+    except ValueError as error:  # a zero byte in the path
+        raise Unfit("no image", f"{str(path)!r:.80}: {error}") from error

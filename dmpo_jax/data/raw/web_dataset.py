@@ -1,0 +1,244 @@
+"""Pairs in tar shards, as WebDataset keeps them."""
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import math
+import re
+import tarfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from dmpo_jax.data.raw import columns
+from dmpo_jax.data.raw.source import (
+    MAX_BYTES,
+    UNIT_PAIRS,
+    RawPair,
+    Skipped,
+    Source,
+    Unfit,
+    Unit,
+    cut,
+    find_files,
+)
+
+_KINDS = "(?:jpg|jpeg|png|webp|gif|bmp|tif|tiff)"
+_ROLE = r"(\d{1,6}|chosen|rejected|source|mask)"
+# jpg_0, jpg_source; 0.jpg, image_0.jpg, chosen.jpg
+_IMAGE = re.compile(rf"{_KINDS}_{_ROLE}|(?:images?[_.])?{_ROLE}\.{_KINDS}")
+_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # WebDataset's own rule
+_TEXTS = ("txt", "text", "prompt", "caption")
+_IMAGE_COLUMNS = ("chosen", "rejected", "image_0", "image_1", "images", "source", "mask")
+_NOT_IN_JSON = {name for column in _IMAGE_COLUMNS for name in columns.NAMES[column]}
+_THREADS = 16
+_BLOCK = 512  # bytes of a tar header
+
+
+class Sample(NamedTuple):
+    """The members of one key. texts: json, txt, ...; images by role: 0, 1, chosen, ..."""
+
+    key: str
+    texts: dict[str, tarfile.TarInfo]
+    images: dict[str, tarfile.TarInfo]
+    twice: list[str]
+
+    @property
+    def pairs(self) -> int:
+        """An upper bound of its pairs."""
+        return max(math.comb(sum(map(str.isdigit, self.images)), 2), 1)
+
+
+class WebDatasetSource(Source):
+    """Pairs in WebDataset's tar shards: members `KEY.WHAT` that stand together are a sample.
+
+    WHAT is `jpg_0` and `jpg_1` (or `0.jpg`, `image_0.jpg`; also jpeg, png, webp), or
+    `chosen.jpg` and `rejected.jpg`, or `jpg_0` ... `jpg_K` of a ranked list; `jpg_source` and
+    `png_mask` (or `mask.png`); `json`, an object with the prompt and the other columns of
+    `FORMS`; `txt` instead of its prompt. Shards are read with the standard library's
+    tarfile, not compressed.
+
+    Args:
+        path: a tar file, a folder of them, or a pattern.
+        ties: "keep", with a preference of 0.5, or "drop".
+
+    Raises:
+        FileNotFoundError: there is no tar file.
+        ValueError: the first sample is not what was expected. At the first use of `units` or
+            `len`, which read every shard's headers: a shard is not whole.
+    """
+
+    def __init__(self, path: epath.PathLike, ties: str = "keep"):
+        super().__init__(ties)
+        self._files = find_files(epath.Path(path), ".tar")
+        self._indices: list[list[int]] | None = None
+        for file in self._files:
+            with _opened(file) as tar:
+                for sample in _samples(tar, file):
+                    where = f"{file}, sample {sample.key}"
+                    try:
+                        row = _to_row(tar, sample)
+                    except Unfit as unfit:
+                        raise ValueError(f"{where}: {unfit.reason}: {unfit.detail}") from unfit
+                    self.layout = columns.find_layout(list(row), where)
+                    self.given = self.layout.given
+                    return
+        raise ValueError(f"the shards at {path} hold no sample: members are KEY.jpg_0, ...")
+
+    def units(self) -> list[Unit]:
+        units = []
+        for file, pairs in zip(self._files, self._index(), strict=True):
+            size = UNIT_PAIRS // self._most(pairs)
+            units += cut(file.name, file, len(pairs), size)
+        return units
+
+    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
+        for tar, name, sample in self._samples_of(unit):
+            try:
+                row = _to_row(tar, sample)
+            except Unfit as unfit:
+                yield unfit.at(name)
+                continue
+            yield from self.layout.pairs(name, row, functools.partial(_extract, tar), self.ties)
+
+    def prompts(self, unit: Unit) -> Iterator[str]:
+        for tar, _, sample in self._samples_of(unit):
+            with contextlib.suppress(Unfit):
+                yield from self.layout.prompts(_to_row(tar, sample), self.ties)
+
+    def __len__(self) -> int:
+        if len(self.layout.images) == 2:
+            return sum(map(len, self._index()))
+        return sum(map(sum, self._index()))
+
+    def _most(self, pairs: list[int]) -> int:
+        return max(pairs, default=1) if len(self.layout.images) == 1 else 1
+
+    def _index(self) -> list[list[int]]:
+        """Of each file, the pairs of each sample at most; headers alone are read."""
+        if self._indices is None:
+            with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+                self._indices = list(pool.map(_count_pairs, self._files))
+        return self._indices
+
+    def _samples_of(self, unit: Unit) -> Iterator[tuple[tarfile.TarFile, str, Sample]]:
+        """(shard, id, sample) of a unit."""
+        file, number = epath.Path(unit.file), 0
+        with _opened(file) as tar:
+            for number, sample in enumerate(_samples(tar, file), 1):
+                if number > unit.start:
+                    yield tar, f"{file.name}:{sample.key}", sample
+                if number == unit.stop:
+                    return
+        raise ValueError(f"{file} should hold {unit.stop} samples, but holds {number}")
+
+
+def _count_pairs(file: epath.Path) -> list[int]:
+    with _opened(file) as tar:
+        return [sample.pairs for sample in _samples(tar, file)]
+
+
+@contextlib.contextmanager
+def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
+    """A shard; ValueError where it, or what is read from it, is damaged."""
+    with file.open("rb") as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                yield tar
+        except (tarfile.TarError, EOFError, UnicodeDecodeError, OverflowError) as error:
+            raise ValueError(f"{file} is not a whole tar file: {error}") from error
+
+
+def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
+    """The samples of a shard, in order."""
+    sample, keys = None, set()
+    for info in _members(tar, file):
+        match = _KEY.fullmatch(info.name)
+        if not match:
+            continue
+        key, what = match[1], match[2].lower()
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in keys:
+                raise ValueError(f"{file}: the members of {key} should stand together")
+            keys.add(key)
+            sample = Sample(key, {}, {}, [])
+        image = _IMAGE.fullmatch(what)
+        role = what if image is None else image[1] or image[2]
+        role = str(int(role)) if role.isdigit() else role
+        members = sample.texts if image is None else sample.images
+        if role in members:
+            sample.twice.append(role)
+        members[role] = info
+    if sample is not None:
+        yield sample
+
+
+def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo]:
+    """The files in a shard. ValueError where it ends otherwise than a tar file does.
+
+    tarfile takes a damaged header for the end.
+    """
+    last = -1
+    for info in tar:
+        if info.offset <= last or info.size < 0:  # it would go round for ever
+            raise ValueError(f"{file} is not a whole tar file: bad header of {info.name!r:.80}")
+        last = info.offset
+        if info.isreg():
+            yield info
+    stream: Any = tar.fileobj
+    stream.seek(tar.offset)
+    rest, found = stream.read(2**20), 0
+    while rest:
+        if rest.strip(b"\0"):
+            raise ValueError(f"{file} is not a whole tar file: bad header at byte {tar.offset}")
+        found += len(rest)
+        rest = stream.read(2**20)
+    if found < _BLOCK:
+        raise ValueError(f"{file} is not a whole tar file: cut at byte {tar.offset + found}")
+
+
+def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
+    """A sample as a table's row, its images as members to be read."""
+    if sample.twice:
+        raise Unfit("twice the same", f"members {sample.twice}")
+    row: dict[str, Any] = {}
+    if "json" in sample.texts:
+        try:
+            row = json.loads(_extract(tar, sample.texts["json"]).decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise Unfit("not UTF-8", f"json: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise Unfit("not JSON", str(error)) from error
+        if not isinstance(row, dict):
+            raise Unfit("not JSON", f"not an object: {row!r:.80}")
+        row = {name: value for name, value in row.items() if name not in _NOT_IN_JSON}
+    for kind in _TEXTS:
+        if kind in sample.texts and not {"prompt", "caption"} & set(row):
+            try:
+                row["prompt"] = _extract(tar, sample.texts[kind]).decode("utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise Unfit("not UTF-8", f"{kind}: {error}") from error
+    numbers = [int(role) for role in sample.images if role.isdigit()]
+    if max(numbers, default=0) >= columns.MAX_IMAGES:
+        raise Unfit("uneven lists", f"image {max(numbers)} of up to {columns.MAX_IMAGES}")
+    for role, info in sample.images.items():
+        row[f"image_{role}" if role.isdigit() else role] = info
+    if numbers:
+        row["images"] = [sample.images.get(str(i)) for i in range(max(numbers) + 1)]
+    return row
+
+
+def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo | None) -> bytes:
+    if info is None or not info.size:
+        raise Unfit("no image")
+    if info.size > MAX_BYTES:
+        raise Unfit("absurd size", f"{info.name} has {info.size} bytes, above {MAX_BYTES}")
+    stream = tar.extractfile(info)
+    data = b"" if stream is None else stream.read()
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"{info.name} is cut short")
+    return data

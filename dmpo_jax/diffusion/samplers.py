@@ -1,0 +1,376 @@
+"""Samplers: from noise to latents, each one scan over a table that NumPy built before.
+
+All three walk the same road. With x = signal x0 + noise epsilon, a step splits the model's
+prediction into x0 and epsilon and puts them together again at the next, lower noise level:
+
+    x' = signal' x0 + noise' epsilon + correction (x0 - x0 of the step before)
+
+They differ in the levels they visit and in the correction, which is 0 but for DPM-Solver++.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Shaped
+
+from dmpo_jax.diffusion.noise import NoiseSchedule, split_prediction
+
+Latents = Float[Array, "N h w C"]
+Timesteps = Shaped[Array, " N"]  # int32, or float32 where a level lies between two timesteps
+Predict = Callable[[Latents, Timesteps], Latents]
+
+SPACINGS = ("leading", "trailing", "linspace")
+FINAL_SIGMAS = ("zero", "sigma_min")
+# What diffusers writes for the last alphas_cumprod of zero terminal SNR where it divides by it.
+SMALLEST_SIGNAL = np.float32(2.0**-24)
+
+
+class Table(NamedTuple):
+    """One row a step, S of them: where the model is asked, and where its answer leads."""
+
+    timesteps: Shaped[np.ndarray, " S"]
+    signal: Float32[np.ndarray, " S"]
+    noise: Float32[np.ndarray, " S"]
+    next_signal: Float32[np.ndarray, " S"]
+    next_noise: Float32[np.ndarray, " S"]
+    correction: Float32[np.ndarray, " S"]
+
+
+def guide(
+    predict: Callable[[Latents, Timesteps, Any], Latents],
+    parts: Sequence[Any],
+    weights: Sequence[float | int],
+) -> Predict:
+    """`sum_i weights[i] predict(latents, timesteps, parts[i])`, in float32.
+
+    One call of the model on k N rows (k parts), each latent's k rows side by side, so that
+    rows stay on their device under data sharding. One part of weight 1 is `predict` alone.
+
+    Args:
+        parts: conditionings, pytrees of one structure whose leaves have a leading axis N.
+        weights: one a part. Classifier-free guidance w: of (conditional, negative), w and
+            1 - w. Editing: of (text and image, negative and image, negative and no image),
+            s_text, s_image - s_text and 1 - s_image.
+
+    Raises:
+        ValueError: if there are not as many weights as parts, or the rows are not N.
+
+    Source: arXiv 2207.12598, equation 6; InstructPix2Pix, arXiv 2211.09800, equation 3.
+    """
+    if len(parts) != len(weights) or not parts:
+        raise ValueError(
+            f"guidance needs one weight for each of its parts, one at least, but got "
+            f"{len(parts)} parts and weights {list(weights)}"
+        )
+    k = len(parts)
+    if k == 1 and weights[0] == 1:
+        return lambda x, timesteps: predict(x, timesteps, parts[0])
+    rows = {leaf.shape[0] for leaf in jax.tree.leaves(list(parts))}
+
+    def merge(*leaves):
+        return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+
+    def guided(x, timesteps):
+        if rows - {len(x)}:
+            raise ValueError(
+                f"every conditioning needs a leading axis of {len(x)}, one row per latent, "
+                f"but got leading axes {sorted(rows)}"
+            )
+        told = jax.tree.map(merge, *parts)
+        prediction = predict(jnp.repeat(x, k, axis=0), jnp.repeat(timesteps, k), told)
+        prediction = prediction.astype(jnp.float32).reshape(len(x), k, *prediction.shape[1:])
+        # Not a product of matrices, which accelerators compute in fewer bits.
+        return (prediction * jnp.asarray(weights, jnp.float32).reshape(1, k, 1, 1, 1)).sum(1)
+
+    return guided
+
+
+def ddim(
+    predict: Predict,
+    latents: Latents,
+    *,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    timestep_spacing: str = "leading",
+    steps_offset: int = 1,
+    set_alpha_to_one: bool = False,
+    clip_sample: bool = False,
+    clip_sample_range: float | int = 1.0,
+) -> Latents:
+    """Deterministic DDIM (eta 0). Pure; jit it over latents and what `predict` closes over.
+
+    Args:
+        predict: `(latents [N h w C], timesteps [N]) -> prediction`, of the type that the
+            schedule names; see `guide`.
+        latents: standard normal noise, `[N, h, w, C]`.
+        timestep_spacing, steps_offset: see `spaced_timesteps`.
+        set_alpha_to_one: whether the last step arrives at no noise rather than at the
+            noise of timestep 0. The defaults are Stable Diffusion's; diffusers' own differ.
+        clip_sample, clip_sample_range: bound the predicted x0 (pixel models only).
+
+    Returns:
+        Latents, float32 `[N, h, w, C]`, still scaled.
+
+    Raises:
+        ValueError: if the timesteps are not in the schedule, or an epsilon prediction would
+            be asked for at pure noise.
+
+    Source: Denoising Diffusion Implicit Models, arXiv 2010.02502; diffusers' DDIMScheduler.
+    """
+    count = schedule.num_train_timesteps
+    timesteps = spaced_timesteps(
+        count, num_steps, timestep_spacing=timestep_spacing, steps_offset=steps_offset
+    )
+    if timestep_spacing == "linspace":
+        timesteps = timesteps.round()
+    timesteps = timesteps.astype(np.int32)
+    here = schedule.alphas_cumprod[timesteps]
+    if schedule.prediction_type == "epsilon" and not here.all():
+        raise ValueError(
+            "an epsilon prediction at zero terminal SNR holds no image: use a schedule of "
+            f"v_prediction or sample, or 'leading' spacing (got {timestep_spacing!r})"
+        )
+    # A fixed stride, not the next entry of the table: they differ for linspace and
+    # where num_steps does not divide T, and diffusers takes the stride.
+    previous = timesteps - count // num_steps
+    final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]
+    arrival = np.where(previous >= 0, schedule.alphas_cumprod[previous], final)
+    one = np.float32(1)
+    table = Table(
+        timesteps,
+        np.sqrt(here),
+        np.sqrt(one - here),
+        np.sqrt(arrival),
+        np.sqrt(one - arrival),
+        np.zeros_like(here),
+    )
+    bound = clip_sample_range if clip_sample else None
+    return _walk(predict, latents, table, schedule.prediction_type, clip=bound)
+
+
+def euler(
+    predict: Predict,
+    latents: Latents,
+    *,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    timestep_spacing: str = "linspace",
+    steps_offset: int = 0,
+    use_karras_sigmas: bool = False,
+    final_sigmas_type: str = "zero",
+) -> Latents:
+    """Euler's method in sigma = noise / signal, no churn. As `ddim` otherwise.
+
+    Args:
+        timestep_spacing, steps_offset: see `spaced_timesteps`; with linspace the model is
+            asked between training timesteps, at fractional ones.
+        use_karras_sigmas: levels between the same ends as EDM spaces them.
+        final_sigmas_type: where the last step arrives: zero, or sigma_min, the noise of
+            timestep 0. Defaults are diffusers'.
+
+    Source: EDM, arXiv 2206.00364, algorithm 1; diffusers' EulerDiscreteScheduler.
+    """
+    table = sigma_table(schedule)
+    timesteps = spaced_timesteps(
+        len(table), num_steps, timestep_spacing=timestep_spacing, steps_offset=steps_offset
+    ).astype(np.float32)
+    sigmas = np.interp(timesteps, np.arange(len(table)), table)
+    if use_karras_sigmas:
+        sigmas = karras_sigmas(sigmas[0], sigmas[-1], num_steps)
+        timesteps = _timesteps_of(sigmas, table).astype(np.float32)
+    if (timesteps == timesteps.round()).all():
+        timesteps = timesteps.astype(np.int32)
+    sigmas = _with_final(sigmas, table, final_sigmas_type)
+    rows = _table_of(timesteps, sigmas, np.zeros(len(timesteps)))
+    # Leading starts below the last timestep, at noise of more than the variance that is left.
+    largest = float(sigmas.max())
+    start = np.hypot(largest, 1) if timestep_spacing == "leading" else largest
+    scale = np.float32(start / np.hypot(float(sigmas[0]), 1))
+    latents = _walk(predict, latents * scale, rows, schedule.prediction_type)
+    # What noise is left is diffusers' to add to an image of full strength.
+    return latents * np.float32(np.hypot(float(sigmas[-1]), 1))
+
+
+def dpmpp_2m(
+    predict: Predict,
+    latents: Latents,
+    *,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    timestep_spacing: str = "linspace",
+    steps_offset: int = 0,
+    use_karras_sigmas: bool = False,
+    final_sigmas_type: str = "zero",
+    solver_order: int = 2,
+    lower_order_final: bool = True,
+    euler_at_final: bool = False,
+) -> Latents:
+    """DPM-Solver++, deterministic multistep, midpoint. As `ddim` otherwise.
+
+    Args:
+        timestep_spacing, steps_offset, use_karras_sigmas, final_sigmas_type: as of `euler`,
+            but spaced so that the last step arrives where the next one would stand, and
+            rounded to training timesteps.
+        solver_order: 2 corrects a step by the one before it; 1 is DDIM in other steps.
+        lower_order_final: order 1 for the last step of fewer than 15.
+        euler_at_final: order 1 for the last step of any number. A last step to zero has it
+            always. Defaults are diffusers'.
+
+    Source: DPM-Solver++, arXiv 2211.01095, algorithm 2; diffusers'
+        DPMSolverMultistepScheduler.
+    """
+    if solver_order not in (1, 2):
+        raise ValueError(f"solver_order must be 1 or 2, got {solver_order}")
+    table = sigma_table(schedule)
+    timesteps = spaced_timesteps(
+        len(table),
+        num_steps,
+        timestep_spacing=timestep_spacing,
+        steps_offset=steps_offset,
+        ends=1,
+    ).round()
+    sigmas = np.interp(timesteps, np.arange(len(table)), table)
+    if use_karras_sigmas:  # between the table's ends, where Euler's are between those visited
+        sigmas = karras_sigmas(table[-1], table[0], num_steps)
+        timesteps = _timesteps_of(sigmas, table).round()
+    sigmas = _with_final(sigmas, table, final_sigmas_type)
+    last = len(timesteps) - 1
+    first_order = np.full(len(timesteps), solver_order == 1)
+    first_order[last] |= (
+        euler_at_final or final_sigmas_type == "zero" or (lower_order_final and last < 14)
+    )
+    correction = np.where(first_order, 0.0, _half_step_ratio(sigmas))
+    rows = _table_of(timesteps.astype(np.int32), sigmas, correction)
+    return _walk(predict, latents, rows, schedule.prediction_type)
+
+
+SAMPLERS = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m}
+
+
+def spaced_timesteps(
+    num_train_timesteps: int,
+    num_steps: int,
+    *,
+    timestep_spacing: str,
+    steps_offset: int,
+    ends: int = 0,
+) -> Float[np.ndarray, " S"]:
+    """The timesteps that a sampler visits, falling, float64; whole ones but for linspace.
+
+    Args:
+        timestep_spacing: leading (multiples of T // num_steps, plus steps_offset, so T - 1
+            itself is not visited), trailing (from T - 1 down, which zero terminal SNR
+            wants) or linspace (both ends).
+        steps_offset: read by leading alone, as in diffusers.
+        ends: 1 to space as for one more step and leave out the lowest (DPM-Solver++'s
+            leading and linspace).
+
+    Raises:
+        ValueError: if the spacing is unknown or a timestep would lie outside the table.
+
+    Source: `set_timesteps` of diffusers' schedulers; arXiv 2305.08891, table 2.
+    """
+    most = num_train_timesteps - ends
+    if not 1 <= num_steps <= most:
+        raise ValueError(f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}")
+    points = num_steps + ends
+    if timestep_spacing == "leading":
+        ratio = num_train_timesteps // points
+        timesteps = (np.arange(points)[::-1] * ratio + steps_offset).astype(np.float64)
+    elif timestep_spacing == "trailing":
+        ratio = num_train_timesteps / num_steps
+        timesteps = np.round(np.arange(num_train_timesteps, 0, -ratio)) - 1
+    elif timestep_spacing == "linspace":
+        timesteps = np.linspace(0, num_train_timesteps - 1, points)[::-1]
+    else:
+        raise ValueError(f"timestep_spacing must be one of {SPACINGS}, got {timestep_spacing!r}")
+    timesteps = timesteps[:num_steps]
+    if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
+        raise ValueError(
+            f"timesteps must be in 0..{num_train_timesteps - 1}, got {timesteps[0]:.0f} to "
+            f"{timesteps[-1]:.0f}; lower num_steps={num_steps} or steps_offset={steps_offset}"
+        )
+    return timesteps
+
+
+def sigma_table(schedule: NoiseSchedule) -> Float32[np.ndarray, " T"]:
+    """noise / signal at each training timestep, rising; finite under zero terminal SNR too."""
+    signal = schedule.alphas_cumprod.copy()
+    if signal[-1] == 0:
+        signal[-1] = SMALLEST_SIGNAL
+    return np.sqrt((np.float32(1) - signal) / signal)
+
+
+def karras_sigmas(
+    largest: float | np.floating, smallest: float | np.floating, num_steps: int
+) -> Float[np.ndarray, " S"]:
+    """EDM's levels, falling: evenly spaced in sigma^(1/7). arXiv 2206.00364, equation 5."""
+    high, low = float(largest) ** (1 / 7), float(smallest) ** (1 / 7)
+    return (high + np.linspace(0, 1, num_steps) * (low - high)) ** 7
+
+
+def _timesteps_of(
+    sigmas: Float[np.ndarray, " S"], table: Float32[np.ndarray, " T"]
+) -> Float[np.ndarray, " S"]:
+    return np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
+
+
+def _with_final(
+    sigmas: Float[np.ndarray, " S"], table: Float32[np.ndarray, " T"], kind: str
+) -> Float32[np.ndarray, " S1"]:
+    if kind not in FINAL_SIGMAS:
+        raise ValueError(f"final_sigmas_type must be one of {FINAL_SIGMAS}, got {kind!r}")
+    return np.append(sigmas, 0 if kind == "zero" else table[0]).astype(np.float32)
+
+
+def _half_step_ratio(sigmas: Float32[np.ndarray, " S1"]) -> Float[np.ndarray, " S"]:
+    """h / (2 h of the step before), h a step's length in log(1 / sigma); 0, so first order, for
+    the first."""
+    with np.errstate(divide="ignore"):
+        lengths = np.diff(-np.log(sigmas.astype(np.float64)))
+    return np.append(0.0, lengths[1:] / (2 * lengths[:-1]))
+
+
+def _table_of(
+    timesteps: Shaped[np.ndarray, " S"],
+    sigmas: Float32[np.ndarray, " S1"],
+    correction: Float[np.ndarray, " S"],
+) -> Table:
+    """The table of a walk from sigma to sigma; correction in units of the weight of x0."""
+    wide = sigmas.astype(np.float64)
+    signal = 1 / np.hypot(wide, 1)
+    noise = wide * signal
+    # Where x0 stands in x' = (noise' / noise) x + (...) x0, the form of the paper.
+    weight = signal[1:] - noise[1:] / noise[:-1] * signal[:-1]
+    columns = signal[:-1], noise[:-1], signal[1:], noise[1:], correction * weight
+    return Table(timesteps, *(column.astype(np.float32) for column in columns))
+
+
+def _walk(
+    predict: Predict,
+    latents: Latents,
+    table: Table,
+    prediction_type: str,
+    clip: float | int | None = None,
+) -> Latents:
+    corrected = bool(table.correction.any())
+
+    def step(carry, row):
+        x, before = carry
+        at = jnp.full(len(x), row.timesteps)
+        sample, epsilon = split_prediction(
+            predict(x, at), x, row.signal, row.noise, prediction_type
+        )
+        if clip is not None:  # epsilon stays as predicted, as in diffusers
+            sample = jnp.clip(sample, -clip, clip)
+        x = row.next_signal * sample + row.next_noise * epsilon
+        if corrected:
+            x = x + row.correction * (sample - before)
+        return (x, sample if corrected else None), None
+
+    latents = latents.astype(jnp.float32)
+    start = latents, jnp.zeros_like(latents) if corrected else None
+    return jax.lax.scan(step, start, table)[0][0]

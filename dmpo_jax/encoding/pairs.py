@@ -1,0 +1,312 @@
+"""The pairs of an encode: from raw pairs to the files of each part."""
+
+import collections
+import contextlib
+import functools
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from dmpo_jax.data import raw as sources
+from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data.encoded import shards
+from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer
+from dmpo_jax.data.encoded.shards import Shard, ShardWriter
+from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.encoding.parts import Part, Table, Work, found_sidecar, whole_sidecars
+from dmpo_jax.encoding.pixels import Pixels, load_pixels
+from dmpo_jax.encoding.threads import map_ahead
+from dmpo_jax.encoding.vae import Device
+from dmpo_jax.progress import Progress
+
+LOG = logging.getLogger(__name__)
+IN_FLIGHT = 2  # batches at the device or on their way to a file
+
+
+def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
+    """Writes this process's parts: the files of each split, then what they hold.
+
+    Raises:
+        TooManyBadError: more than the share allowed of this process's records are bad.
+        ValueError: the source gave another prompt than when they were listed.
+    """
+    own = work.parts[index::count]
+    done = whole_sidecars(work, "pairs", [part.number for part in own])
+    tally = sum_tallies(work, done.values())
+    mine = [part for part in own if part.number not in done]
+    settings = {name: work.about[name] for name in ("resolution", "image_kind", "crop")}
+    read = functools.partial(_loaded, **settings)
+    ahead = work.num_threads + IN_FLIGHT * work.batch_size
+    with (
+        contextlib.closing(
+            map_ahead(read, _items(work.source, mine), threads=work.num_threads, ahead=ahead)
+        ) as loaded,
+        Device(
+            work.pipeline,
+            work.devices,
+            batch_size=work.batch_size,
+            moments=work.about["moments"],
+            dtype=work.about["moments_dtype"],
+            flip=work.flip,
+        ) as device,
+        Watch(work, device, table, own, mine) as watch,
+        contextlib.closing(_Files(work, table, tally)) as files,
+    ):
+        pending: collections.deque[Any] = collections.deque()
+        for batch in _batches(loaded, work.batch_size):
+            future = device.submit(batch.pixels) if batch.pixels else None
+            pending.append((batch, future))
+            if len(pending) > IN_FLIGHT:
+                watch.advance(files.add(*pending.popleft()))
+        while pending:
+            watch.advance(files.add(*pending.popleft()))
+
+
+def finish(work: Work, table: Table) -> None:
+    """Writes the metadata of what all processes wrote, and encoded.json last.
+
+    Raises:
+        TooManyBadError: more than the share allowed of all records are bad.
+        ValueError: a part is not there, or no pair is left to train on.
+    """
+    whole = [found_sidecar(work, "pairs", part.number) for part in work.parts]
+    tally = sum_tallies(work, whole)
+    splits: dict[str, list[Shard]] = {}
+    for sidecar in whole:
+        for split, shard in sidecar["files"].items():
+            splits.setdefault(split, []).append(Shard(**shard))
+    counts = {split: sum(shard.records for shard in files) for split, files in splits.items()}
+    if not counts.get("train"):
+        raise ValueError(
+            f"no pair of {work.about['source']} is left to train on; {counts.get('validation', 0)} "
+            f"are for validation, and left out were: {dict(tally.counts) or 'none'}"
+        )
+    if counts.get("validation") == 0:
+        for shard in splits.pop("validation"):
+            (work.out / shard.name).unlink(missing_ok=True)
+    stored = [
+        found_sidecar(work, "store", k)
+        for k in range(-(-len(table.number) // prompt_store.PER_SHARD))
+    ]
+    shapes = _common([sidecar["shapes"] for sidecar in whole if sidecar["shapes"]])
+    shapes |= _common([sidecar["shapes"] for sidecar in stored])
+    about = {
+        **work.about,
+        "skipped": dict(tally.counts),
+        "tied_pairs": tally.ties,
+        "split_by": "prompt",
+    }
+    records.finish(
+        work.out, about, splits, [Shard(**sidecar["files"]["store"]) for sidecar in stored], shapes
+    )
+
+
+def sum_tallies(work: Work, sidecars: Iterable[Any]) -> faults.Tally:
+    """What the parts counted, together; TooManyBadError if that is too much already."""
+    tally = make_tally(work)
+    for sidecar in sidecars:
+        tally.merge(faults.Tally.from_json(sidecar["tally"]))
+    tally.check()
+    return tally
+
+
+def make_tally(work: Work) -> faults.Tally:
+    """An empty one, of a part or of the whole."""
+    return faults.Tally(limit=work.max_bad, total=sum(part.rows for part in work.parts))
+
+
+class _Batch(NamedTuple):
+    """Rows of one part. last: whether none of the part's come after them."""
+
+    part: Part
+    pixels: list[Pixels]
+    skipped: list[sources.Skipped]
+    last: bool
+
+
+def _items(source: Any, parts: Iterable[Part]) -> Iterator[tuple[Part, Any]]:
+    """(part, RawPair or Skipped) of every row; (part, None) after a part's last."""
+    for part in parts:
+        for pair in itertools.chain.from_iterable(map(source.read, part.units)):
+            yield part, pair
+        yield part, None
+
+
+def _loaded(item: tuple[Part, Any], resolution: int, image_kind: str, crop: Any) -> Any:
+    part, pair = item
+    if isinstance(pair, sources.RawPair):
+        pair = load_pixels(pair, image_kind, resolution, crop)
+    return part, pair
+
+
+def _batches(loaded: Iterable[tuple[Part, Any]], size: int) -> Iterator[_Batch]:
+    """Batches of `size` pairs, none across two parts: a part is the same whoever makes it."""
+    pixels, skipped = [], []
+    for part, row in loaded:
+        if isinstance(row, Pixels):
+            pixels.append(row)
+        elif row is not None:
+            skipped.append(row)
+        if row is None or len(pixels) == size:
+            yield _Batch(part, pixels, skipped, last=row is None)
+            pixels, skipped = [], []
+
+
+class _Files:
+    """The files of one part at a time. `close` abandons those that are not whole.
+
+    tally: of the parts done; each part's is added to it, and checked, when it is whole.
+    """
+
+    def __init__(self, work: Work, table: Table, tally: faults.Tally):
+        self._work, self._table, self._whole_tally = work, table, tally
+        self._splits = records.SPLITS if work.about["validation_fraction"] else records.SPLITS[:1]
+        self._stack = contextlib.ExitStack()
+        self._writers: dict[str, ShardWriter] = {}
+        self._serialize: PairSerializer | None = None
+        self._tally = make_tally(work)
+
+    def close(self) -> None:
+        self._stack.close()
+        self._writers, self._serialize = {}, None
+
+    def add(self, batch: _Batch, future: Any) -> int:
+        """Writes a batch, and after a part's last what the part holds; the rows done with."""
+        work, number = self._work, batch.part.number
+        if not self._writers:
+            self._tally = make_tally(work)
+            for split in self._splits:
+                writer = ShardWriter(work.out, records.shard_name(split, number))
+                self._writers[split] = self._stack.enter_context(writer)
+        for skipped in batch.skipped:
+            self._tally.skip(skipped)
+        for pair, held_out in self._pairs(batch, future):
+            self._serialize = self._serialize or self._make_serializer(pair)
+            split = "validation" if held_out else "train"
+            self._writers[split].write(self._serialize(pair))
+            self._tally.ok(pair.preference)
+        if batch.last:
+            shapes = self._serialize.shapes if self._serialize else None
+            files = {split: writer.close()._asdict() for split, writer in self._writers.items()}
+            units = [unit.name for unit in batch.part.units]
+            about = {
+                "units": units,
+                "files": files,
+                "shapes": shapes,
+                "tally": self._tally.to_json(),
+            }
+            shards.save_json(work.sidecar("pairs", number), about)
+            self.close()
+            self._whole_tally.merge(self._tally)
+            self._whole_tally.check()
+        return len(batch.pixels) + len(batch.skipped)
+
+    def _pairs(self, batch: _Batch, future: Any) -> Iterator[tuple[EncodedPair, bool]]:
+        """(pair, whether it is for validation)."""
+        arrays = future.result() if future else ()
+        for i, pixels in enumerate(batch.pixels):
+            number = self._table.number.get(pixels.prompt)
+            if number is None:
+                raise ValueError(
+                    f"pair {pixels.id!r} has a prompt that was not there when the prompts were "
+                    f"listed ({pixels.prompt[:40]!r}): encode data that does not change meanwhile"
+                )
+            rows: Any = [None if array is None else array[i] for array in arrays]
+            moments, image, flipped, flipped_image = rows
+            pair = EncodedPair(
+                pixels.id,
+                number,
+                pixels.preference,
+                moments,
+                pixels.sizes,
+                image,
+                flipped,
+                flipped_image,
+            )
+            yield pair, pixels.prompt in self._table.held_out
+
+    def _make_serializer(self, first: EncodedPair) -> PairSerializer:
+        return PairSerializer(
+            first,
+            prompts=len(self._table.number),
+            imaged=bool(self._work.about["image_kind"]),
+            moments=self._work.about["moments"],
+        )
+
+
+class Watch:
+    """Says what is to be done, how fast it goes after the first batches, and how it went."""
+
+    SPEED_AFTER = 4  # batches; the first of them compiles
+
+    def __init__(
+        self, work: Work, device: Device, table: Table, own: Sequence[Part], mine: Sequence[Part]
+    ):
+        total, self._left = (sum(part.rows for part in parts) for parts in (own, mine))
+        self._device, self._batches, self._timed = device, 0, 0
+        arrays = device.shapes(work.about["resolution"], work.about["image_kind"])
+        held = [x.size * x.dtype.itemsize for x in arrays if x is not None]
+        self._bytes = sum(held) // work.batch_size
+        self._bytes *= 1 + work.flip
+        LOG.info(
+            "%d pairs, %d of them encoded before, %d prompts; %s to come for pairs, %d bytes each, "
+            "before compression",
+            total,
+            total - self._left,
+            len(table.number),
+            in_bytes(self._left * self._bytes),
+            self._bytes,
+        )
+        self._progress = Progress(total, total - self._left, "encoding")
+
+    def __enter__(self) -> "Watch":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.close()
+        if self._device.seconds and exception[0] is None:
+            share = self._device.idle / self._device.seconds
+            LOG.info("the devices waited for images %.1f %% of the time", 100 * share)
+
+    def advance(self, pairs: int) -> None:
+        """Counts the pairs of a batch, skipped ones included."""
+        if not pairs:  # a part that ended with a full batch
+            return
+        self._left -= pairs
+        self._batches += 1
+        if self._batches == 1:
+            self._began = time.monotonic()
+        else:
+            self._timed += pairs
+        self._progress.advance(pairs)
+        if self._batches == self.SPEED_AFTER and self._timed:
+            speed = self._timed / (time.monotonic() - self._began)
+            LOG.info(
+                "%.1f pairs a second: %.1f hours and %s to come",
+                speed,
+                self._left / speed / 3600,
+                in_bytes(self._left * self._bytes),
+            )
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes, for people."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def _common(shapes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The one that all are; ValueError where two differ."""
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                f"all files should hold arrays of the same shapes, but got {shapes[0]} and "
+                f"{other}: delete the folder and encode again"
+            )
+    return dict(shapes[0])

@@ -1,0 +1,166 @@
+"""What an encode is cut into, which parts of it are done, and the store of its prompts."""
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.data import raw as sources
+from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data.encoded import shards
+from dmpo_jax.data.encoded.prompts import PromptEmbedding
+from dmpo_jax.data.raw.splits import hash_share
+from dmpo_jax.progress import Progress
+
+LOG = logging.getLogger(__name__)
+PARTS = "parts"  # folder of what says which parts are done
+
+
+class Part(NamedTuple):
+    """Units of a source whose pairs share a file of each split."""
+
+    number: int
+    units: tuple[sources.Unit, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(unit.stop - unit.start for unit in self.units)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What every process knows of the job. about: what goes into encoded.json.
+
+    devices: of this process. batch_size: a multiple of their number.
+    """
+
+    out: epath.Path
+    source: Any
+    parts: Sequence[Part]
+    pipeline: diffusers_io.Pipeline
+    devices: jax.sharding.Mesh
+    about: Mapping[str, Any]
+    flip: bool
+    batch_size: int
+    num_threads: int
+    max_bad: float | int
+
+    def sidecar(self, kind: str, number: int) -> epath.Path:
+        return self.out / PARTS / f"{kind}-{number:05d}.json"
+
+
+class Table(NamedTuple):
+    """Every distinct prompt's number, in order, and which are for validation.
+
+    This, some 200 bytes a prompt, is what grows with the data; nothing else does.
+    """
+
+    number: dict[str, int]
+    held_out: frozenset[str]
+
+
+def make_parts(units: Iterable[sources.Unit], rows: int) -> list[Part]:
+    """Neighbouring units together, up to `rows` rows; a larger unit is a part alone."""
+    groups: list[list[sources.Unit]] = []
+    held = 0
+    for unit in units:
+        if not groups or held + unit.stop - unit.start > rows:
+            groups.append([])
+            held = 0
+        groups[-1].append(unit)
+        held += unit.stop - unit.start
+    return [Part(i, tuple(group)) for i, group in enumerate(groups)]
+
+
+def list_prompts(work: Work, index: int, count: int) -> None:
+    """Writes the distinct prompts of each of this process's parts."""
+    for part in work.parts[index::count]:
+        path = work.sidecar("prompts", part.number)
+        if shards.load_json(path) is None:
+            found = itertools.chain.from_iterable(map(work.source.prompts, part.units))
+            shards.save_json(path, list(dict.fromkeys(found)))
+
+
+def load_table(work: Work) -> Table:
+    """Numbers by first occurrence over the parts, the empty prompt 0.
+
+    Raises:
+        ValueError: a part's prompts were not written where this process looks.
+    """
+    number = {"": 0}
+    for part in work.parts:
+        for prompt in found_sidecar(work, "prompts", part.number):
+            number.setdefault(prompt, len(number))
+    fraction = work.about["validation_fraction"]
+    return Table(number, frozenset(held_out_prompts(number, fraction)))
+
+
+def held_out_prompts(prompts: Iterable[str], fraction: float | int) -> set[str]:
+    """The prompts of the validation split: those that `splits.is_held_out` names.
+
+    So a prompt is on the same side in every data set. But where no hash does, or all do, the
+    lowest or highest alone is on the other side, if there are two prompts but the empty one.
+    """
+    shares = {prompt: hash_share(prompt) for prompt in prompts}
+    held = {prompt for prompt, share in shares.items() if share < fraction}
+    texts = sorted(filter(None, shares), key=lambda prompt: shares[prompt])
+    if fraction > 0 and len(texts) > 1:
+        held |= {texts[0]}
+        held -= {texts[-1]}
+    return held
+
+
+def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
+    """Writes this process's files of the prompt store."""
+    starts = range(0, len(table.number), prompt_store.PER_SHARD)
+    own = range(len(starts))[index::count]
+    done = whole_sidecars(work, "store", own)
+    mine = [k for k in own if k not in done]
+    total = min(len(mine) * prompt_store.PER_SHARD, len(table.number))
+    with Progress(total, description="prompts") as progress:
+        for k in mine:
+            stop = starts[k] + prompt_store.PER_SHARD
+            texts = list(itertools.islice(table.number, starts[k], stop))
+            embedded = embed(work.pipeline, texts)
+            shard, shapes = prompt_store.write_prompts(work.out, k, embedded)
+            about = {"files": {"store": shard._asdict()}, "shapes": shapes}
+            shards.save_json(work.sidecar("store", k), about)
+            progress.advance(len(texts))
+
+
+def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[PromptEmbedding]:
+    """The texts' embeddings, in float16."""
+    embedded = diffusers_io.embed_prompts(pipeline, texts)
+    for text, (context, pooled) in zip(texts, embedded, strict=True):
+        pooled = None if pooled is None else pooled.astype(np.float16)
+        yield PromptEmbedding(text, context.astype(np.float16), pooled)
+
+
+def whole_sidecars(work: Work, kind: str, numbers: Iterable[int]) -> dict[int, Any]:
+    """What the sidecars say, of those that are whole with the files that they speak of."""
+    whole, present = {}, shards.list_names(work.out)
+    for number in numbers:
+        found = shards.load_json(work.sidecar(kind, number))
+        if found is None:
+            continue
+        files = {shard["name"]: shard["size"] for shard in found["files"].values()}
+        if shards.first_not_whole(work.out, files, present) is None:
+            whole[number] = found
+    return whole
+
+
+def found_sidecar(work: Work, kind: str, number: int) -> Any:
+    """A sidecar; ValueError where there is none."""
+    found = shards.load_json(work.sidecar(kind, number))
+    if found is None:
+        raise ValueError(
+            f"{work.sidecar(kind, number)} is missing: is {work.out} a folder that all processes "
+            "share? Run encode again"
+        )
+    return found

@@ -1,0 +1,96 @@
+"""A raw pair's images at the model's resolution: resized, cropped, with what SDXL is told."""
+
+import hashlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+from PIL import Image
+
+from dmpo_jax.data.raw import RawPair, Skipped
+from dmpo_jax.data.raw import bad_records as faults
+
+NEEDS = {  # image kind of a family -> fields of RawPair
+    "": frozenset(),
+    "edit": frozenset({"source"}),
+    "inpaint": frozenset({"source", "mask"}),
+}
+Place = tuple[float, float]  # of a crop: among the rows, and columns, where it may begin; [0, 1)
+
+
+class Pixels(NamedTuple):
+    """A raw pair at the model's resolution R; source and mask where its family needs them."""
+
+    id: str
+    prompt: str
+    preference: float
+    images: UInt8[np.ndarray, "2 R R 3"]
+    sizes: Int[np.ndarray, "2 6"]
+    source: UInt8[np.ndarray, "R R 3"] | None
+    mask: UInt8[np.ndarray, "R R 1"] | None  # 1 where to repaint
+
+
+def load_pixels(
+    pair: RawPair, kind: str, resolution: int, crop: str = "center"
+) -> Pixels | Skipped:
+    """Decodes, resizes and crops what a family of image kind `kind` needs of a pair.
+
+    All images of a pair are cropped at the same place, so that source and mask stay on what
+    was made of them. Skipped: what is wrong with the pair, its mask's shape included.
+    """
+    decoded: Any = faults.decode_pair(pair, NEEDS[kind])
+    if isinstance(decoded, Skipped):
+        return decoded
+    place = None if crop == "center" else draw_place(pair.id)
+    ready = [prepare(image, resolution, place=place) for image in decoded.images]
+    images, sizes = (np.stack(x) for x in zip(*ready, strict=True))
+    source = mask = None
+    if "source" in NEEDS[kind]:
+        source, of_source = prepare(decoded.source, resolution, place=place)
+        if "mask" in NEEDS[kind]:
+            nearest = Image.Resampling.NEAREST
+            mask, of_mask = prepare(decoded.mask, resolution, nearest, place=place)
+            if of_mask[2:] != of_source[2:]:  # another aspect ratio is cropped elsewhere
+                return Skipped(
+                    pair.id,
+                    "mask's shape",
+                    f"the mask should have its source's shape, {of_source[:2]}, or one of the "
+                    f"same ratio, but got {of_mask[:2]}",
+                )
+    sizes = sizes.astype(np.int32)
+    return Pixels(pair.id, pair.prompt, pair.preference, images, sizes, source, mask)
+
+
+def draw_place(name: str) -> Place:
+    """A random place for a crop: a function of the pair's id alone."""
+    digest = hashlib.sha256(b"crop " + name.encode()).digest()
+    top, left = (int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4))
+    return top, left
+
+
+def prepare(
+    image: UInt8[np.ndarray, "H W C"],
+    resolution: int,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+    *,
+    place: Place | None = None,
+) -> tuple[UInt8[np.ndarray, "R R C"], tuple[int, int, int, int, int, int]]:
+    """The image at `[R, R]`, and SDXL's six sizes in pixels; C 3 or 1.
+
+    The shorter side is resized to R, then cropped at `place`, by default the centre; the sizes
+    hold the original height and width, the crop's top and left after resizing, and R twice.
+    """
+    height, width = image.shape[:2]
+    scale = resolution / min(height, width)
+    h, w = max(round(height * scale), resolution), max(round(width * scale), resolution)
+    if (h, w) != (height, width):
+        # Pillow has no channel axis of 1.
+        resized = Image.fromarray(np.squeeze(image, 2) if image.shape[2] == 1 else image)
+        image = np.asarray(resized.resize((w, h), resampling)).reshape(h, w, -1)
+    rest = (h - resolution, w - resolution)
+    if place is None:
+        top, left = (n // 2 for n in rest)
+    else:
+        top, left = (int(share * (n + 1)) for share, n in zip(place, rest, strict=True))
+    image = image[top : top + resolution, left : left + resolution]
+    return image, (height, width, top, left, resolution, resolution)

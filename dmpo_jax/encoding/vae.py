@@ -1,0 +1,136 @@
+"""The VAE encoder on a mesh: batches of pixels in, moments out, one batch ahead."""
+
+import concurrent.futures
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.encoding.pixels import Pixels
+from dmpo_jax.families import family as families
+from dmpo_jax.models import parameters
+from dmpo_jax.parallel import mesh
+
+
+class Device:
+    """The VAE on a mesh: batches of `Pixels` in, their moments out, one batch ahead.
+
+    Args:
+        devices: of one process; `batch_size` is a multiple of their number.
+        moments: "sample" keeps mean and log-variance, "mean" the mean alone.
+        dtype: of the moments; images beside the latents are float16.
+        flip: also of every image mirrored left to right.
+
+    seconds, idle: since the first batch (which compiles) was done, until the last one was;
+    and how much of it the devices had nothing to do.
+    """
+
+    def __init__(
+        self,
+        pipeline: diffusers_io.Pipeline,
+        devices: jax.sharding.Mesh,
+        *,
+        batch_size: int,
+        moments: str,
+        dtype: str,
+        flip: bool,
+    ):
+        self._sharding, self._size = mesh.batch_sharding(devices), batch_size
+        params = parameters.split(pipeline.vae)[1]
+        self._params = jax.device_put(params, mesh.replicated(devices))
+        self._run = make_run(pipeline, moments=moments, dtype=dtype)
+        self._flip = jax.jit(mirrored) if flip else None
+        # One thread that waits for results, so that the caller has the next batch ready.
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._ready = self._first = None
+        self.seconds = self.idle = 0.0
+
+    def __enter__(self) -> "Device":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._waiter.shutdown(cancel_futures=True)
+
+    def shapes(self, side: int, kind: str) -> Any:
+        """(moments, image) of one batch at `side` pixels, as ShapeDtypeStructs."""
+        pixels = jax.ShapeDtypeStruct((self._size, 2, side, side, 3), np.uint8)
+        given = jax.ShapeDtypeStruct((self._size, side, side, 3), np.uint8) if kind else None
+        mask = jax.ShapeDtypeStruct((self._size, side, side, 1), np.uint8)
+        return jax.eval_shape(
+            self._run, self._params, pixels, given, mask if kind == "inpaint" else None
+        )
+
+    def submit(self, batch: Sequence[Pixels]) -> concurrent.futures.Future:
+        """-> a future of (moments, image, flipped, flipped_image), numpy, None where absent.
+
+        Rows beyond the batch's own are of no meaning.
+        """
+        inputs = [
+            self._stacked([getattr(x, f) for x in batch]) for f in ("images", "source", "mask")
+        ]
+        inputs = jax.device_put(inputs, self._sharding)
+        found = self._run(self._params, *inputs)
+        mirror = (None, None)
+        if self._flip is not None:
+            mirror = self._run(self._params, *self._flip(inputs))
+        return self._waiter.submit(self._fetch, (*found, *mirror), time.monotonic())
+
+    def _stacked(self, arrays: list[np.ndarray | None]) -> np.ndarray | None:
+        """Rows of one shape, whatever is left for the last batch: one compilation."""
+        rows = [x for x in arrays if x is not None]
+        return np.stack(rows + rows[:1] * (self._size - len(rows))) if rows else None
+
+    def _fetch(self, found: Any, submitted: float) -> Any:
+        jax.block_until_ready(found)
+        now = time.monotonic()
+        if self._first is None or self._ready is None:
+            self._first = now
+        else:
+            self.idle += max(0.0, submitted - self._ready)
+            self.seconds = now - self._first
+        self._ready = now
+        return jax.tree.map(np.asarray, found)
+
+
+def make_run(
+    pipeline: diffusers_io.Pipeline, *, moments: str = "sample", dtype: str = "float32"
+) -> Callable[..., Any]:
+    """`run(VAE's parameters, images [B, 2, R, R, 3], source, mask) -> (moments, image)`.
+
+    All in uint8 as in `Pixels`. Out: moments in `dtype`, `[B, 2, h, w, 2C]`, or
+    `[B, 2, h, w, C]` for "mean"; the image in float16, None where the family has none.
+    """
+    structure, _ = parameters.split(pipeline.vae)
+    kind, scaling = pipeline.family.image, pipeline.vae.config.scaling_factor
+
+    @jax.jit
+    def run(params, images, source, mask):
+        vae = parameters.merge(structure, params)
+
+        def encode(x):
+            return vae.encode(x).astype(np.float32)
+
+        def in_range(x):
+            return x.astype(np.float32) / 127.5 - 1
+
+        flat = encode(in_range(images.reshape(-1, *images.shape[2:])))
+        if moments == "mean":
+            flat = flat[..., : flat.shape[-1] // 2]
+        found = flat.reshape(*images.shape[:2], *flat.shape[1:]).astype(dtype)
+        if not kind:
+            return found, None
+        mask = None if mask is None else mask.astype(np.float32)
+        image = families.image_channels(
+            kind, encode, in_range(source), mask, scaling_factor=scaling
+        )
+        return found, image.astype(np.float16)
+
+    return run
+
+
+def mirrored(images: Any) -> Any:
+    """Images `[..., H, W, C]` of a pytree, left to right."""
+    return jax.tree.map(lambda x: x[..., ::-1, :], images)

@@ -1,0 +1,97 @@
+"""Where a model's kernels and activations lie on the mesh, said outright.
+
+The compiler left alone moves activations to the parameters: it compiles a UNet with
+sharded kernels to hundreds of all-to-alls and permutes. Here each device runs the model on
+its own rows, and every layer gathers its kernel just before use; in the backward the same
+gather turns round into one reduce-scatter of its gradient. Fully sharded data parallelism,
+as in ZeRO (arXiv 1910.02054).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import Array
+
+from dmpo_jax.parallel import mesh as meshes
+
+
+def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`predict(params, *rows)`, each device with its own rows of every array after the first.
+
+    "data" and "fsdp" are manual inside, so that collectives are those of the layers and no
+    others; "tensor" is the compiler's, within what the layers say of it (`split_over_tensor`).
+
+    Args:
+        predict: row by row: no row of its result may depend on another's.
+        mesh: None: `predict` as it is.
+    """
+    if mesh is None:
+        return predict
+    if mesh.size == 1:
+        return _with_mesh(predict, mesh)
+    manual = set(meshes.AXES if mesh.shape["tensor"] == 1 else meshes.BATCH_AXES)
+    rows = PartitionSpec(meshes.BATCH_AXES)
+
+    def spec(sharding: Any) -> PartitionSpec:
+        axes = [axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec]
+        held = [tuple(name for name in names if name in manual) for names in axes]
+        return PartitionSpec(*[names or None for names in held])
+
+    def placed(params: Any, *args: Any) -> Any:
+        specs = jax.tree.map(spec, meshes.parameter_sharding(mesh, params))
+        return jax.shard_map(
+            predict,
+            mesh=mesh,
+            in_specs=(specs, *[rows] * len(args)),
+            out_specs=rows,
+            axis_names=manual,
+            check_vma=False,  # Pallas calls do not say over which axes their results vary
+        )(params, *args)
+
+    return placed
+
+
+def _with_mesh(predict: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Nothing to share: only `platform` looks at it."""
+
+    def placed(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return predict(*args)
+
+    return placed
+
+
+def platform() -> str:
+    """Of the devices that the program being traced will run on: "cpu", "gpu" or "tpu".
+
+    Those of the mesh in force; a program may be compiled on a CPU for a TPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def gathered(kernel: Array, features: int, split: str) -> Array:
+    """A kernel as its layer uses it: whole, or its share over "tensor".
+
+    Args:
+        kernel: this device's part of it, cut on the last axis, or all of it.
+        features: of the whole kernel's last axis.
+        split: "whole", "columns" (output features over "tensor") or "rows" (input features).
+    """
+    if kernel.shape[-1] < features:
+        kernel = jax.lax.all_gather(kernel, "fsdp", axis=kernel.ndim - 1, tiled=True)
+    axis = {"columns": -1, "rows": -2, "whole": None}[split]
+    return kernel if axis is None else split_over_tensor(kernel, axis)
+
+
+def split_over_tensor(x: Array, axis: int) -> Array:
+    """`x`, with an axis shared over "tensor" where that is an axis of devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    size = mesh.shape["tensor"] if types.get("tensor") == AxisType.Auto else 1
+    if size == 1 or x.shape[axis] % size:
+        return x
+    spec = ["tensor" if i == axis % x.ndim else None for i in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

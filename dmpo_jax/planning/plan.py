@@ -1,0 +1,288 @@
+"""Compiles a config's step for chips that need not be there, and says what it would take."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.planning import chips, flops, hlo
+from dmpo_jax.planning import compiled as compiled_steps
+from dmpo_jax.planning import report as plan_report
+from dmpo_jax.planning.planned_step import Model, Planned, load_model, make_planned
+
+LOG = logging.getLogger(__name__)
+TPUS = tuple(name for name in chips.CHIPS if name.startswith("v"))
+EVERY = 30.0  # seconds between two lines while compiling
+
+
+def plan(
+    config: configs.Config,
+    topologies: Sequence[str],
+    *,
+    published: str = "",
+    save: epath.PathLike = "",
+    out: epath.PathLike = "",
+    cache: epath.PathLike = "",
+) -> list[dict[str, Any]]:
+    """A plan for each topology: memory a chip, FLOPs, collectives, a model of the time.
+
+    Args:
+        config: of a run; nothing of its weights or data is read but their shapes.
+        topologies: "v5p:4x4x4" and the like, compiled by libtpu, which needs no TPU; "gpu:8" or
+            "cpu:8", that many of this machine's own.
+        published: a model's name instead of model.folder: sd15, sd21, sdxl.
+        save: a file for the compiled step, for `train.compiled`; one topology only.
+        out: a file for the plans, as JSON.
+        cache: a folder that remembers plans by config, topology, versions and source; "" the
+            user's cache.
+
+    Raises:
+        ValueError: a topology that cannot be had here, a config that does not fit it.
+    """
+    if save and len(topologies) != 1:
+        raise ValueError(f"--save takes one topology, but got {', '.join(topologies)}")
+    if not topologies:
+        raise ValueError("--topology must name at least one: v5p:2x2x1, v5e:4x4, gpu:8, cpu:8")
+    for topology in topologies:
+        check_topology(topology)
+    _without_tpus(topologies)
+    model = load_model(config, published)
+    folder = epath.Path(cache) if cache else _cache_folder()
+    plans = []
+    for topology in topologies:
+        remembered = folder / f"{_plan_hash(config, topology, model)}.json"
+        if remembered.exists() and not save:
+            LOG.info("%s: planned before, %s", topology, remembered)
+            plans.append(json.loads(remembered.read_text()))
+            continue
+        plans.append(plan_one(config, topology, model, save=save))
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        remembered.write_text(json.dumps(plans[-1], indent=1))
+    if out:
+        epath.Path(out).parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(out).write_text(json.dumps(plans, indent=1) + "\n")
+    return plans
+
+
+def check_topology(topology: str) -> None:
+    """ValueError for what names none, or one whose compiler is not installed."""
+    kind, _, shape = topology.partition(":")
+    if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        if importlib.util.find_spec("libtpu") is None:
+            raise ValueError(
+                f"{topology} needs the TPU compiler, not a TPU: pip install libtpu, or this "
+                "package with [plan] or [tpu]"
+            )
+        return
+    if kind not in ("cpu", "gpu") or not shape.isdigit() or int(shape) < 1:
+        raise ValueError(
+            f"a topology is one of {', '.join(TPUS)} with a slice's shape (v5e:4x4, v5p:2x2x1), or "
+            f"gpu:N, cpu:N of this machine, but got {topology!r}"
+        )
+
+
+def _without_tpus(topologies: Sequence[str]) -> None:
+    """Keeps JAX from looking for TPUs where only their compiler is wanted."""
+    kinds = {topology.partition(":")[0] for topology in topologies}
+    if kinds & set(TPUS):
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if "gpu" not in kinds and not jax.config.values["jax_platforms"]:
+        jax.config.update("jax_platforms", "cpu")
+
+
+def open_devices(topology: str) -> list[Any]:
+    """The devices of a topology, there or not.
+
+    Raises:
+        ValueError: the compiler does not know the slice, or this machine has not that many.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind in TPUS:
+        from jax.experimental import topologies as tpu_topologies
+
+        try:
+            found = tpu_topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        except Exception as error:  # libtpu's, of no one kind
+            raise ValueError(f"the TPU compiler has no {topology}: {error}") from error
+        return list(found.devices)
+    count = int(shape)
+    if kind == "cpu":
+        # Without effect where JAX has begun already; then there are as many as there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    try:
+        devices = jax.devices(kind)
+    except RuntimeError:
+        devices = []
+    if len(devices) < count:
+        raise ValueError(
+            f"{topology} is compiled by the machine itself, and this one has {len(devices)} such "
+            f"devices where {count} are needed: plan there, or for a TPU slice, which need not be "
+            "there"
+        )
+    return devices[:count]
+
+
+def plan_one(
+    config: configs.Config, topology: str, model: Model, *, save: epath.PathLike = ""
+) -> dict[str, Any]:
+    """The plan of one topology, compiled now."""
+    planned = make_planned(config, model, open_devices(topology))
+    began = time.monotonic()
+    with jax.set_mesh(planned.devices), reported(f"{topology}: tracing"):
+        traced = planned.update.trace(*planned.arguments)
+        lowered = traced.lower()
+    executed = flops.jaxpr_flops(traced.jaxpr)
+    lowering, began = time.monotonic() - began, time.monotonic()
+    program, needed = None, None
+    with jax.set_mesh(planned.devices), reported(f"{topology}: compiling"):
+        try:
+            with compiled_steps.never_cached() if save else contextlib.nullcontext():
+                program = lowered.compile()
+        except Exception as error:
+            needed = _out_of_memory(error)
+            if needed is None:
+                raise
+    seconds = {"lower_seconds": lowering, "compile_seconds": time.monotonic() - began}
+    if save and program is not None:
+        setup = planned.setup
+        identified = compiled_steps.identity(config, setup, planned.arguments, planned.devices)
+        compiled_steps.save(save, program, identified)
+    elif save:
+        raise ValueError(f"{topology}: nothing is saved, the step does not fit the chip's memory")
+    return {
+        "topology": topology,
+        "model": model.name,
+        **describe(config, planned, program, executed, needed),
+        **seconds,
+        "versions": compiled_steps.versions(),
+    }
+
+
+def describe(
+    config: configs.Config, planned: Planned, program: Any, executed: int, needed: int | None
+) -> dict[str, Any]:
+    """What a compiled program says, or, where it did not fit, what is known without it.
+
+    executed: FLOPs of the traced step. needed: bytes a chip of a program that did not fit.
+    """
+    first, count = planned.devices.devices.flat[0], planned.devices.size
+    chip = chips.lookup(first.device_kind)
+    parts = plan_report.count_parts(planned.arguments)
+    memory = plan_report.Memory(sum(parts[:5]), 0, 0, 0)
+    if needed is not None:
+        memory = memory._replace(temporaries=max(needed - memory.arguments, 0))
+    rows, modelled, xla = None, None, {}
+    if program is not None:
+        memory = plan_report.measure_memory(program)
+        text = hlo.Program(program.as_text())
+        found = hlo.collectives(text, plan_report.parameter_shapes(planned.arguments))
+        rows = plan_report.summarise(found)
+        traffic, _ = hlo.memory_traffic(text)
+        moved = sum(row["moved_bytes"] for row in rows)
+        modelled = plan_report.model_time(
+            chip, flops=executed / count, traffic=traffic, moved=moved
+        )
+        xla = _xla(program) | {"traffic_with_loops": traffic}
+    limit = None if chip is None else chip.memory
+    mesh = {axis: int(size) for axis, size in planned.devices.shape.items()}
+    pairs = config.train.batch_size
+    useful = planned.pair_flops * pairs / count
+    advice = []
+    if limit is not None:
+        advice = plan_report.suggest(config, memory=memory, parts=parts, limit=limit, mesh=mesh)
+    steps = config.train.steps
+    times = {end: modelled[end] for end in ("low", "high")} if modelled else {}
+    return {
+        "device_kind": first.device_kind,
+        "chips": count,
+        "mesh": mesh,
+        "pairs_per_chip": pairs / count,
+        "memory": {
+            **memory._asdict(),
+            "total": memory.total,
+            "limit": limit,
+            "fits": None if limit is None else memory.total <= limit,
+            "parts": parts._asdict(),
+        },
+        "advice": advice,
+        "flops": {"pair": planned.pair_flops, "chip": useful, "chip_executed": executed / count},
+        "collectives": rows,
+        "time": modelled,
+        "mfu": {end: useful / (t * chip.flops) for end, t in times.items()} if chip else {},
+        "run": {
+            "steps": steps,
+            "days": {end: t * steps / 86400 for end, t in times.items()},
+            "chip_hours": {end: t * steps * count / 3600 for end, t in times.items()},
+        },
+        "xla": xla,
+    }
+
+
+def _xla(program: Any) -> dict[str, float]:
+    """The compiler's own estimates, which count a loop's body once; {} where it has none."""
+    try:
+        costs = program.cost_analysis() or {}
+    except Exception:  # not every backend has them, and each says so in its own way
+        return {}
+    costs = costs[0] if isinstance(costs, list) else costs
+    names = ("flops", "bytes accessed", "optimal_seconds")
+    known = {name.replace(" ", "_"): float(costs[name]) for name in names if name in costs}
+    # Negative where the compiler could not tell, seen for steps with loops.
+    return {name: value for name, value in known.items() if value >= 0}
+
+
+def _out_of_memory(error: Exception) -> int | None:
+    """Bytes a chip that a program asked for, where it was refused for that."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    used = re.search(r"[Uu]sed ([\d.]+)([KMG])i? of", text)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return int(float(used[1]) * units[used[2]]) if used else 0
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Says what goes on and for how long: compiling a full-size step takes minutes."""
+    done, began = threading.Event(), time.monotonic()
+
+    def watch() -> None:
+        while not done.wait(EVERY):
+            LOG.info("%s, %.0f s", what, time.monotonic() - began)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    LOG.info("%s ...", what)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _plan_hash(config: configs.Config, topology: str, model: Model) -> str:
+    known = {
+        "topology": topology,
+        "model": [model.name, dict(model.unet), model.meta, model.schedule.prediction_type],
+        "config": compiled_steps.program_leaves(config) | {"steps": config.train.steps},
+        "versions": compiled_steps.versions(),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _cache_folder() -> epath.Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return epath.Path(folder) / "dmpo_jax" / "plans"

@@ -1,0 +1,264 @@
+"""What a compiled step means: memory against the chip's, a model of its time, what to change."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.planning import chips, hlo
+
+GB = 1e9
+ASSUMPTIONS = (
+    "A model, not a measurement. FLOPs are the program's, recomputation included, at the chip's "
+    "published bfloat16 rate; memory traffic is what each kernel reads and writes, loops counted; "
+    "collectives are rings over all of a chip's links. Lower end: all three overlap wholly. Upper "
+    "end: collectives overlap with nothing. Real kernels reach less than the published rates."
+)
+
+
+class Memory(NamedTuple):
+    """Bytes a chip. arguments: state, reference and batch, of which the state is given back in
+    place; temporaries: what the step holds beside them at its peak; code: the program."""
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.temporaries + self.outputs + self.code
+
+
+class Parts(NamedTuple):
+    """Bytes a chip of a step's arguments."""
+
+    params: int
+    optimizer: int
+    ema: int
+    reference: int
+    batch: int
+    sharded: int  # of all of them but the batch: what a larger fsdp divides
+
+
+def measure_memory(compiled: Any) -> Memory:
+    analysis = compiled.memory_analysis()
+    given_back = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(
+        analysis.argument_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        max(given_back, 0),
+        analysis.generated_code_size_in_bytes,
+    )
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes a chip of shapes with shardings."""
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def count_parts(arguments: tuple[Any, ...]) -> Parts:
+    state, reference, batch, _ = arguments
+    kept = [x for x in jax.tree.leaves((state, reference)) if "fsdp" in str(x.sharding.spec)]
+    return Parts(
+        local_bytes(state.params),
+        local_bytes(state.opt_state),
+        local_bytes(state.ema),
+        local_bytes(reference),
+        local_bytes(batch),
+        local_bytes(kept),
+    )
+
+
+def parameter_shapes(arguments: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    """The whole shapes of what is trained and frozen, and their parts over "tensor"."""
+    state, reference, _, _ = arguments
+    shapes = []
+    for x in jax.tree.leaves((state.params, reference)):
+        shapes.append(x.shape)
+        if (tensor := dict(x.sharding.mesh.shape).get("tensor", 1)) > 1:
+            shapes.append((int(np.prod(x.shape)) // tensor,))
+    return shapes
+
+
+def summarise(found: list[hlo.Collective]) -> list[dict[str, Any]]:
+    """One row for each kind, group size and what it moves; bytes and runs a step, a chip."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for one in found:
+        empty = {"instructions": 0, "runs": 0, "payload_bytes": 0, "moved_bytes": 0}
+        row = rows.setdefault((one.kind, one.moves, one.group), empty)
+        row["instructions"] += 1
+        row["runs"] += one.trips
+        row["payload_bytes"] += one.trips * one.payload
+        row["moved_bytes"] += one.trips * one.moved
+    names = ("kind", "moves", "group")
+    return [{**dict(zip(names, key, strict=True)), **row} for key, row in sorted(rows.items())]
+
+
+def model_time(
+    chip: chips.Chip | None, *, flops: float | int, traffic: float | int, moved: float | int
+) -> dict[str, float] | None:
+    """Seconds a step by each limit, and their lower and upper combination; None: rates unknown."""
+    if chip is None:
+        return None
+    compute, memory = flops / chip.flops, traffic / chip.bandwidth
+    links = moved / chip.interconnect
+    return {
+        "compute": compute,
+        "memory": memory,
+        "interconnect": links,
+        "low": max(compute, memory, links),
+        "high": max(compute, memory) + links,
+    }
+
+
+def suggest(
+    config: configs.Config,
+    *,
+    memory: Memory,
+    parts: Parts,
+    limit: float | int,
+    mesh: Mapping[str, int],
+) -> list[str]:
+    """Config changes that bring a step below `limit` bytes a chip, each by itself if it can.
+
+    Estimates: arguments by their parts; temporaries in proportion to a microbatch's rows, less
+    the gradients, which do not depend on it.
+    """
+    over = memory.total - limit
+    if over <= 0:
+        return []
+    lines = [f"{over / GB:.1f} GB too much a chip. Estimated, each change alone:"]
+    for change, saved in _changes(config, memory=memory, parts=parts, over=over, mesh=mesh):
+        if saved <= 0:
+            continue
+        left = memory.total - saved
+        verdict = "fits" if left <= limit else "not enough alone"
+        lines.append(f"  {change}: saves {saved / GB:.1f} GB, {left / GB:.1f} GB: {verdict}")
+    if config.model.remat == "none":
+        lines.append("  model.remat=transformer: temporaries shrink; how far, only a plan tells")
+    return lines
+
+
+def _changes(
+    config: configs.Config,
+    *,
+    memory: Memory,
+    parts: Parts,
+    over: float | int,
+    mesh: Mapping[str, int],
+) -> Iterator[tuple[str, float]]:
+    """(the change, bytes a chip that it saves)."""
+    fsdp, data = mesh["fsdp"], mesh["data"]
+    whole = parts.params + parts.optimizer + parts.ema + parts.reference
+    if data > 1:
+        # Not sharded at all yet: nearly everything would be.
+        sharded = parts.sharded or 0.98 * whole
+        sharded += parts.params * sharded / max(whole, 1)  # gradients lie as the parameters do
+        more = [fsdp * n for n in range(2, data + 1) if data % n == 0]
+        savings = [(size, sharded * (1 - fsdp / size)) for size in more]
+        enough = [one for one in savings if one[1] >= over]
+        size, saved = min(enough) if enough else savings[-1]
+        yield f"mesh.fsdp={size}", saved
+    rows = config.train.batch_size // (data * fsdp)
+    cuts = [n for n in range(2, rows + 1) if rows % n == 0 and n > config.train.accumulation]
+    if cuts:
+        fixed = min(parts.params * (2 if config.train.accumulation > 1 else 1), memory.temporaries)
+        moving = memory.temporaries - fixed
+
+        def saving(n: int) -> float:
+            return moving * (1 - config.train.accumulation / n) - (
+                parts.params if config.train.accumulation == 1 else 0
+            )
+
+        enough = [n for n in cuts if saving(n) >= over]
+        cut = enough[0] if enough else cuts[-1]
+        yield f"train.accumulation={cut}", saving(cut)
+    if config.train.ema_decay:
+        yield "train.ema_decay=0", parts.ema
+    if not config.lora.rank:
+        if config.optimizer.name == "adamw":
+            yield "optimizer.name=adafactor", 0.98 * parts.optimizer
+        # The frozen base stays, in the compute dtype; adapters are a few percent of it.
+        gone = parts.params + parts.optimizer + parts.ema
+        frozen = 0 if parts.reference else parts.params // 2
+        yield "lora.rank=64", 0.94 * gone - frozen
+
+
+def printed(plans: list[dict[str, Any]]) -> str:
+    """The plans as a markdown table, and beneath it what does not fit in a row."""
+    head = (
+        "topology",
+        "chips",
+        "mesh",
+        "pairs/chip",
+        "arguments GB",
+        "temporaries GB",
+        "total GB",
+        "of GB",
+        "fits",
+        "TFLOP/chip",
+        "step s (model)",
+        "MFU at that",
+        "days",
+        "chip-hours",
+        "XLA's s",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(_row(plan)) + " |" for plan in plans]
+    for plan in plans:
+        lines += ["", f"{plan['topology']}: compiled in {plan['compile_seconds']:.0f} s"]
+        lines += [f"  {line}" for line in plan["advice"]]
+        for row in plan["collectives"] or []:
+            lines.append(
+                f"  {row['kind']} of {row['moves']}, {row['group']} chips: "
+                f"{row['instructions']} in the program, {row['runs']} a step, "
+                f"{row['payload_bytes'] / GB:.3f} GB whole, {row['moved_bytes'] / GB:.3f} GB sent"
+            )
+    lines += ["", ASSUMPTIONS]
+    lines.append(
+        "XLA's s: the compiler's own estimate (optimal_seconds); it counts a loop's body once."
+    )
+    return "\n".join(lines)
+
+
+def _row(plan: Mapping[str, Any]) -> list[str]:
+    memory, time, run = plan["memory"], plan["time"], plan["run"]
+
+    def between(low: float, high: float, places: int) -> str:
+        texts = [f"{x:.{places}f}" for x in (low, high)]
+        return texts[0] if texts[0] == texts[1] else "-".join(texts)
+
+    def gigabytes(key: str) -> str:
+        return "?" if memory[key] is None else f"{memory[key] / GB:.2f}"
+
+    modelled = ["?"] * 4
+    if time:
+        modelled = [
+            between(time["low"], time["high"], 3),
+            between(100 * plan["mfu"]["high"], 100 * plan["mfu"]["low"], 0) + " %",
+            between(run["days"]["low"], run["days"]["high"], 2),
+            between(run["chip_hours"]["low"], run["chip_hours"]["high"], 0),
+        ]
+    fits = {True: "yes", False: "NO", None: "?"}[memory["fits"]]
+    limit = "?" if memory["limit"] is None else f"{memory['limit'] / GB:.0f}"
+    xla = plan["xla"].get("optimal_seconds")
+    return [
+        plan["topology"],
+        str(plan["chips"]),
+        " x ".join(str(size) for size in plan["mesh"].values()),
+        f"{plan['pairs_per_chip']:g}",
+        gigabytes("arguments"),
+        gigabytes("temporaries"),
+        gigabytes("total"),
+        limit,
+        fits,
+        f"{plan['flops']['chip'] / 1e12:.2f}",
+        *modelled,
+        "?" if xla is None else f"{xla:.3f}",
+    ]

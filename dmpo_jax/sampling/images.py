@@ -1,0 +1,113 @@
+"""Image grids and PNG files."""
+
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from dmpo_jax import storage
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "N H W 3"],
+    columns: int,
+    *,
+    labels: Sequence[str] | None = None,
+    header: Sequence[str] | None = None,
+    scale: int = 1,
+) -> Image.Image:
+    """Images in rows of `columns`, first row first, on white.
+
+    Args:
+        images: N may leave the last row short.
+        columns: images a row.
+        labels: a caption over each row, such as its prompt; broken into lines that fit.
+        header: a title over each column.
+        scale: whole factor to enlarge by, every pixel a square; for very small images.
+
+    Raises:
+        ValueError: if there are not as many labels as rows, or headers as columns.
+    """
+    count, height, width = images.shape[0], images.shape[1] * scale, images.shape[2] * scale
+    rows = -(-count // columns)
+    for what, texts, wanted in (("labels", labels, rows), ("header", header, columns)):
+        if texts is not None and len(texts) != wanted:
+            raise ValueError(f"{what} must have {wanted} texts, but got {len(texts)}")
+
+    size = min(max(width // 16, 13), 28)  # pixels: legible, and small beside the images
+    font, gap = ImageFont.load_default(size=size), max(size // 3, 4)
+    line = size + gap
+    full = columns * (width + gap) + gap
+    captions = [_wrap(text, font, full - 2 * gap) for text in labels or [""] * rows]
+    titles = [_wrap(text, font, width) for text in header or []]
+    rule = gap + line * max((len(t) for t in titles), default=0)
+    top = rule + (2 * gap if header else 0)
+    heights = [height + gap + (line * len(c) if labels else 0) for c in captions]
+    sheet = Image.new("RGB", (full, top + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+
+    def write(x: int, y: int, texts: list[str]) -> int:
+        for text in texts:
+            draw.text((x, y), text, fill="black", font=font)
+            y += line
+        return y
+
+    for column, title in enumerate(titles):
+        write(gap + column * (width + gap), gap, title)
+    if header:  # a line parts the titles from the first row's caption
+        draw.line((gap, rule, full - gap, rule), fill="grey")
+    y = top
+    for row, (caption, row_height) in enumerate(zip(captions, heights, strict=True)):
+        below = write(gap, y, caption) if labels else y
+        for column, image in enumerate(images[row * columns : (row + 1) * columns]):
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(tile, (gap + column * (width + gap), below))
+        y += row_height
+    return sheet
+
+
+def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
+    """Text in lines that fit `width` pixels; cut off, with dots, after `most` lines."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(joined) > width:
+            lines.append(word)
+        else:
+            lines[-1] = joined
+    cut = len(lines) > most
+    return [_shorten(t, font, width, cut and i == most - 1) for i, t in enumerate(lines[:most])]
+
+
+def _shorten(text: str, font: Any, width: int, dots: bool) -> str:
+    """The text, or as much of it as fits before three dots."""
+    if not dots and font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def save_png(path: epath.PathLike, image: Image.Image, about: dict[str, Any] | None = None) -> None:
+    """Writes a PNG, whole or not at all, making its folder; on process 0 only.
+
+    Args:
+        about: settings kept inside the file, as JSON under the text key "parameters".
+    """
+    if jax.process_index() != 0:
+        return
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    if about is not None:
+        info.add_text("parameters", json.dumps(about))
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
+    storage.write_bytes(path, content.getvalue())

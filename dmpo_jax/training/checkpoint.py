@@ -1,0 +1,433 @@
+"""Save and restore a run's state, together, so that neither drifts from the other.
+
+A checkpoint is one folder, `<folder>/<step>/`, that Orbax writes aside and commits in one
+move: a process killed while saving leaves the checkpoints before it as they were. Beside
+the arrays stands a list of every leaf's name, shape, dtype and checksum, because Orbax
+notices a file that is cut or gone, but not a flipped bit in an array.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
+
+from dmpo_jax.training import checksums
+
+_LOG = logging.getLogger(__name__)
+# Not a sign of a broken file: the machine is too small, or the files are not ours to read.
+_NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
+_FULL = ("No space left", "Disk quota exceeded")
+
+
+def _write_small_arrays_whole() -> None:
+    """Orbax has every replica write a slice of every array: with thousands of small ones on
+    eight devices that is six seconds a save, for nothing."""
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    level = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)  # it would warn of what is meant here
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    absl.logging.set_verbosity(level)
+
+
+_write_small_arrays_whole()
+
+
+class Checkpoints:
+    """The checkpoints of one run. A context manager; leaving it waits for the last save.
+
+    On many processes, every process makes one over the same folder and calls every method
+    at the same step; files shared by all are written by process 0.
+
+    Args:
+        folder: where the checkpoints go, a local or an object-storage path.
+        keep: how many of the newest to keep, at least 1; with 2 or more there is one to
+            fall back on.
+        identity: what must not change over a run (objective, model, data, seed, ...), as
+            JSON can hold it. Written once, as `identity.json`.
+        warn: is told, in one line, of a checkpoint that could not be read.
+        read_only: leave the folder as it is, also what a run is just writing there.
+
+    Raises:
+        ValueError: if the folder belongs to a run of another identity, or is to be read and
+            is not there.
+    """
+
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        keep: int,
+        identity: dict[str, Any],
+        warn: Callable[[str], object] = _LOG.warning,
+        read_only: bool = False,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, but got {keep}")
+        check_folder(folder)
+        self._folder = epath.Path(folder)
+        if "://" not in os.fspath(folder):  # of a URL it would make a folder of that name here
+            self._folder = self._folder.absolute()
+        self._warn = warn
+        self._read_only, self._writing = read_only, False
+        self._last = -1  # whose writing was begun last
+        self._whole: set[int] = set()  # steps that this process wrote, or read and verified
+        self._claim(json.loads(json.dumps(identity)))  # as it will read back: tuples are lists
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            cleanup_tmp_directories=not read_only,
+            save_interval_steps=0 if read_only else 1,
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = _Manager(self._folder, options=options)
+        # Reads with a barrier for this process alone: where one of many cannot read its
+        # part, the others must not wait in Orbax for it, but hear of it in _attempt.
+        self._alone = alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"process_{jax.process_index()}",
+        )
+        self._reader = ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            multiprocessing_options=alone,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None or not issubclass(kind, Exception):
+            self.close()
+        elif jax.process_count() == 1:
+            with contextlib.suppress(SaveError):  # or it would take the first error's place
+                self.close()
+        # With many, what is being written waits for processes that may never come.
+
+    def steps(self) -> list[int]:
+        """The steps that have a committed checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
+        """Writes `state`, a pytree of arrays, as checkpoint `step`.
+
+        Returns once the arrays are copied off the devices, so that they may be donated;
+        writing goes on behind, and its failure is raised by the next call. A step that
+        this object has already saved or restored is left as it is: a run is a pure
+        function of (config, step).
+
+        Args:
+            step: how many updates `state` has seen; the checkpoint's name.
+            state: what to save.
+            wait: return only when the checkpoint is whole on disk.
+        """
+        if step not in self._whole:
+            leaves = checksums.describe(state)
+            for leaf, checksum in zip(leaves.values(), checksums.compute(state), strict=True):
+                leaf["checksum"] = checksum
+            index = {"leaves": leaves, "digest": checksums.digest(leaves)}
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index)
+            )
+            self.wait()  # for the one before
+            self._last = step
+            self._saving(lambda: self._manager.save(step, args=items, force=True))
+            self._whole.add(step)
+            self._writing = True
+        if wait:
+            self.wait()
+
+    def check(self) -> None:
+        """SaveError where writing has gone wrong by now; waits for nothing."""
+        if self._writing and not self._manager.is_writing():
+            self._writing = False
+            self.wait()
+
+    def _saving(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except _NOT_SAVING:
+            raise
+        except Exception as error:  # Orbax and tensorstore: each has kinds of its own
+            # tensorstore names every file it was in the middle of; what went wrong comes last.
+            reason = re.sub(r"\s*\[\w+='[^\]]*\]", "", str(error).strip().rpartition('": ')[2])
+            # Orbax counts the one that failed until it has waited for the other processes.
+            whole = [step for step in self.steps() if step != self._last]
+            full = any(x in str(error) for x in _FULL)
+            raise SaveError(
+                f"a checkpoint could not be written to {self._folder} "
+                f"({type(error).__name__}: {reason[-300:]}). "
+                + ("The disk is full: make room, or keep fewer with log.keep. " if full else "")
+                + f"The newest whole one is {max(whole, default='none')}: run the same "
+                "command again to go on from it"
+            ) from error
+
+    def restore(self, abstract: Any, *, step: int | None = None) -> tuple[int, Any] | None:
+        """The newest whole checkpoint, or None where there is none at all.
+
+        A checkpoint is whole if every file can be read and every array has the checksum
+        it was saved with. Ones that are not are passed over; once a whole one is found
+        they are renamed to `<step>.corrupt`, and `warn` names both.
+
+        Args:
+            abstract: the state's shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`s
+                (arrays will do). The shardings are those wanted now; the checkpoint may
+                have been saved from another mesh or number of hosts.
+            step: this one and no other.
+
+        Returns:
+            (step, state), the state sharded as `abstract` says.
+
+        Raises:
+            ValueError: if a checkpoint is readable and is of another state: names, shapes
+                or dtypes differ; or if there is no checkpoint `step`.
+            RuntimeError: if there are checkpoints and none is whole. Nothing is renamed
+                then, so that the next start cannot take the folder for a new run's.
+        """
+        abstract = jax.tree.map(checksums.abstract_leaf, abstract)
+        self.wait()
+        broken: dict[int, str] = {}
+        steps = self.steps() if step is None else [step]
+        if step is not None and step not in self.steps():
+            raise ValueError(f"no checkpoint {step} in {self._folder}; there are {self.steps()}")
+        for found in reversed(steps):
+            try:
+                state = self._read(found, abstract)
+            except _Unreadable as error:
+                broken[found] = str(error)
+                continue
+            for bad in broken:
+                name = self._set_aside(bad)
+                self._warn(
+                    f"checkpoint {bad} is not whole ({broken[bad]}): it is now {name}, and "
+                    f"the run goes on from checkpoint {found}"
+                )
+            self._whole.add(found)
+            return found, state
+        if broken:
+            reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
+            raise RuntimeError(
+                f"no checkpoint in {self._folder} is whole ({reasons}). Put a good copy back, "
+                "or choose another --workdir to start afresh"
+            )
+        return None
+
+    def restore_part(
+        self, abstract: dict[str, Any], *, step: int | None = None
+    ) -> tuple[int, dict[str, Any]]:
+        """Some fields of a state, by name, verified; the others are not read.
+
+        Where the newest checkpoint is not whole, the one before it, and `warn` names both.
+
+        Args:
+            abstract: field -> its shapes, dtypes and shardings, as for `restore`.
+            step: this one and no other; None is the newest whole one.
+
+        Raises:
+            ValueError: there is no such checkpoint, or its fields are not these.
+            RuntimeError: none asked for is whole. Nothing is set aside.
+        """
+        abstract = jax.tree.map(checksums.abstract_leaf, abstract)
+        self.wait()
+        if not self.steps() or step not in [None, *self.steps()]:
+            wanted = "checkpoint" if step is None else f"checkpoint {step}"
+            raise ValueError(f"no {wanted} in {self._folder}; there are {self.steps()}")
+        broken: dict[int, str] = {}
+        for found in reversed(self.steps()) if step is None else [step]:
+            try:
+                part = self._read_part(found, abstract)
+            except _Unreadable as error:
+                broken[found] = str(error)
+                continue
+            for bad, reason in broken.items():
+                self._warn(f"checkpoint {bad} is not whole ({reason}): this is checkpoint {found}")
+            return found, part
+        reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
+        raise RuntimeError(
+            f"no checkpoint asked for in {self._folder} is whole ({reasons}): choose another of "
+            f"{self.steps()}"
+        )
+
+    def _read_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        # A state is a NamedTuple, whose leaves are named by attribute, a part is a dict.
+        described = {}
+        for field, tree in abstract.items():
+            described |= {
+                f".{field}{name}": leaf for name, leaf in checksums.describe(tree).items()
+            }
+        leaves = self._attempt(lambda: self._read_index(step))
+        held = {n: v for n, v in leaves.items() if n.startswith(tuple(f".{f}" for f in abstract))}
+        checksums.check_same(step, held, described)
+        part = self._attempt(lambda: self._restore_part(step, abstract))
+        found_sums = [x for tree in part.values() for x in checksums.compute(tree)]
+        for name, checksum in zip(described, found_sums, strict=True):
+            if leaves[name]["checksum"] != checksum:
+                raise _Unreadable(f"the values of {name} are not those that were saved")
+        return part
+
+    def _restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
+        reader = ocp.Checkpointer(handler, multiprocessing_options=self._alone)
+        with contextlib.closing(reader):
+            return reader.restore(self._folder / str(step) / "state", args=arguments)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; SaveError where that went wrong."""
+        while self._manager.is_writing():
+            time.sleep(0.01)
+        self._saving(self._manager.raise_or_wait)
+
+    def close(self) -> None:
+        """Waits, then lets go of Orbax's threads. The object is of no use afterwards."""
+        self.wait()
+        self._manager.close()
+        self._reader.close()
+
+    def _claim(self, identity: dict[str, Any]) -> None:
+        """Writes the identity, or compares it with the one that is there."""
+        path = self._folder / "identity.json"
+        if self._read_only and not path.exists():
+            raise ValueError(f"there are no checkpoints in {self._folder}")
+        if jax.process_index() == 0 and not path.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part = path.with_name("identity.json.part")
+            part.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
+            part.replace(path)  # a kill leaves no half-written identity to be compared with
+        _barrier("identity")
+        if not path.exists():
+            raise ValueError(
+                f"process {jax.process_index()} does not see {path}, which process 0 has written: "
+                "--workdir must be a folder that all processes share"
+            )
+        ours, theirs = _flatten(identity), _flatten(json.loads(path.read_text()))
+        missing = "(not set)"
+        differing = [
+            f"{key}: {theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} now"
+            for key in sorted(ours | theirs)
+            if ours.get(key, missing) != theirs.get(key, missing)
+        ]
+        if differing:
+            raise ValueError(
+                f"{self._folder} holds the checkpoints of another run:\n  "
+                + "\n  ".join(differing)
+                + "\nChange these back to continue it, or choose another --workdir."
+            )
+
+    def _read(self, step: int, abstract: Any) -> Any:
+        """One checkpoint, verified; raises _Unreadable on every process if on any."""
+        leaves = self._attempt(lambda: self._read_index(step))
+        checksums.check_same(step, leaves, checksums.describe(abstract))
+        path, args = self._folder / str(step) / "state", ocp.args.StandardRestore(abstract)
+        state = self._attempt(lambda: self._reader.restore(path, args=args))
+        for (name, leaf), checksum in zip(leaves.items(), checksums.compute(state), strict=True):
+            if leaf["checksum"] != checksum:
+                raise _Unreadable(f"the values of {name} are not those that were saved")
+        return state
+
+    def _read_index(self, step: int) -> dict[str, dict]:
+        index = ocp.JsonCheckpointHandler().restore(self._folder / str(step) / "index")
+        if index["digest"] != checksums.digest(index["leaves"]):
+            raise _Unreadable("its list of leaves is damaged")
+        return index["leaves"]
+
+    def _attempt(self, read: Callable[[], Any]) -> Any:
+        """Calls `read`; its failure on any process becomes _Unreadable on all."""
+        value, reason = None, ""
+        try:
+            value = read()
+        except _NOT_CORRUPTION:
+            raise
+        except Exception as error:  # Orbax, tensorstore, json: each has kinds of its own
+            first_line = (str(error).splitlines() or [""])[0].partition(" See full")[0]
+            reason = f"{type(error).__name__}: {first_line}"[:200]
+        failed = bool(reason)
+        if jax.process_count() > 1:
+            failed = bool(multihost_utils.process_allgather(np.array(failed)).any())
+        if failed:
+            raise _Unreadable(reason or "another process could not read it")
+        return value
+
+    def _set_aside(self, step: int) -> str:
+        """Renames a checkpoint that is not whole: its step can then be saved again."""
+        name = f"{step}.corrupt"
+        while (self._folder / name).exists():
+            name += "-again"
+        _barrier(f"aside {step}")  # all have chosen the name before it exists
+        if jax.process_index() == 0:
+            (self._folder / str(step)).rename(self._folder / name)
+        _barrier(f"aside {step} done")
+        self._manager.reload()
+        return name
+
+
+def check_folder(folder: epath.PathLike) -> None:
+    """ValueError where Orbax can write no checkpoints: object storage other than Google's."""
+    scheme, url, _ = os.fspath(folder).partition("://")
+    if url and scheme != "gs":
+        raise ValueError(
+            f"checkpoints are written to local folders and gs://, but got {os.fspath(folder)}: "
+            "choose such a --workdir, or mount the bucket as a folder. Encoded pairs may stay there"
+        )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which says at once when writing has failed on this process.
+
+    Orbax first waits for the other processes, which may be waiting for this one's part: up to
+    its timeout of 600 s. Where another version has no such method to override, so does this.
+    """
+
+    failed: Exception | None = None
+
+    def is_writing(self) -> bool:
+        return self.failed is None and self.is_saving_in_progress()
+
+    def raise_or_wait(self) -> None:
+        if self.failed is not None:
+            raise self.failed
+        self.wait_until_finished()
+
+    def _wait_for_checkpointers(self) -> None:  # in the thread that commits
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.failed = error
+            raise
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+class _Unreadable(Exception):
+    """A checkpoint is not whole; the message says why."""
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> {dotted key: value}."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    parts = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items()]
+    return functools.reduce(lambda a, b: a | b, parts, {})
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"checkpoints: {name}")

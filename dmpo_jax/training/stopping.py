@@ -1,0 +1,111 @@
+"""How training is stopped from outside, and how it ends itself where it hangs."""
+
+import faulthandler
+import logging
+import os
+import signal
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+from dmpo_jax.parallel import processes
+
+LOG = logging.getLogger(__name__)
+
+
+class Stopping:
+    """SIGTERM and Ctrl-C ask every process to save after the same update and leave.
+
+    With one process by handlers of our own, and a second Ctrl-C does not wait. With many a
+    signal to any one of them is enough: JAX, which catches SIGTERM from joining on, agrees
+    with the others on an update that none has begun. A context manager, entered and left by
+    the main thread.
+    """
+
+    def __init__(self):
+        self._many = jax.process_count() > 1
+        self._signal: signal.Signals | None = None
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stopping":
+        for number in (signal.SIGINT,) if self._many else (signal.SIGTERM, signal.SIGINT):
+            try:
+                self._old[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: the embedding program decides
+                LOG.warning("%s is not handled outside the main thread", number.name)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def asked(self, number: int) -> bool:
+        """Whether to save after update `number` and leave. Asked once an update, by all."""
+        if self._many:
+            return multihost_utils.reached_preemption_sync_point(number)
+        return self._signal is not None
+
+    def leave(self, number: int) -> NoReturn:
+        """Ends the process with the status that shells give to a signal."""
+        if jax.process_index() == 0:
+            words = f"stopped at step {number}, saved; run the same command again to go on"
+            print(words, flush=True)
+        raise SystemExit(128 + int(self._signal or signal.SIGTERM))
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._many:
+            os.kill(os.getpid(), signal.SIGTERM)  # what JAX has its ear on
+            return
+        if self._signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number)
+        print(f"\n{self._signal.name}: saving after this step ...", flush=True)
+
+
+class Watchdog:
+    """Ends the process with processes.RESTART where no update was begun for `limit` seconds.
+
+    For what no error tells of: a collective that a dead or stuck process never joins, a disk
+    that does not answer. It prints where every thread stands. A context manager.
+
+    Args:
+        limit: seconds; 0 never ends anything.
+    """
+
+    SLOW = 3  # limits for what may have to compile first, or writes much
+
+    def __init__(self, limit: float | int):
+        self._limit = limit
+        self._done = threading.Event()
+        self.alive("the first update", slow=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._limit > 0:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+
+    def alive(self, doing: str, *, slow: bool = False) -> None:
+        """Starts the clock anew. doing: what is begun, for the message."""
+        allowed = self._limit * (self.SLOW if slow else 1)
+        self._now = doing, allowed, time.monotonic() + allowed  # one assignment: threads
+
+    def _watch(self) -> None:
+        while True:
+            doing, allowed, until = self._now
+            if self._done.wait(max(until - time.monotonic(), 0)):
+                return
+            if time.monotonic() >= self._now[2]:
+                break
+        faulthandler.dump_traceback()
+        processes.abort(
+            processes.RESTART,
+            f"{doing} has not come to an end within {allowed:g} s (train.hang_limit): a process "
+            "or a disk hangs, see the stacks above. Run the same command again to go on from "
+            "the newest checkpoint",
+        )

@@ -1,0 +1,263 @@
+"""What a run tells of its own pace: pairs and FLOPs a second, where the time goes, memory."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.planning import chips, flops
+from dmpo_jax.progress import Progress
+from dmpo_jax.training import health, step
+from dmpo_jax.training.metrics import MetricsWriter
+
+LOG = logging.getLogger(__name__)
+
+# Keys of metrics.jsonl that clock and machine decide; all others the config and the step.
+MEASURED = frozenset(
+    "pairs_per_second pairs_per_second_per_chip tflops_per_second_per_chip mfu seconds_input "
+    "seconds_step seconds_checkpoint seconds_validation seconds_sampling seconds_profile "
+    "seconds_compile compiled_from_cache seconds_to_first_step device_memory_gb "
+    "device_memory_peak_gb host_memory_gb host_memory_peak_gb".split()
+)
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+class NonFiniteError(RuntimeError):
+    """More updates than `train.skip_limit` had a loss or gradient that is not finite."""
+
+
+class Cost(NamedTuple):
+    """What pairs a second are turned into FLOP/s with.
+
+    pair_flops: that one pair needs, recomputation apart.
+    chips: of the mesh. peak_flops: of one in bfloat16, a second; None where not known.
+    """
+
+    pair_flops: int
+    chips: int
+    peak_flops: float | None = None
+
+
+def make_cost(
+    config: configs.Config,
+    unet: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    setup: step.Setup,
+    devices: jax.sharding.Mesh,
+) -> Cost:
+    """The cost of a run's pairs; unet: its config; meta: of the encoded pairs."""
+    height, width, _ = meta["shapes"]["moments"]["shape"][-3:]
+    forward = flops.unet_forward(
+        unet,
+        height=height,
+        width=width,
+        tokens=meta["shapes"]["context"]["shape"][-2],
+        rank=config.lora.rank,
+        targets=config.lora.targets,
+    )
+    pair = flops.step_flops(
+        forward,
+        needs_reference=setup.needs_reference,
+        needs_rejected=setup.needs_rejected,
+        lora=setup.adapters,
+    )
+    chip = chips.lookup(devices.devices.flat[0].device_kind)
+    return Cost(pair, devices.size, chip.flops if chip else None)
+
+
+class Watch:
+    """Turns a step's metrics into a line, a bar and, where it went wrong, an end.
+
+    It never waits for the device by itself. The metrics of a step are read once the next one
+    is dispatched, as `report` is called, and the moment they are there is the step's end.
+
+    Args:
+        config: the run's. start: the step that it goes on from.
+        learning_rate: by step. cost: of a pair. curves: of the run's objective.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        config: configs.Config,
+        start: int,
+        *,
+        learning_rate: Callable[[Any], jax.Array],
+        cost: Cost,
+        curves: health.Curves,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._config, self._learning_rate, self._cost = config, learning_rate, cost
+        self._curves = curves
+        self._clock = clock
+        self._last: int | None = start
+        self._since = clock()
+        self._input = (0, 0.0)  # batches taken since then, seconds that took
+        self._once: dict[str, float] = {}  # what the next line has beside a step's own
+        self._finished_any = False
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the seconds of the block as `what`.
+
+        "input" is a part of every step. All else is a pause: it is left out of the speed, and
+        its seconds stand in the next line. Steps in flight must be reported before it.
+        """
+        began = self._clock()
+        try:
+            yield
+        finally:
+            seconds = self._clock() - began
+            if what == "input":
+                self._input = (self._input[0] + 1, self._input[1] + seconds)
+            else:
+                name = f"seconds_{what}"
+                self._once[name] = self._once.get(name, 0.0) + seconds
+                self._restart()
+
+    def compile(self, jitted: Any, *arguments: Any) -> Any:
+        """`jitted` compiled for its arguments, ahead of its first call; says how long it took.
+
+        A step that was read compiled from a file comes back as it is.
+        """
+        if not hasattr(jitted, "lower"):
+            return jitted
+        hits: list[str] = []
+
+        def listen(event: str, **details: Any) -> None:
+            if event == _CACHE_HIT:
+                hits.append(event)
+
+        with self.timed("compile"):
+            lowered = jitted.lower(*arguments)
+            jax.monitoring.register_event_listener(listen)
+            try:
+                compiled = lowered.compile()
+            finally:
+                jax.monitoring.unregister_event_listener(listen)
+        self._once["compiled_from_cache"] = float(bool(hits))
+        where = "from the compilation cache" if hits else "not in the compilation cache"
+        LOG.info("compiled the step in %.1f s, %s", self._once["seconds_compile"], where)
+        return compiled
+
+    def report(
+        self,
+        number: int,
+        metrics: Any,
+        writer: MetricsWriter,
+        progress: Progress,
+    ) -> None:
+        """Reads the metrics of update `number`; NonFiniteError past the limit."""
+        config = self._config
+        fetched = dict(jax.device_get(metrics))
+        pairs = fetched.pop("pairs")
+        values = {name: float(x) for name, x in fetched.items()}
+        values |= self._curves.add(pairs)
+        now = self._clock()
+        check_finite(number, values, config.train.skip_limit)
+        if self._last is None:  # the first after a pause
+            self._last = number - 1
+        self._note_first_step()
+        pace = self._pace(number - self._last, now)
+        if number % config.log.every == 0 or number in (1, config.train.steps):
+            values["learning_rate"] = float(self._learning_rate(number - 1))
+            line = {**values, **pace, **memory(), **self._once}
+            writer.write(number, line, detail=self._curves.take())
+            self._last, self._since, self._input = number, now, (0, 0.0)
+            self._once.clear()
+        shown: dict[str, Any] = {
+            name: values[name] if name in values else pace[name]
+            for name in ("loss", "implicit_accuracy", "pairs_per_second")
+        }
+        waited = pace["seconds_input"] / (pace["seconds_input"] + pace["seconds_step"])
+        shown["input wait"] = f"{100 * waited:.0f} %"
+        if "mfu" in pace:
+            shown["MFU"] = f"{100 * pace['mfu']:.1f} %"
+        progress.advance(1, **shown)
+
+    def _restart(self) -> None:
+        """Leaves what happened up to now out of the speed."""
+        self._since, self._last, self._input = self._clock(), None, (0, 0.0)
+
+    def _note_first_step(self) -> None:
+        if self._finished_any:
+            return
+        self._finished_any = True
+        seconds = process_seconds()
+        if seconds is not None:
+            self._once["seconds_to_first_step"] = seconds
+            LOG.info("the first step ended %.1f s after the process began", seconds)
+
+    def _pace(self, steps: int, now: float) -> dict[str, float]:
+        """What the steps since the last line, or pause, come to: rates, and seconds a step."""
+        seconds = max(now - self._since, 1e-9) / steps
+        batches, waited = self._input
+        # A batch is taken ahead of its step, so there may be one more of them.
+        waiting = min(waited / max(batches, 1), seconds)
+        speed = self._config.train.batch_size / seconds
+        flops = speed * self._cost.pair_flops / self._cost.chips
+        pace = {
+            "pairs_per_second": speed,
+            "pairs_per_second_per_chip": speed / self._cost.chips,
+            "tflops_per_second_per_chip": flops / 1e12,
+            "seconds_input": waiting,
+            "seconds_step": seconds - waiting,
+        }
+        if self._cost.peak_flops:
+            pace["mfu"] = flops / self._cost.peak_flops
+        return pace
+
+
+def check_finite(number: int, values: dict[str, float], limit: int) -> None:
+    """NonFiniteError where more than `limit` updates had to be skipped by update `number`."""
+    skipped = int(values["skipped"])
+    if skipped > limit:
+        raise NonFiniteError(
+            f"update {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is "
+            f"the non-finite update number {skipped}, above train.skip_limit={limit}. "
+            "Nothing of it was kept or saved. Look for broken pairs, lower "
+            "optimizer.learning_rate, or raise the limit."
+        )
+
+
+def memory() -> dict[str, float]:
+    """GB (1e9 bytes) held now and at most so far, by the fullest of this process's devices.
+
+    Where the backend does not say, as on a CPU, by the process; empty where that is not known.
+    """
+    stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
+    if stats:
+        return {
+            name: max(found[key] for found in stats) / 1e9
+            for name, key in (
+                ("device_memory_gb", "bytes_in_use"),
+                ("device_memory_peak_gb", "peak_bytes_in_use"),
+            )
+            if all(key in found for found in stats)
+        }
+    try:
+        status = pathlib.Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return {}
+    names = (("host_memory_gb", "VmRSS:"), ("host_memory_peak_gb", "VmHWM:"))
+    return {
+        name: int(status.split(key)[1].split()[0]) * 1024 / 1e9
+        for name, key in names
+        if key in status
+    }
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process began, imports included; None where the system does not say."""
+    try:
+        stat = pathlib.Path("/proc/self/stat").read_text()
+    except OSError:  # not Linux
+        return None
+    began = int(stat.rpartition(")")[2].split()[19])  # the name, in brackets, may hold spaces
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,45 @@
+"""Tests for dmpo_jax/config/recipes.py and configs/published.py."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+from dmpo_jax.config import checks as config_checks
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import recipes
+from dmpo_jax.objectives import OBJECTIVES
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def published():
+    spec = importlib.util.spec_from_file_location("published", ROOT / "configs" / "published.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_a_config_that_can_run(name):
+    config = published().get_config(name)
+    config_checks.validate(config, objectives=OBJECTIVES)
+    flat = configs.leaves(config)
+    for path, value in recipes.RECIPES[name].leaves.items():
+        assert flat[path] == value, path
+    assert "/" in recipes.RECIPES[name].source
+    assert name in published().__doc__
+
+
+def test_rates_are_those_of_a_whole_update():
+    rates = {n: r.leaves["optimizer.learning_rate"] for n, r in recipes.RECIPES.items()}
+    assert rates["sd15_dmpo"] == pytest.approx(2.048e-5)
+    assert rates["sdxl_dmpo"] == pytest.approx(2.048e-6)
+    assert recipes.scaled(1e-8, 64) == pytest.approx(6.4e-7)
+
+
+def test_what_is_unknown_is_refused():
+    with pytest.raises(ValueError, match=r"sd15_dmpo, .*but got 'sd15'"):
+        recipes.apply(configs.defaults(), "sd15")

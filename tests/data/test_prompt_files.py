@@ -1,0 +1,106 @@
+"""Tests for dmpo_jax/data/prompt_files.py: every format gives the same prompts, or says why not."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dmpo_jax.data.prompt_files import Prompt, load_prompts
+
+
+def write(path, content):
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    return path
+
+
+def test_a_line_a_prompt(tmp_path):
+    file = write(tmp_path / "prompts.txt", "\ufeffa cat\n\n  a dog, asleep \r\n007\n")
+    assert load_prompts(file) == [Prompt("a cat"), Prompt("a dog, asleep"), Prompt("007")]
+    assert load_prompts(write(tmp_path / "prompts", "a cat"))[0].text == "a cat"
+
+
+def formats(tmp_path):
+    """The same three rows in every format that has columns."""
+    rows = [
+        {"prompt": "a cat, asleep", "seed": 7, "negative_prompt": "dull", "id": 3},
+        {"prompt": "007", "image": "in/a.png", "mask": "m.png", "id": 4},
+        {"prompt": 'say "hi"', "id": 5},
+    ]
+    columns = ("id", "prompt", "negative_prompt", "seed", "image", "mask")
+    table = {c: [row.get(c) for row in rows] for c in columns}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+
+    def delimited(mark):
+        def cell(value):
+            value = "" if value is None else str(value)
+            return '"' + value.replace('"', '""') + '"' if '"' in value or mark in value else value
+
+        lines = [mark.join(columns)]
+        lines += [mark.join(cell(row.get(c)) for c in columns) for row in rows]
+        return "\n".join(lines) + "\n"
+
+    write(tmp_path / "a.csv", delimited(","))
+    write(tmp_path / "a.tsv", delimited("\t"))
+    write(tmp_path / "a.json", json.dumps(rows))
+    write(tmp_path / "a.jsonl", "\n".join(json.dumps(row) for row in rows))
+    return [tmp_path / f"a.{kind}" for kind in ("parquet", "csv", "tsv", "json", "jsonl")]
+
+
+def test_every_format_gives_the_same(tmp_path):
+    want = [
+        Prompt("a cat, asleep", negative_prompt="dull", seed=7),
+        Prompt("007", image=str(tmp_path / "in/a.png"), mask=str(tmp_path / "m.png")),
+        Prompt('say "hi"'),
+    ]
+    for file in formats(tmp_path):
+        assert load_prompts(file) == want, file.name
+
+
+def test_what_people_have(tmp_path):
+    parti = "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tA note\nit's\tWorld\t\t\n"
+    assert load_prompts(write(tmp_path / "PartiPrompts.tsv", parti)) == [
+        Prompt("bond"),
+        Prompt("it's"),
+    ]
+    assert load_prompts(write(tmp_path / "hps.json", '["a cat", "a dog"]')) == [
+        Prompt("a cat"),
+        Prompt("a dog"),
+    ]
+    table = pa.table({"caption": ["a cat"], "jpg_0": [b"\xff"], "seed": [2**32 - 1]})
+    pq.write_table(table, tmp_path / "pick.parquet")
+    assert load_prompts(tmp_path / "pick.parquet") == [Prompt("a cat", seed=2**32 - 1)]
+    lines = write(tmp_path / "a.jsonl", '"a cat"\n{"prompt": "a dog", "negative_prompt": ""}\n')
+    assert load_prompts(lines) == [Prompt("a cat"), Prompt("a dog", negative_prompt="")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", " \n", "holds no prompt"),
+        ("a.csv", "text,seed\na cat,1\n", "has no prompt or caption, but text, seed"),
+        ("a.csv", "prompt,seed\na cat,1\na dog,x\n", "row 2: seed should be .*'x'"),
+        ("a.csv", "prompt,seed\na cat,1\n,2\n", "row 2: prompt should be a text, but is None"),
+        ("a.csv", "prompt,seed\na cat\n", r"cannot be read as \.csv"),
+        ("a.csv", "", r"cannot be read as \.csv"),
+        ("a.json", '{"prompt": "a"}', "should hold a JSON list, but holds dict"),
+        ("a.json", "[", r"cannot be read as \.json"),
+        ("a.json", '["a", 3]', "row 2: should be a text or an object, but is 3"),
+        ("a.json", '[{"text": "a", "id": 1}]', "row 1: has no prompt or caption, but text, id"),
+        ("a.json", '[{"prompt": "a", "seed": -1}]', "row 1: seed should be .*-1"),
+        ("a.json", '[{"prompt": "a", "seed": true}]', "row 1: seed should be .*True"),
+        ("a.json", '[{"prompt": "a", "seed": 1.5}]', "row 1: seed should be .*1.5"),
+        ("a.json", '[{"prompt": "a", "image": 1}]', "row 1: image should be a text, but is 1"),
+        ("a.jsonl", '"a"\n{"prompt": }\n', r"cannot be read as \.jsonl"),
+        ("a.parquet", b"PAR1", r"cannot be read as \.parquet"),
+        ("a.txt", b"\xff\xfe", r"cannot be read as \.txt"),
+    ],
+)
+def test_errors_name_file_row_and_columns(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        load_prompts(write(tmp_path / name, content))
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere.txt does not exist: give one of \.txt, \.json"):
+        load_prompts(tmp_path / "nowhere.txt")

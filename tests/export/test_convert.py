@@ -1,0 +1,161 @@
+"""Tests for dmpo_jax.jobs.convert: what leaves a run, whole, averaged or as adapters."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.jobs.convert import convert
+from dmpo_jax.jobs.run import run
+from tests.support import tiny
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_steps"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+LORA = {
+    "lora__rank": 2,
+    "lora__alpha": 4.0,
+    "lora__dropout": 0.1,
+    "lora__targets": ("to_q", "to_out.0", "ff.net.2", "conv1"),
+    "train__ema_decay": 0.9,
+    "model__compute_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, quick_steps):
+    return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+def digests(folder) -> dict[str, str]:
+    files = sorted(p for p in pathlib.Path(folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def lora_run(made, tmp_path_factory):
+    """(workdir of a LoRA run of six steps, the base's files before it)."""
+    before = digests(made[0])
+    workdir = tmp_path_factory.mktemp("lora")
+    run(tiny.make_config(*made, **LORA), workdir)
+    return workdir, before
+
+
+def unet(folder) -> dict[str, np.ndarray]:
+    return diffusers_io.state_dict(diffusers_io.load_unet(folder))
+
+
+def relative(a: dict, b: dict) -> float:
+    names = sorted(a)
+    assert names == sorted(b)
+    flat = [np.concatenate([x[n].ravel() for n in names]) for x in (a, b)]
+    return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
+
+
+def test_a_lora_run_leaves_the_base_and_writes_both_forms(made, lora_run):
+    workdir, before = lora_run
+    assert digests(made[0]) == before
+    tuned, base = unet(workdir / "export"), unet(made[0])
+    changed = {name for name in base if not np.array_equal(tuned[name], base[name])}
+    kernels = (".to_q.weight", ".to_out.0.weight", ".ff.net.2.weight", ".conv1.weight")
+    assert changed == {name for name in base if name.endswith(kernels)}
+    adapters = diffusers_io.load_lora(workdir / "lora")
+    assert len(adapters) == 2 * len(changed)
+    others = digests(workdir / "export")
+    for name, digest in before.items():  # carried over unchanged
+        if not name.startswith("unet/") and name != "model_index.json":
+            assert others[name] == digest, name
+    index = json.loads((workdir / "checkpoints" / "6" / "index" / "metadata").read_text())
+    saved = [name for name, leaf in index["leaves"].items() if leaf["shape"]]
+    assert len(saved) == 4 * len(adapters)  # parameters, their average, and two moments
+    assert all(".lora_" in name for name in saved)
+
+
+def test_a_lora_run_resumes_to_the_same_numbers(made, lora_run, tmp_path):
+    run(tiny.make_config(*made, **LORA, train__steps=4), tmp_path / "run")
+    run(tiny.make_config(*made, **LORA), tmp_path / "run")
+    ours = diffusers_io.load_lora(tmp_path / "run" / "lora")
+    for path, want in diffusers_io.load_lora(lora_run[0] / "lora").items():
+        np.testing.assert_array_equal(ours[path], want, err_msg=path)
+
+
+def test_adapters_and_merged_are_the_same_model_in_pytorch(lora_run, tmp_path):
+    workdir, _ = lora_run
+    convert(workdir=workdir, out=tmp_path / "lora", verify=True)
+    assert not (tmp_path / "lora" / "unet").exists()
+    convert(workdir=workdir, out=tmp_path / "merged", merge=True, verify=True)
+    assert relative(unet(tmp_path / "merged"), unet(workdir / "export")) == 0
+    with pytest.raises(ValueError, match=r"holds \[2, 4, 6\]|there are \[2, 4, 6\]"):
+        convert(workdir=workdir, out=tmp_path / "five", at=5)
+
+
+def test_policy_and_average_are_both_at_hand(lora_run, tmp_path):
+    workdir, _ = lora_run
+    found = {}
+    for weights in ("policy", "ema", "auto"):
+        convert(workdir=workdir, out=tmp_path / weights, weights=weights)
+        found[weights] = diffusers_io.load_lora(tmp_path / weights)
+    assert relative(found["auto"], found["ema"]) == 0
+    assert 0 < relative(found["policy"], found["ema"]) < 1
+
+
+def test_dtype_shards_and_card(made, lora_run, tmp_path):
+    workdir, _ = lora_run
+    out = tmp_path / "out"
+    convert(workdir=workdir, out=out, merge=True, dtype="float16", shard_bytes=100_000, verify=True)
+    shards = sorted((out / "unet").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert max(p.stat().st_size for p in shards) < 150_000
+    assert {x.dtype.name for p in shards for x in load_file(p).values()} == {"float16"}
+    card = (out / "README.md").read_text()
+    front = card.split("---")[1]
+    for line in (f'base_model: "{made[0]}"', "library_name: diffusers", "- dmpo", "- lora"):
+        assert line in front
+    for words in ("after 6 updates", "48 preference pairs", "| lora.rank | 2 |", "| loss |"):
+        assert words in card
+
+
+def test_what_differs_is_not_verified(lora_run, tmp_path, monkeypatch):
+    workdir, _ = lora_run
+    from dmpo_jax.export import verify
+
+    def spoilt(*args, **kw):
+        loaded = original(*args, **kw)
+        return {path: 2 * x for path, x in loaded.items()}
+
+    original = diffusers_io.load_lora
+    monkeypatch.setattr(verify.diffusers_io, "load_lora", spoilt)
+    with pytest.raises(ValueError, match="do not use what was exported"):
+        convert(workdir=workdir, out=tmp_path / "out", verify=True)
+
+
+def test_a_full_run_with_an_average(made, tmp_path):
+    config = tiny.make_config(*made, train__ema_decay=0.9, train__steps=4)
+    run(config, tmp_path / "run")
+    convert(workdir=tmp_path / "run", out=tmp_path / "policy", weights="policy", verify=True)
+    convert(workdir=tmp_path / "run", out=tmp_path / "ema", weights="ema")
+    exported = unet(tmp_path / "run" / "export")
+    assert relative(unet(tmp_path / "ema"), exported) == 0
+    assert relative(unet(tmp_path / "policy"), exported) > 0
+    with pytest.raises(ValueError, match="there is no LoRA to merge"):
+        convert(workdir=tmp_path / "run", out=tmp_path / "x", merge=True)
+
+
+def test_refusals(made, lora_run, tmp_path):
+    config = json.loads((lora_run[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "train.ema_decay": 0.0}))
+    with pytest.raises(ValueError, match="kept no moving average"):
+        convert(workdir=tmp_path, out=tmp_path / "x", weights="ema")
+    with pytest.raises(ValueError, match="there are no checkpoints in"):
+        convert(workdir=tmp_path, out=tmp_path / "x")
+    with pytest.raises(ValueError, match=r"pytorch_lora_weights\.safetensors is missing"):
+        diffusers_io.load_lora(tmp_path)
+    save_file({"text_encoder.q.lora_A.weight": np.zeros(2)}, tmp_path / diffusers_io.LORA_FILE)
+    with pytest.raises(ValueError, match=r"'text_encoder\.q\.lora_A.*only adapters of a UNet"):
+        diffusers_io.load_lora(tmp_path)

@@ -1,0 +1,213 @@
+"""Tests for dmpo_jax/parallel/processes.py and jobs/stopping.py: what needs no training run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dmpo_jax.config import command_line as flags
+from dmpo_jax.parallel import processes
+from dmpo_jax.training import stopping
+from tests.support import launched
+
+ADDRESS = "10.0.0.1:8476"
+FULL = {
+    "JAX_COORDINATOR_ADDRESS": ADDRESS,
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "2",
+}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+def find(environ, coordinator="", count=0, index=-1):
+    return processes.find_peers(coordinator, count, index, environ)
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """JAX's own detection reads the real environment."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    return SLURM
+
+
+def test_one_process_joins_nobody():
+    assert find({}) is None
+    assert find({}, count=1) is None
+    assert find({**FULL, "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}) is None
+
+
+def test_settings_go_before_the_environment():
+    assert find(FULL) == (ADDRESS, 4, 2, "as set")
+    assert find({}, ADDRESS, 4, 2) == (ADDRESS, 4, 2, "as set")
+    assert find(FULL, "other:1", 8, 5) == ("other:1", 8, 5, "as set")
+
+
+def test_a_cluster_says_what_is_not_set(slurm, monkeypatch):
+    assert find(os.environ) == (None, 2, None, "Slurm")
+    assert find(os.environ, coordinator=ADDRESS) == (ADDRESS, 2, None, "Slurm")
+    assert find(os.environ, count=1) is None  # one of many that is to run by itself
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert find(os.environ) is None
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ("JAX_COORDINATOR_ADDRESS", "distributed.coordinator"),
+        ("JAX_NUM_PROCESSES", "distributed.processes"),
+        ("JAX_PROCESS_ID", "distributed.process_id"),
+    ],
+)
+def test_half_a_setting_is_refused(missing, words):
+    environ = {name: value for name, value in FULL.items() if name != missing}
+    with pytest.raises(ValueError, match=rf"but {words} \({missing}\) is not"):
+        find(environ)
+
+
+def test_settings_that_cannot_be(slurm):
+    with pytest.raises(ValueError, match="must be HOST:PORT, but got 'node3'"):
+        find(FULL, coordinator="node3")
+    with pytest.raises(ValueError, match="below the number of processes, 4, but got 4"):
+        find(FULL, index=4)
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a whole number, but got 'x'"):
+        find({**FULL, "JAX_NUM_PROCESSES": "x"})
+
+
+def test_a_task_alone_on_its_node_takes_every_gpu():
+    gpus = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert processes.local_devices({**gpus, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}) == [0, 1, 2, 3]
+    assert processes.local_devices({**gpus, "SLURM_STEP_TASKS_PER_NODE": "1"}) == [0, 1, 2, 3]
+    assert processes.local_devices({**gpus, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) is None
+    assert processes.local_devices({**gpus, "SLURM_STEP_TASKS_PER_NODE": "16"}) is None
+    assert processes.local_devices(gpus) is None
+
+
+def test_errors_of_our_own_are_words_and_others_are_bugs():
+    def caught(act):
+        with pytest.raises(ValueError) as error:
+            act()
+        return flags.words_of(error.value)
+
+    assert "must be HOST:PORT" in caught(lambda: find(FULL, coordinator="node3"))
+    assert caught(lambda: int("x")) == ""
+    assert caught(lambda: processes._integer({"a": "³"}, "a", 0)) == ""  # raised by int, in ours
+    assert flags.words_of(OSError(28, "No space left on device", "/full")) == (
+        "/full: No space left on device"
+    )
+
+
+class Clock:
+    """Time that passes only in waiting, and what is done meanwhile."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda: None)
+        monkeypatch.setattr(processes, "abort", lambda *ending: self.ended.append(ending))
+        self.ended = []
+        self.script = []  # (second, call), in order; a call that returns True ends the waiting
+
+    def wait(self, seconds):
+        until = self.now + seconds
+        while self.script and self.script[0][0] <= until:
+            self.now, call = self.script.pop(0)
+            if call():
+                return True
+        self.now = until
+        return False
+
+
+def test_the_watchdog_ends_what_hangs_and_spares_what_moves(monkeypatch):
+    clock = Clock(monkeypatch)
+    watchdog = stopping.Watchdog(10)
+    watchdog._done = clock
+    clock.script = [
+        (29, lambda: watchdog.alive("update 2")),  # the first may compile: thrice as long
+        (38, lambda: watchdog.alive("update 3")),
+        (47, lambda: watchdog.alive("a checkpoint", slow=True)),
+        (76, lambda: watchdog.alive("update 4")),
+    ]
+    watchdog._watch()
+    assert clock.now == 86
+    ((status, words),) = clock.ended
+    assert status == processes.RESTART
+    assert words.startswith("update 4 has not come to an end within 10 s (train.hang_limit)")
+
+
+def test_the_watchdog_stops_when_training_does(monkeypatch):
+    clock = Clock(monkeypatch)
+    watchdog = stopping.Watchdog(10)
+    watchdog._done = clock
+    clock.script = [(5, lambda: True)]
+    watchdog._watch()
+    assert not clock.ended
+
+
+def test_no_limit_starts_no_watch(monkeypatch):
+    monkeypatch.setattr(stopping.threading, "Thread", None)
+    with stopping.Watchdog(0) as watchdog:
+        watchdog.alive("update 1")
+
+
+JOIN = """
+import sys
+from dmpo_jax.parallel import processes
+processes.join(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]), join_limit=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [(0, "not all of the 2 processes have come to"), (1, "process 0 does not answer at")],
+)
+def test_who_waits_in_vain_is_told_so(index, words):
+    address = f"127.0.0.1:{launched.free_port()}"
+    run = subprocess.run(
+        [sys.executable, "-c", JOIN, address, str(index)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == processes.RESTART, run.stderr
+    assert f"{words} {address} within 2 s (distributed.join_limit)" in run.stderr
+
+
+FAIL = """
+import sys, jax
+from dmpo_jax.parallel import processes
+jax.config.update("jax_num_cpu_devices", 1)
+processes.join(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+if jax.process_index() == 1:
+    processes.end(1, "the disk of process 1 is full")
+processes.barrier("which process 1 never comes to")
+"""
+
+
+def test_all_end_with_the_words_and_status_of_the_first_that_fails():
+    address = f"127.0.0.1:{launched.free_port()}"
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAIL, address, str(i)],
+            env=environ,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [1, 1], said
+    assert "process 1 has failed, so this one ends: the disk of process 1 is full" in said[0]

@@ -1,0 +1,153 @@
+"""The real models' configs; run as a program, PyTorch's side of `test_full_size`.
+
+    python tests/support/full_size.py NAME FOLDER
+
+Draws NAME's weights, saves the model into FOLDER as PyTorch does, and what it computes into
+FOLDER/io.npz. A program of its own, so that its memory is free again before ours is taken.
+"""
+
+import json
+import pathlib
+import re
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from dmpo_jax.families.published import SD15, SD21, SDXL
+
+SDXL_VAE = {
+    "sample_size": 1024,
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "bos_token_id": 0,  # as the real files say, though the tokenizer's are 49406 and 49407
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+BIGG = {
+    **CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+MODELS = {  # name -> (kind, config, number of parameters, height and width of latents or images)
+    "sd15_unet": ("unet", SD15, 859_520_964, (13, 9)),
+    "sd21_unet": ("unet", SD21, 865_910_724, (9, 16)),
+    "sdxl_unet": ("unet", SDXL, 2_567_463_684, (11, 14)),
+    "sdxl_vae": ("vae", SDXL_VAE, 83_653_863, (56, 40)),
+    "sdxl_text_encoder": ("clip", CLIP_L, 123_060_480, None),
+    "sdxl_text_encoder_2": ("clip_projection", BIGG, 694_659_840, None),
+}
+SHARDS = "3GB"
+
+
+def peak_gigabytes() -> float:
+    """VmHWM: the most memory that this process has held, mapped files included."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kilobytes) * 1024 / 1e9
+
+
+def make(kind, config):
+    """The PyTorch model, its parameters not yet drawn where that can be spared."""
+    import diffusers
+    import torch
+    import transformers
+
+    if kind == "clip":
+        return transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    if kind == "clip_projection":
+        text = transformers.CLIPTextConfig(**config)
+        return transformers.CLIPTextModelWithProjection(text)
+    classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    with torch.device("meta"):
+        model = classes[kind](**config)
+    assert not list(model.buffers())
+    return model.to_empty(device="cpu")
+
+
+def draw(model, generator) -> None:
+    """Every parameter off its initial value, and activations of order one in every layer."""
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(generator=generator)
+        if name.endswith(("token_embedding.weight", "position_embedding.weight")):
+            parameter.data.mul_(0.5)
+        elif parameter.ndim > 1:
+            parameter.data.mul_((parameter[0].numel()) ** -0.5)
+        else:
+            parameter.data.mul_(0.1).add_(float(name.endswith("weight")))
+
+
+def compute(kind, model, size, generator) -> dict:
+    """Named inputs and outputs, channels first."""
+    import torch
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    if kind == "unet":
+        given = {
+            "sample": normal(2, 4, *size),
+            "timesteps": torch.tensor([3, 871]),
+            "context": normal(2, 77, model.config.cross_attention_dim),
+        }
+        added = {}
+        if model.config.addition_embed_type:
+            sizes = [[1024, 768, 0, 12, 1024, 1024], [811, 640, 5, 0, 896, 1152]]
+            added = {"pooled": normal(2, 1280), "time_ids": torch.tensor(sizes).float()}
+            names = {"text_embeds": added["pooled"], "time_ids": added["time_ids"]}
+        out = model(*given.values(), added_cond_kwargs=names if added else None).sample
+        return {**given, **added, "out": out}
+    if kind == "vae":
+        images = normal(1, 3, *size)
+        moments = model.encode(images).latent_dist.parameters
+        latents = normal(1, 4, 6, 5)
+        decoded = model.decode(latents).sample
+        return {"images": images, "moments": moments, "latents": latents, "decoded": decoded}
+    ids = torch.randint(3, 49405, (3, 77), generator=generator)
+    ids[:, 0] = 49406
+    for row, end in enumerate((6, 30, 76)):  # the end token, then SDXL's two kinds of padding
+        ids[row, end:] = 49407
+        ids[row, end + 1 :] = 0 if kind == "clip_projection" else 49407
+    out = model(ids, output_hidden_states=True)
+    pooled = out.text_embeds if kind == "clip_projection" else out.pooler_output
+    states = {"last": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
+    return {"ids": ids, **states, "pooled": pooled}
+
+
+def main(name: str, folder: str) -> None:
+    import numpy as np
+    import torch
+
+    kind, config, _, size = MODELS[name]
+    start = time.monotonic()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model = make(kind, config).eval()
+        draw(model, generator)
+        arrays = compute(kind, model, size, generator)
+    model.save_pretrained(folder, max_shard_size=SHARDS)
+    np.savez(pathlib.Path(folder) / "io.npz", **{k: v.numpy() for k, v in arrays.items()})
+    count = sum(p.numel() for p in model.parameters())
+    seconds = round(time.monotonic() - start, 1)
+    print(json.dumps({"count": count, "seconds": seconds, "peak_gb": round(peak_gigabytes(), 2)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,78 @@
+"""A tiny real UNet and what a training step needs beside it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dmpo_jax.diffusion.noise import make_noise_schedule
+from dmpo_jax.families import family as families
+from dmpo_jax.models import parameters
+from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.training import step
+from dmpo_jax.types import Condition, PairBatch
+
+MOVED = 1e-4  # far enough for margins of order 1, near enough for slopes that are not 0
+UNET = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 8,
+    "attention_head_dim": 2,
+}
+DMPO = functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01)
+SCHEDULE = make_noise_schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+# An optimizer that keeps the gradient for its state, where a test reads it unrounded.
+KEEP_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+def make_unet(config, dtype=jnp.float32):
+    """(predict, parameters) of a UNet that computes in `dtype`."""
+    model = parameters.initialise(UNet2DConditionModel, config, 0, dtype=dtype)
+    structure, params = parameters.split(model)
+    return families.make_predict(functools.partial(parameters.merge, structure)), params
+
+
+unet = functools.cache(functools.partial(make_unet, UNET))
+
+
+@functools.cache
+def make_setup(accumulation=1, tx=None):
+    return step.Setup(
+        predict=unet()[0],
+        objective=DMPO,
+        needs_reference=True,
+        needs_rejected=True,
+        schedule=SCHEDULE,
+        scaling_factor=0.18215,
+        tx=tx or optax.adamw(1e-3),
+        accumulation=accumulation,
+    )
+
+
+def make_batch(pairs: int, seed: int = 0, size: int = 4) -> PairBatch:
+    rng = np.random.default_rng(seed)
+    moments = rng.normal(size=(pairs, 2, size, size, 8)).astype(np.float32)
+    preference = rng.uniform(0.5, 1, pairs).astype(np.float32)
+    context = rng.normal(size=(pairs, 5, 8)).astype(np.float32)
+    return PairBatch(moments, preference, Condition(context))
+
+
+def run_key():
+    return jax.random.key(7)
+
+
+def perturbed(params, scale):
+    rng = np.random.default_rng(1)
+    return {
+        path: x + jnp.asarray(scale * rng.normal(size=x.shape), x.dtype)
+        for path, x in params.items()
+    }

@@ -1,0 +1,58 @@
+"""A pipeline small enough to compile in seconds, its encoded pairs, and a config for both."""
+
+from etils import epath
+
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.data import raw as sources
+from dmpo_jax.encoding.encode import encode
+from dmpo_jax.toy import tiny as debug
+
+FAMILY = {
+    "kind": "StableDiffusionPipeline",
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+    },
+    "text": {"text_encoder": 16},
+}
+
+
+def write(folder) -> tuple[str, str]:
+    """(model folder, encoded folder): 64 pairs of noise, a quarter of them for validation."""
+    folder = epath.Path(folder)
+    model, encoded = folder / "model", folder / "encoded"
+    debug.write_tiny_pipeline(model, FAMILY)
+    sources.write_pick_a_pic(folder / "pairs.parquet", debug.synthetic_pairs(64))
+    encode(
+        source=f"pickapic:{folder / 'pairs.parquet'}",
+        model=str(model),
+        out=encoded,
+        validation_fraction=0.25,
+    )
+    return str(model), str(encoded)
+
+
+def make_config(model: str, encoded: str, **leaves):
+    """A training config over them; `leaves` by dotted path with __ for the dot."""
+    config = configs.defaults()
+    values = {
+        "model.folder": model,
+        "model.compute_dtype": "float32",
+        "data.encoded": encoded,
+        "data.num_threads": 1,
+        "train.steps": 6,
+        "train.batch_size": 8,
+        "optimizer.learning_rate": 1e-3,
+        "optimizer.warmup_steps": 2,
+        "log.every": 1,
+        "log.validate_every": 3,
+        "log.sample_every": 0,
+        "log.checkpoint_every": 2,
+        **{path.replace("__", "."): value for path, value in leaves.items()},
+    }
+    return configs.from_leaves({**configs.leaves(config), **values})

@@ -1,0 +1,349 @@
+"""Tests for dmpo_jax.jobs.train and the jobs around it: resuming, refusing, stopping."""
+
+import gc
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmpo_jax import diffusers_io, objectives
+from dmpo_jax.config import checks as config_checks
+from dmpo_jax.config import leaves as configs
+from dmpo_jax.jobs import train
+from dmpo_jax.jobs.convert import convert
+from dmpo_jax.jobs.run import run
+from dmpo_jax.objectives import OBJECTIVES, registry
+from dmpo_jax.training import telemetry as watch
+from tests.support import tiny
+
+# Orbax leaves coroutines of reads that failed to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("quick_steps"),
+]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _collect():
+    yield
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, quick_steps):
+    return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(made, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    run(tiny.make_config(*made), workdir)
+    return workdir
+
+
+def weights(workdir) -> dict[str, np.ndarray]:
+    return diffusers_io.state_dict(diffusers_io.load_unet(workdir / "export"))
+
+
+def lines(workdir) -> list[dict]:
+    """metrics.jsonl without what clock and machine say."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in watch.MEASURED} for row in rows]
+
+
+def assert_same_run(workdir, other):
+    ours, theirs = weights(workdir), weights(other)
+    assert set(ours) == set(theirs)
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    assert lines(workdir) == lines(other)
+
+
+def test_a_run_writes_what_it_promises(uninterrupted):
+    rows = lines(uninterrupted)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for name in ("implicit_accuracy", "grad_norm", "learning_rate", "margin"):
+        assert all(np.isfinite(row[name]) for row in steps)
+    assert [row["step"] for row in rows if "validation_loss" in row] == [3, 6]
+    assert (uninterrupted / "export" / "model_index.json").exists()
+    assert list((uninterrupted / "tensorboard").iterdir())
+    assert json.loads((uninterrupted / "config.json").read_text())["objective"] == "dmpo"
+
+
+def test_a_run_tells_its_pace(uninterrupted):
+    text = (uninterrupted / "metrics.jsonl").read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if "loss" in row]
+    first, later = rows[0], rows[1:]
+    assert first["seconds_compile"] > 0
+    assert first["seconds_to_first_step"] > first["seconds_compile"]
+    assert not any("seconds_compile" in row for row in later)
+    for row in rows:
+        assert row["seconds_input"] + row["seconds_step"] == pytest.approx(
+            8 / row["pairs_per_second"]
+        )
+        per_chip = row["pairs_per_second_per_chip"]
+        assert per_chip == pytest.approx(row["pairs_per_second"] / 8)
+        # What a pair costs the tiny UNet on 8 x 8 latents and 8 tokens.
+        assert row["tflops_per_second_per_chip"] / per_chip == pytest.approx(21_848_064e-12)
+        assert row["host_memory_peak_gb"] >= row["host_memory_gb"] > 0
+        assert "mfu" not in row
+    assert [row["step"] for row in rows if "seconds_checkpoint" in row] == [3, 5]
+    assert [row["step"] for row in rows if "seconds_validation" in row] == [4]
+
+
+def test_the_policy_moves(made, uninterrupted):
+    before = diffusers_io.state_dict(diffusers_io.load_unet(made[0]))
+    after = weights(uninterrupted)
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_resumed_equals_uninterrupted(made, uninterrupted, tmp_path):
+    run(tiny.make_config(*made, train__steps=3), tmp_path)
+    run(tiny.make_config(*made, profile="5:6"), tmp_path)  # a longer run is the same run
+    assert_same_run(tmp_path, uninterrupted)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # and a trace changes nothing
+
+
+def test_a_finished_run_is_not_run_again(made, uninterrupted):
+    before = weights(uninterrupted)
+    run(tiny.make_config(*made), uninterrupted)
+    after = weights(uninterrupted)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_a_broken_newest_checkpoint_falls_back(made, uninterrupted, tmp_path, caplog):
+    run(tiny.make_config(*made, train__steps=4), tmp_path)
+    for file in (tmp_path / "checkpoints" / "4").rglob("*"):
+        if file.is_file() and file.stat().st_size > 500:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    run(tiny.make_config(*made), tmp_path)
+    assert "checkpoint 4 is not whole" in caplog.text
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objectives__dmpo__beta": 5.0},
+        {"objective": "diffusion_dpo"},
+        {"seed": 1},
+        {"train__batch_size": 16},
+        {"optimizer__learning_rate": 1e-4},
+    ],
+)
+def test_a_workdir_of_another_run_is_refused(made, uninterrupted, change):
+    (key,) = change
+    with pytest.raises(ValueError, match="another run") as error:
+        run(tiny.make_config(*made, **change), uninterrupted)
+    assert key.replace("__", ".") in str(error.value)
+
+
+def test_another_mesh_or_log_interval_is_the_same_run(made, uninterrupted, tmp_path):
+    run(tiny.make_config(*made, train__steps=3), tmp_path)
+    other = tiny.make_config(*made, mesh__data=4, mesh__fsdp=2, log__every=3, train__steps=4)
+    run(other, tmp_path)
+    assert [row["step"] for row in lines(tmp_path) if "loss" in row] == [1, 2, 3, 4]
+
+
+# With and without reference, with and without rejected images, with a mean over the batch.
+KINDS = {"dmpo", "sft", "mapo", "diffusion_kto"}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(n, marks=[] if n in KINDS else pytest.mark.slow) for n in sorted(OBJECTIVES)],
+)
+def test_every_objective_trains_with_accumulation_in_bfloat16(made, objective, tmp_path):
+    leaves = {"train__accumulation": 2, "train__steps": 2, "train__batch_size": 16}
+    leaves |= {"timesteps__weighting": "min_snr", "log__every": 1, "log__tensorboard": True}
+    if OBJECTIVES[objective].needs_rejected:
+        leaves["safeguard__mu"] = 0.5
+    config = tiny.make_config(*made, objective=objective, model__compute_dtype="bfloat16", **leaves)
+    run(config, tmp_path)
+    rows = lines(tmp_path)
+    assert rows[-1]["step"] == 2
+    assert np.isfinite(rows[-1]["loss"])
+    assert rows[-1]["update_norm"] > 0
+    assert ("safeguard" in rows[-1]) == ("margin_p50" in rows[-1]) == ("safeguard__mu" in leaves)
+    logit = OBJECTIVES[objective].implied_logit
+    assert ("logit_p95" in rows[-1]) == ("saturation" in rows[-1]) == logit
+    softened = {"dmpo", "alpha_divergence", "jensen_shannon"}
+    assert ("past_optimum" in rows[-1]) == (objective in softened)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss_by_timestep/" in events.read_bytes()
+    assert not any("by_timestep" in name for name in rows[-1])
+
+
+def test_an_objective_is_one_function_and_one_config_line(made, tmp_path, monkeypatch):
+    """A test row is the third: `plain_objectives.ROWS`, which test_objectives holds complete."""
+    monkeypatch.setattr(registry, "OBJECTIVES", known := dict(OBJECTIVES))
+    monkeypatch.setattr(train, "OBJECTIVES", known)
+
+    @registry.objective(needs_reference=True, needs_rejected=True)
+    def slic(policy, reference, target, preference, *, beta):
+        registry.positive("beta", beta, "2000 is usual")
+        return jnp.logaddexp(0.0, 1 - beta * objectives.margin(policy, reference, target))
+
+    line = {"objectives.slic.beta": (2000.0, "steepness")}
+    monkeypatch.setattr(configs, "LEAVES", {**configs.LEAVES, **line})
+    config = tiny.make_config(*made, objective="slic", train__steps=1, log__validate_every=0)
+    assert "steepness" in configs.describe(config)
+    config_checks.validate(config, objectives=known)
+    run(config, tmp_path)
+    assert lines(tmp_path)[-1]["loss"] == pytest.approx(np.log1p(np.e), rel=1e-5)  # margin 0
+    config.objectives.slic.beta = -1.0
+    with pytest.raises(ValueError, match=r"objectives\.slic: beta must be .* got beta=-1.0"):
+        config_checks.validate(config, objectives=known)
+
+
+@pytest.fixture
+def broken_model(made, tmp_path):
+    """The tiny model with one weight infinite: every loss is then NaN."""
+    unet = diffusers_io.load_unet(made[0])
+    unet.conv_out.bias[...] = unet.conv_out.bias[...].at[0].set(np.inf)
+    diffusers_io.save_pipeline(unet, made[0], tmp_path / "broken")
+    return str(tmp_path / "broken")
+
+
+def test_a_non_finite_loss_stops_the_job_and_saves_nothing(made, broken_model, tmp_path):
+    with pytest.raises(watch.NonFiniteError, match="update 1: loss nan"):
+        run(tiny.make_config(broken_model, made[1]), tmp_path / "run")
+    saved = tmp_path / "run" / "checkpoints"
+    assert [p.name for p in saved.iterdir() if p.is_dir()] == []
+    assert not (tmp_path / "run" / "export").exists()
+
+
+def test_skipped_updates_are_counted_up_to_the_limit(made, broken_model, tmp_path):
+    config = tiny.make_config(broken_model, made[1], train__skip_limit=3)
+    with pytest.raises(watch.NonFiniteError, match=r"update 4: .* number 4, above .*=3"):
+        run(config, tmp_path / "run")
+
+
+def test_refusals_come_before_compiling(made, tmp_path, monkeypatch):
+    model, encoded = made
+
+    def compiled(*args, **kw):
+        raise AssertionError("compiled")
+
+    monkeypatch.setattr(train.step, "jit_train_step", compiled)
+    cases = {
+        "must be a multiple of": {"train__batch_size": 12},
+        "mesh has 8 devices": {"mesh__fsdp": 3},
+        "does not exist": {"model__folder": str(tmp_path / "nowhere")},
+        "no encoded pairs": {"data__encoded": str(tmp_path / "nowhere")},
+    }
+    for words, change in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            run(tiny.make_config(model, encoded, **change), tmp_path / "run")
+
+
+def test_pairs_of_another_model_are_refused(made, tmp_path):
+    family = {**tiny.FAMILY, "text": {"text_encoder": 24}}
+    family["unet"] = {**family["unet"], "cross_attention_dim": 24}
+    from etils import epath
+
+    from dmpo_jax.toy import tiny as debug
+
+    debug.write_tiny_pipeline(epath.Path(tmp_path / "other"), family)
+    with pytest.raises(ValueError, match="context of width 24, the encoded prompts have 16"):
+        run(tiny.make_config(str(tmp_path / "other"), made[1]), tmp_path / "run")
+
+
+def test_convert_any_step(uninterrupted, tmp_path):
+    convert(workdir=uninterrupted, out=tmp_path / "last")
+    ours = diffusers_io.state_dict(diffusers_io.load_unet(tmp_path / "last"))
+    for name, array in weights(uninterrupted).items():
+        np.testing.assert_array_equal(ours[name], array)
+    convert(workdir=uninterrupted, out=tmp_path / "four", at=4)
+    four = diffusers_io.state_dict(diffusers_io.load_unet(tmp_path / "four"))
+    assert any(not np.array_equal(four[name], ours[name]) for name in ours)
+    with pytest.raises(ValueError, match=r"no checkpoint 5 .* \[2, 4, 6\]"):
+        convert(workdir=uninterrupted, out=tmp_path / "five", at=5)
+
+
+# --- killed processes ---------------------------------------------------------
+
+
+def start(made, workdir, **leaves) -> subprocess.Popen:
+    """The run in a process of its own, one device."""
+    given = tiny.make_config(*made, **leaves)
+    flags = {path: value for path, value in configs.leaves(given).items() if value is not None}
+    changed = {k: v for k, v in flags.items() if v != configs.leaves(configs.defaults()).get(k)}
+    file = workdir.parent / "config.py"
+    file.write_text(
+        "from dmpo_jax import config\n"
+        "def get_config():\n"
+        "    plain = config.leaves(config.defaults())\n"
+        f"    return config.from_leaves({{**plain, **{changed!r}}})\n"
+    )
+    cache = str(workdir.parent / "cache")
+    return subprocess.Popen(
+        [sys.executable, "launch/train.py", f"--config={file}", f"--workdir={workdir}"],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_step(process: subprocess.Popen, workdir, step: int) -> None:
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        metrics = workdir / "metrics.jsonl"
+        if metrics.exists() and f'"step": {step}' in metrics.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+
+
+LONG = {"train__steps": 400, "log__checkpoint_every": 25, "log__validate_every": 0}
+
+
+def test_sigterm_saves_and_resumes(made, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(made, workdir, **LONG)
+    wait_for_step(process, workdir, 30)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "run the same command again" in said
+    stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.is_dir())
+    assert f"stopped at step {stopped}" in said
+    again = start(made, workdir, **{**LONG, "train__steps": stopped + 5})
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert f"going on from step {stopped}" in said
+    steps = [row["step"] for row in lines(workdir)]
+    assert steps == list(range(1, stopped + 6))
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(made, tmp_path):
+    whole, broken = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    whole.parent.mkdir()
+    broken.parent.mkdir()
+    said, _ = start(made, whole, **LONG).communicate(timeout=600)
+    assert (whole / "export").exists(), said
+    moments = random.Random(0)
+    kills = 0
+    for step in sorted(moments.sample(range(10, 390), 10)):
+        process = start(made, broken, **LONG)
+        wait_for_step(process, broken, step)
+        time.sleep(moments.random() * 0.05)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    said, _ = start(made, broken, **LONG).communicate(timeout=600)
+    assert kills == 10
+    assert_same_run(broken, whole)
