@@ -14,7 +14,7 @@ from absl import flags
 
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import command_line as command
-from dmpo_jax.families.published import PUBLISHED
+from dmpo_jax.families import PUBLISHED
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.planning.plan import plan
 from dmpo_jax.planning.report import printed

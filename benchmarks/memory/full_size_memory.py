@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dmpo_jax.families.published import SDXL
+from dmpo_jax.families.sdxl import SDXL_BASE as SDXL
 
 PARAMETERS = 2_567_463_684
 RESULTS = pathlib.Path(__file__).parents[1] / "results" / "full_size_memory.json"

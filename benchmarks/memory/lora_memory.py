@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from dmpo_jax.families.published import SD15
+from dmpo_jax.families.stable_diffusion import SD15
 
 HERE = pathlib.Path(__file__).parent
 
@@ -30,7 +30,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     import jax.numpy as jnp
 
     from dmpo_jax.diffusion.noise import make_noise_schedule
-    from dmpo_jax.families import family as families
+    from dmpo_jax.families import SD
     from dmpo_jax.models import lora, parameters
     from dmpo_jax.models.unet import UNet2DConditionModel
     from dmpo_jax.objectives import OBJECTIVES
@@ -54,7 +54,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     state = jax.jit(functools.partial(step.make_state, tx=tx), donate_argnums=0)(adapters)
     del adapters
     setup = step.Setup(
-        predict=families.make_predict(functools.partial(parameters.merge, structure)),
+        predict=SD.make_predict(functools.partial(parameters.merge, structure)),
         objective=functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01),
         needs_reference=True,
         needs_rejected=True,

@@ -59,7 +59,7 @@ class Ours:
 
         from dmpo_jax import diffusers_io, objectives
         from dmpo_jax.diffusion import noise as noising
-        from dmpo_jax.families import family as families
+        from dmpo_jax.families import SD
         from dmpo_jax.models import parameters
         from dmpo_jax.parallel import mesh
         from dmpo_jax.training import optim, step
@@ -73,7 +73,7 @@ class Ours:
         else:
             tx = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LEARNING_RATE))
         self.setup = step.Setup(
-            predict=families.make_predict(functools.partial(parameters.merge, structure)),
+            predict=SD.make_predict(functools.partial(parameters.merge, structure)),
             objective=functools.partial(objectives.OBJECTIVES["dmpo"], beta=BETA, alpha=ALPHA),
             needs_reference=True,
             needs_rejected=True,

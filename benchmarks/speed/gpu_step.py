@@ -128,13 +128,12 @@ def make_case(case: str, side: str, cache: str, args: argparse.Namespace) -> dic
 
 def unet_config(name: str, tiny: bool) -> dict[str, Any]:
     """The real model's, or one of the same kind, tiny."""
-    from dmpo_jax.families import published
-    from dmpo_jax.toy import tiny as debug
+    from dmpo_jax.families import PUBLISHED
 
     if tiny:
-        small = {"sd15": debug.SD, "sdxl": debug.SDXL}[name]["unet"]
+        small = PUBLISHED[name].family.tiny.model
         return {"in_channels": 4, "norm_num_groups": 4, "layers_per_block": 1, **small}
-    return {"in_channels": 4, **{"sd15": published.SD15, "sdxl": published.SDXL}[name]}
+    return {"in_channels": 4, **PUBLISHED[name].model}
 
 
 def run_side(side: str, case: dict[str, Any], cache: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.diffusion.noise import make_noise_schedule
-from dmpo_jax.families import family as families
+from dmpo_jax.families import SD
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.unet import UNet2DConditionModel
@@ -52,7 +52,7 @@ class OurStep:
         params = draw(shapes)
         self.reference = {path: jnp.array(x, held(path), copy=True) for path, x in params.items()}
         setup = step.Setup(
-            predict=families.make_predict(functools.partial(parameters.merge, structure)),
+            predict=SD.make_predict(functools.partial(parameters.merge, structure)),
             objective=functools.partial(OBJECTIVES["dmpo"], beta=case["beta"], alpha=case["alpha"]),
             needs_reference=True,
             needs_rejected=True,

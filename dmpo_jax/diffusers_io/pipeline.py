@@ -15,9 +15,8 @@ from dmpo_jax.diffusers_io import weights
 from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusion.noise import NoiseSchedule
-from dmpo_jax.families.family import FAMILIES, Family
+from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.models import clip, parameters
-from dmpo_jax.models import unet as unets
 
 # CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
 # told a score in place of the target size.
@@ -82,13 +81,13 @@ def load_pipeline(
     schedule, sampling = load_schedule(path)
     check_parts(path, family)
     encoders, tokenizers = [], []
-    for part in family.text_parts:
-        name = part.replace("text_encoder", "tokenizer")
+    for part in family.text:
+        name = part.tokenizer
         if not (path / name / "tokenizer_config.json").exists():
             raise ValueError(f"{path} lacks its {name!r} part (tokenizer_config.json)")
         tokenizers.append(CLIPTokenizer.from_pretrained(str(path / name)))
         encoders.append(
-            weights.load_text_encoder(path, subfolder=part, variant=variant, dtype=dtype)
+            weights.load_text_encoder(path, subfolder=part.name, variant=variant, dtype=dtype)
         )
     return Pipeline(
         path,
@@ -98,8 +97,7 @@ def load_pipeline(
         tuple(tokenizers),
         schedule,
         sampling,
-        index["_class_name"].startswith("StableDiffusionXL")
-        and bool(index.get("force_zeros_for_empty_prompt", True)),
+        family.zero_negative and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
 
 
@@ -112,19 +110,19 @@ def check_parts(path: epath.Path, family: Family) -> None:
     """
     if not (path / "unet" / "config.json").exists():
         return  # whoever loads the UNet will say so
-    wanted = {**unets.KEYS, **read_json(path / "unet" / "config.json")}
+    facts = family.facts(read_json(path / "unet" / "config.json"))
     texts = {}
-    for part in family.text_parts:
-        texts[part] = {**clip.KEYS, **read_json(component(path, part) / "config.json")}
+    for part in family.text:
+        texts[part.name] = {**clip.KEYS, **read_json(component(path, part.name) / "config.json")}
     widths = [text["hidden_size"] for text in texts.values()]
-    attended = wanted["cross_attention_dim"]
-    if {sum(widths)} != set(attended if isinstance(attended, list) else [attended]):
+    attended = facts.context_width
+    if sum(widths) != attended:
         raise ValueError(
             f"{path / 'unet'} attends to width {attended} (cross_attention_dim), but "
             f"{some(list(texts))} give {' + '.join(map(str, widths))} (hidden_size): take the "
             "text encoders from the UNet's own pipeline"
         )
-    if wanted["addition_embed_type"] != "text_time":
+    if not facts.pooled_width:
         return
     last, text = list(texts.items())[-1]
     if not weights.TEXT_KINDS[weights.text_kind(path / last, text)]:
@@ -132,8 +130,7 @@ def check_parts(path: epath.Path, family: Family) -> None:
             f"{path / last} has no projection, which the UNet (text_time) needs: its config.json "
             f"says {text.get('architectures')}, wanted CLIPTextModelWithProjection"
         )
-    sizes = 6 * (wanted["addition_time_embed_dim"] or 0)
-    pooled = (wanted["projection_class_embeddings_input_dim"] or 0) - sizes
+    pooled = facts.pooled_width
     if pooled != text["projection_dim"]:
         raise ValueError(
             f"{path / 'unet'} takes a pooled embedding of width {pooled}, but {last} projects to "
@@ -161,7 +158,7 @@ def embed_prompts(
         ]
         cut += sum(len(pipeline.tokenizers[0](p)["input_ids"]) > limit for p in batch)
         arrays = [jnp.asarray(i, jnp.int32) for i in ids]
-        context, pooled = _embed(pipeline.family, structures, params, arrays)
+        context, pooled, _ = _embed(pipeline.family, structures, params, arrays)
         context = np.asarray(context, np.float32)
         pooled = None if pooled is None else np.asarray(pooled, np.float32)
         for row in range(len(batch)):
@@ -176,7 +173,8 @@ def embed_prompts(
 def _embed(family: Family, structures: tuple, params: tuple, ids: list[jax.Array]) -> Any:
     """Parameters are arguments: as constants they would be compiled in, gigabytes of them."""
     encoders = map(parameters.merge, structures, params)
-    return family.embed([encoder(i) for encoder, i in zip(encoders, ids, strict=True)])
+    outputs = [encoder(i) for encoder, i in zip(encoders, ids, strict=True)]
+    return family.embed(outputs, [None] * len(outputs))
 
 
 def save_pipeline(unet: Any, source: epath.PathLike, out: epath.PathLike, **kw: Any) -> None:

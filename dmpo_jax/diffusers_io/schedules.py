@@ -8,6 +8,7 @@ from etils import epath
 
 from dmpo_jax.diffusers_io.folders import find_folder, read_json
 from dmpo_jax.diffusion.noise import NoiseSchedule, make_noise_schedule
+from dmpo_jax.families import FAMILIES
 
 LOG = logging.getLogger(__name__)
 
@@ -71,11 +72,6 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "use_lu_lambdas": (False, None),
         "use_flow_sigmas": (False, None),
     },
-}
-# What pipelines put in place of their scheduler's own values when they are loaded.
-OVERRIDES = {
-    "StableDiffusionPipeline": {"steps_offset": 1, "clip_sample": False},
-    "StableDiffusionInpaintPipeline": {"steps_offset": 1},
 }
 
 
@@ -164,4 +160,6 @@ def load_schedule(folder: epath.PathLike) -> tuple[NoiseSchedule, Sampling]:
     given = {key: config[key] for key in SCHEDULE_KEYS if key in config}
     index = path / "model_index.json"
     kind = read_json(index).get("_class_name") if index.exists() else None
-    return make_noise_schedule(**given), Sampling(file, config, OVERRIDES.get(str(kind), {}))
+    family = FAMILIES.get(str(kind))
+    overrides = dict(family.scheduler_overrides) if family else {}
+    return make_noise_schedule(**given), Sampling(file, config, overrides)

@@ -27,8 +27,8 @@ from dmpo_jax.data.encoded import shards
 from dmpo_jax.encoding import pairs as encode_pairs
 from dmpo_jax.encoding import parts as encode_parts
 from dmpo_jax.encoding.parts import PARTS, Work
-from dmpo_jax.encoding.pixels import NEEDS
-from dmpo_jax.families import family as families
+from dmpo_jax.families import Family
+from dmpo_jax.families.family import Facts
 from dmpo_jax.parallel import mesh, processes
 
 LOG = logging.getLogger(__name__)
@@ -96,17 +96,17 @@ def encode(
     check_choices(moments=moments, moments_dtype=moments_dtype, crop=crop, ties=ties)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
     config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
-    channels = config.get("in_channels", 4)
-    families.check_channels(pipeline.family, channels, pipeline.vae.config.latent_channels)
+    facts = pipeline.family.facts(config)
+    pipeline.family.check_channels(facts.in_channels, pipeline.vae.config.latent_channels)
     about = {
         "model": str(model),
         "vae": vae,
         "source": source,
-        "resolution": resolution or trained_side(config, pipeline.vae.config),
+        "resolution": resolution or trained_side(facts, pipeline.vae.config),
         "validation_fraction": validation_fraction,
         "scaling_factor": pipeline.vae.config.scaling_factor,
         "shift_factor": pipeline.vae.config.shift_factor or 0.0,
-        "image_kind": pipeline.family.image,
+        "image_kind": pipeline.family.given_kind,
         "moments": moments,
         "moments_dtype": moments_dtype,
         "crop": crop,
@@ -201,11 +201,10 @@ def check_choices(**asked: str) -> None:
             raise ValueError(f"{name} should be one of {allowed}, but got {value!r}")
 
 
-def trained_side(unet: Any, vae: Any) -> int:
-    """The images' side in pixels that a UNet was trained at, by the two configs."""
+def trained_side(facts: Facts, vae: Any) -> int:
+    """The images' side in pixels that a model was trained at, by the two configs."""
     factor = 2 ** (len(vae.block_out_channels) - 1)
-    size = unet.get("sample_size") or vae.sample_size // factor
-    return (size if isinstance(size, int) else min(size)) * factor
+    return min(facts.latent_size) * factor if facts.latent_size else vae.sample_size
 
 
 def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
@@ -232,9 +231,9 @@ def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
     )
 
 
-def check_columns(raw: sources.Source, name: str, family: families.Family) -> None:
+def check_columns(raw: sources.Source, name: str, family: Family) -> None:
     """ValueError where the source has not what the family is given beside the latents."""
-    if missing := sorted(NEEDS[family.image] - raw.given):
+    if missing := sorted(set(family.given_fields) - raw.given):
         columns = " and ".join(repr(sources.GIVEN[field]) for field in missing)
         raise ValueError(
             f"a {family.name} model needs the column {columns} in every pair, but {name} has "

@@ -37,7 +37,8 @@ def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
     done = whole_sidecars(work, "pairs", [part.number for part in own])
     tally = sum_tallies(work, done.values())
     mine = [part for part in own if part.number not in done]
-    settings = {name: work.about[name] for name in ("resolution", "image_kind", "crop")}
+    settings = {name: work.about[name] for name in ("resolution", "crop")}
+    settings["given"] = work.pipeline.family.given_fields
     read = functools.partial(_loaded, **settings)
     ahead = work.num_threads + IN_FLIGHT * work.batch_size
     with (
@@ -135,10 +136,10 @@ def _items(source: Any, parts: Iterable[Part]) -> Iterator[tuple[Part, Any]]:
         yield part, None
 
 
-def _loaded(item: tuple[Part, Any], resolution: int, image_kind: str, crop: Any) -> Any:
+def _loaded(item: tuple[Part, Any], resolution: int, given: Any, crop: Any) -> Any:
     part, pair = item
     if isinstance(pair, sources.RawPair):
-        pair = load_pixels(pair, image_kind, resolution, crop)
+        pair = load_pixels(pair, given, resolution, crop)
     return part, pair
 
 
@@ -247,7 +248,7 @@ class Watch:
     ):
         total, self._left = (sum(part.rows for part in parts) for parts in (own, mine))
         self._device, self._batches, self._timed = device, 0, 0
-        arrays = device.shapes(work.about["resolution"], work.about["image_kind"])
+        arrays = device.shapes(work.about["resolution"], work.pipeline.family.given_fields)
         held = [x.size * x.dtype.itemsize for x in arrays if x is not None]
         self._bytes = sum(held) // work.batch_size
         self._bytes *= 1 + work.flip

@@ -1,6 +1,7 @@
 """A raw pair's images at the model's resolution: resized, cropped, with what SDXL is told."""
 
 import hashlib
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,11 +11,6 @@ from PIL import Image
 from dmpo_jax.data.raw import RawPair, Skipped
 from dmpo_jax.data.raw import bad_records as faults
 
-NEEDS = {  # image kind of a family -> fields of RawPair
-    "": frozenset(),
-    "edit": frozenset({"source"}),
-    "inpaint": frozenset({"source", "mask"}),
-}
 Place = tuple[float, float]  # of a crop: among the rows, and columns, where it may begin; [0, 1)
 
 
@@ -31,23 +27,23 @@ class Pixels(NamedTuple):
 
 
 def load_pixels(
-    pair: RawPair, kind: str, resolution: int, crop: str = "center"
+    pair: RawPair, given: Collection[str], resolution: int, crop: str = "center"
 ) -> Pixels | Skipped:
-    """Decodes, resizes and crops what a family of image kind `kind` needs of a pair.
+    """Decodes, resizes and crops what a family needs of a pair: two images, and `given`.
 
     All images of a pair are cropped at the same place, so that source and mask stay on what
     was made of them. Skipped: what is wrong with the pair, its mask's shape included.
     """
-    decoded: Any = faults.decode_pair(pair, NEEDS[kind])
+    decoded: Any = faults.decode_pair(pair, frozenset(given))
     if isinstance(decoded, Skipped):
         return decoded
     place = None if crop == "center" else draw_place(pair.id)
     ready = [prepare(image, resolution, place=place) for image in decoded.images]
     images, sizes = (np.stack(x) for x in zip(*ready, strict=True))
     source = mask = None
-    if "source" in NEEDS[kind]:
+    if "source" in given:
         source, of_source = prepare(decoded.source, resolution, place=place)
-        if "mask" in NEEDS[kind]:
+        if "mask" in given:
             nearest = Image.Resampling.NEAREST
             mask, of_mask = prepare(decoded.mask, resolution, nearest, place=place)
             if of_mask[2:] != of_source[2:]:  # another aspect ratio is cropped elsewhere

@@ -10,7 +10,6 @@ import numpy as np
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.encoding.pixels import Pixels
-from dmpo_jax.families import family as families
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
 
@@ -54,13 +53,17 @@ class Device:
     def __exit__(self, *exception: object) -> None:
         self._waiter.shutdown(cancel_futures=True)
 
-    def shapes(self, side: int, kind: str) -> Any:
+    def shapes(self, side: int, given: Sequence[str]) -> Any:
         """(moments, image) of one batch at `side` pixels, as ShapeDtypeStructs."""
         pixels = jax.ShapeDtypeStruct((self._size, 2, side, side, 3), np.uint8)
-        given = jax.ShapeDtypeStruct((self._size, side, side, 3), np.uint8) if kind else None
+        source = jax.ShapeDtypeStruct((self._size, side, side, 3), np.uint8)
         mask = jax.ShapeDtypeStruct((self._size, side, side, 1), np.uint8)
         return jax.eval_shape(
-            self._run, self._params, pixels, given, mask if kind == "inpaint" else None
+            self._run,
+            self._params,
+            pixels,
+            source if "source" in given else None,
+            mask if "mask" in given else None,
         )
 
     def submit(self, batch: Sequence[Pixels]) -> concurrent.futures.Future:
@@ -104,7 +107,7 @@ def make_run(
     `[B, 2, h, w, C]` for "mean"; the image in float16, None where the family has none.
     """
     structure, _ = parameters.split(pipeline.vae)
-    kind, scaling = pipeline.family.image, pipeline.vae.config.scaling_factor
+    beside, scaling = pipeline.family.given, pipeline.vae.config.scaling_factor
 
     @jax.jit
     def run(params, images, source, mask):
@@ -120,12 +123,10 @@ def make_run(
         if moments == "mean":
             flat = flat[..., : flat.shape[-1] // 2]
         found = flat.reshape(*images.shape[:2], *flat.shape[1:]).astype(dtype)
-        if not kind:
+        if beside is None:
             return found, None
         mask = None if mask is None else mask.astype(np.float32)
-        image = families.image_channels(
-            kind, encode, in_range(source), mask, scaling_factor=scaling
-        )
+        image = beside.channels(encode, in_range(source), mask, scaling_factor=scaling)
         return found, image.astype(np.float16)
 
     return run

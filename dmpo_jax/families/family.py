@@ -1,143 +1,173 @@
-"""How each family of pipelines conditions its UNet. Arrays only: no files, no tokenizers."""
+"""`Family`: how one kind of pipeline differs from the others. Arrays only: no files."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dmpo_jax.models.clip import TextOutput
 from dmpo_jax.types import Condition
 
-Embedded = tuple[Float[Array, "N S D"], Float[Array, "N P"] | None]
 
+class TextPart(NamedTuple):
+    """One text encoder of a pipeline, and how prompts reach it.
 
-class Family(NamedTuple):
-    """text_parts: the pipeline's text encoders, in order, each beside its `tokenizer...`;
-    embed: their outputs -> (context, pooled);
-    image: the given image that the UNet sees beside the latents: "" none, "edit" the one to
-    edit, "inpaint" the one to repaint a part of (`image_channels`)."""
+    name: its folder. Its tokenizer's folder is named alike (`tokenizer_2`, ...).
+    tokens: prompts are padded to so many; None is what tokenizer and encoder take.
+    template: wraps a prompt, as `str.format` does.
+    masked: the encoder is told which tokens are padding.
+    layers: of a deep encoder, how many are loaded; None is all.
+    """
 
     name: str
-    text_parts: tuple[str, ...]
-    embed: Callable[[Sequence[TextOutput]], Embedded]
-    image: str = ""
+    tokens: int | None = None
+    template: str = "{}"
+    masked: bool = False
+    layers: int | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        return self.name.replace("text_encoder", "tokenizer")
 
 
-def _sd_embed(outputs: Sequence[TextOutput]) -> Embedded:
-    """The last hidden state. SD2 leaves its last layer out by the config's own layer count."""
-    return outputs[0].last_hidden_state, None
+class Embedded(NamedTuple):
+    """Prompts as the model takes them; lengths where the model is told them."""
+
+    context: Float[Array, "N S D"]
+    pooled: Float[Array, "N P"] | None = None
+    lengths: Int[Array, " N"] | None = None
 
 
-def _sdxl_embed(outputs: Sequence[TextOutput]) -> Embedded:
-    """Both encoders' penultimate states side by side, and the second one's projection.
+class Facts(NamedTuple):
+    """What a model's config.json says of the arrays that it takes.
 
-    Source: arXiv 2307.01952; diffusers `StableDiffusionXLPipeline.encode_prompt`.
+    latent_size: height and width that it was trained at; None: its VAE's config says.
+    pooled_width: 0 where it takes no pooled embedding.
+    splits: counts (heads, groups of channels) that `mesh.tensor` must divide.
     """
-    context = jnp.concatenate([output.hidden_states[-2] for output in outputs], axis=-1)
-    return context, outputs[-1].pooled
+
+    in_channels: int
+    latent_size: tuple[int, int] | None
+    context_width: int
+    pooled_width: int
+    splits: frozenset[int]
 
 
-_SD = (("text_encoder",), _sd_embed)
-_SDXL = (("text_encoder", "text_encoder_2"), _sdxl_embed)
-FAMILIES = {
-    "StableDiffusionPipeline": Family("sd", *_SD),
-    "StableDiffusionXLPipeline": Family("sdxl", *_SDXL),
-    "StableDiffusionInstructPix2PixPipeline": Family("sd_edit", *_SD, "edit"),
-    "StableDiffusionXLInstructPix2PixPipeline": Family("sdxl_edit", *_SDXL, "edit"),
-    "StableDiffusionInpaintPipeline": Family("sd_inpaint", *_SD, "inpaint"),
-    "StableDiffusionXLInpaintPipeline": Family("sdxl_inpaint", *_SDXL, "inpaint"),
-}
+class Given(NamedTuple):
+    """The image that a pair is given beside its prompt, and what the model sees of it.
+
+    kind: stands in encoded.json. fields: of RawPair and of prompt files that hold it.
+    width: latent channels -> channels beside the latents.
+    channels: (encode, images, masks, scaling_factor) -> `Condition.image`.
+    optional: the image is dropped in training as prompts are, and guided by when sampling.
+    """
+
+    kind: str
+    fields: tuple[str, ...]
+    width: Callable[[int], int]
+    channels: Callable[..., Float[Array, "N h w E"]]
+    optional: bool = False
 
 
-def size_ids(height: int, width: int) -> list[int]:
-    """SDXL's time_ids of an uncropped image at its own size, in pixels."""
-    return [height, width, 0, 0, height, width]
+class Tiny(NamedTuple):
+    """Configs of a random pipeline of some 100,000 parameters, for tests and debug runs.
+
+    model: changes to the toy's model config. text: part -> changes to the toy's text config.
+    parts: other entries of model_index.json. scheduler: changes to the toy's, or a whole one.
+    """
+
+    model: Mapping[str, Any]
+    text: Mapping[str, Mapping[str, Any]]
+    scheduler: Mapping[str, Any] = {}
 
 
-def image_width(kind: str, latent_channels: int) -> int:
-    """E, the channels that `image_channels` makes."""
-    return {"": 0, "edit": latent_channels, "inpaint": 1 + latent_channels}[kind]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Family:
+    """The whole answer to "how does this kind of pipeline differ".
 
+    name: ours, short. pipeline: the class in model_index.json.
+    text: its text encoders, in order. embed: (outputs of the encoders, their masks) -> Embedded.
+    model: class of the trained component; component: its folder, and the prefix in LoRA files.
+    predict: (model, latents [N H W C], times [N], Condition) -> prediction [N H W C].
+    facts: the model's config.json, with defaults -> Facts.
+    vae: class. pack: latents are packed pack x pack before they are scaled and noised.
+    noise: "ddpm" or "flow": which kind of scheduler_config.json it must have.
+    told_sizes: whether `Condition.time_ids` are given.
+    given: the image given beside a prompt; None where there is none.
+    stored: dtype of prompt embeddings on disk.
+    guidance: scale -> weights of the conditional and of the unconditional prediction.
+    zero_negative: without a negative prompt, guide by zeros unless model_index.json declines.
+    scheduler_overrides: what the pipeline class puts in place of scheduler_config.json's values.
+    tiny: a small one, for debug runs.
+    """
 
-def check_channels(family: Family, in_channels: int, latent_channels: int) -> None:
-    """ValueError where the UNet does not take the latents and the family's image channels."""
-    beside = image_width(family.image, latent_channels)
-    if in_channels == latent_channels + beside:
-        return
-    if family.image == "inpaint" and in_channels == latent_channels:
+    name: str
+    pipeline: str
+    text: tuple[TextPart, ...]
+    embed: Callable[[Sequence[Any], Sequence[Any]], Embedded]
+    model: type
+    component: str
+    predict: Callable[[Any, Any, Any, Condition], Any]
+    facts: Callable[[Mapping[str, Any]], Facts]
+    vae: type
+    tiny: Tiny
+    pack: int = 1
+    noise: str = "ddpm"
+    told_sizes: bool = False
+    given: Given | None = None
+    stored: str = "float16"
+    guidance: Callable[[float], tuple[float, float]] = lambda scale: (scale, 1 - scale)
+    zero_negative: bool = False
+    scheduler_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def given_fields(self) -> tuple[str, ...]:
+        """Fields of RawPair that every pair must have."""
+        return self.given.fields if self.given else ()
+
+    @property
+    def given_kind(self) -> str:
+        """`Given.kind`; "" where nothing is given."""
+        return self.given.kind if self.given else ""
+
+    def make_predict(self, merge: Callable[[Any], Any]) -> Callable[..., Any]:
+        """`predict(params, latents, times, condition)`; merge: parameters -> model."""
+
+        def predict(params: Any, latents: Any, times: Any, condition: Condition) -> Any:
+            return self.predict(merge(params), latents, times, condition)
+
+        return predict
+
+    def check_channels(self, in_channels: int, latent_channels: int) -> None:
+        """ValueError where the model does not take the latents and the given image's channels."""
+        beside = self.given.width(latent_channels) if self.given else 0
+        if in_channels == latent_channels + beside:
+            return
+        if beside and in_channels == latent_channels:
+            raise ValueError(
+                f"the model of this {self.name} pipeline takes {in_channels} channels, the latents "
+                f"alone, and sees neither {' nor '.join(reversed(self.given_fields))}: train it as "
+                "its text-to-image class (_class_name in model_index.json), or take one of "
+                f"{latent_channels + beside} channels"
+            )
         raise ValueError(
-            f"the UNet of this {family.name} pipeline takes {in_channels} channels, the latents "
-            f"alone, and sees neither mask nor image: train it as its text-to-image class (as "
-            f"_class_name in model_index.json), or take one of {latent_channels + beside} channels"
+            f"the model takes {in_channels} channels, but {self.name} models take "
+            f"{latent_channels} of the latents and {beside} of a given image, "
+            f"{latent_channels + beside} in all: take the VAE, and the pairs encoded with it, that "
+            "belong to this model"
         )
-    raise ValueError(
-        f"the UNet takes {in_channels} channels, but {family.name} models take {latent_channels} "
-        f"of the latents and {beside} of a given image, {latent_channels + beside} in all: take "
-        "the VAE, and the pairs encoded with it, that belong to this UNet"
-    )
 
 
-def image_channels(
-    kind: str,
-    encode: Callable[[Float[Array, "N H W 3"]], Float[Array, "N h w M"]],
-    images: Float[Array, "N H W 3"],
-    masks: Float[Array, "N H W 1"] | None = None,
-    *,
-    scaling_factor: float,
-) -> Float[Array, "N h w E"]:
-    """What goes beside the noised latents, `Condition.image`.
+class Published(NamedTuple):
+    """A published model's shapes, to plan for without its files.
 
-    "edit": the mean of the image's posterior, unscaled, as InstructPix2Pix was trained
-    (arXiv 2211.09800; diffusers takes the distribution's mode). "inpaint": the mask, at the
-    latents' size, then the scaled mean of the image without what the mask covers. There
-    diffusers draws from the posterior; its mean makes a run a function of its config.
-
-    Args:
-        encode: images in [-1, 1] -> moments, as `AutoencoderKL.encode`.
-        masks: 1 where to repaint, 0 where to keep.
-        scaling_factor: of the VAE.
-
-    Raises:
-        ValueError: the kind is neither, or "inpaint" comes without masks.
-    """
-    if kind == "edit":
-        return _mean(encode(images))
-    if kind != "inpaint" or masks is None:
-        raise ValueError(
-            f"kind must be 'edit', or 'inpaint' with masks, but got {kind!r} with masks {masks}"
-        )
-    # Grey, the middle of the range, stands for what is not shown.
-    mean = scaling_factor * _mean(encode(jnp.where(masks < 0.5, images, 0)))
-    return jnp.concatenate([_nearest(masks, *mean.shape[1:3]).astype(mean.dtype), mean], axis=-1)
-
-
-def _mean(moments: Float[Array, "N h w M"]) -> Float[Array, "N h w C"]:
-    return jnp.split(moments, 2, axis=-1)[0]
-
-
-def _nearest(images: Float[Array, "N H W C"], h: int, w: int) -> Float[Array, "N h w C"]:
-    """The pixel at the floor of i H / h, as torch's `interpolate(mode="nearest")` takes it."""
-    height, width = images.shape[1:3]
-    rows, columns = jnp.arange(h) * height // h, jnp.arange(w) * width // w
-    return images[:, rows][:, :, columns]
-
-
-def make_predict(merge: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`predict(params, latents [N...], timesteps [N], condition)`, rows one to one.
-
-    Args:
-        merge: parameters -> UNet.
-
-    The condition's leading axis is N here; its time_ids are `[N, 1, 6]` or `[N, 6]`.
+    model: config.json of the trained component. factor: pixels a latent, along a side.
     """
 
-    def predict(params: Any, latents, timesteps, condition: Condition):
-        if condition.image is not None:
-            latents = jnp.concatenate([latents, condition.image.astype(latents.dtype)], axis=-1)
-        time_ids = condition.time_ids
-        if time_ids is not None:
-            time_ids = time_ids.reshape(-1, 6)
-        return merge(params)(latents, timesteps, condition.context, condition.pooled, time_ids)
-
-    return predict
+    family: Family
+    model: Mapping[str, Any]
+    scaling_factor: float
+    scheduler: Mapping[str, Any]
+    latent_channels: int = 4
+    factor: int = 8
+    tokens: int = 77

@@ -18,7 +18,8 @@ from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.diffusion import noise as noising
-from dmpo_jax.families import family as families
+from dmpo_jax.families import Family
+from dmpo_jax.families.family import Facts
 from dmpo_jax.jobs.convert import adapt, export
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
@@ -109,7 +110,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     )
     check_fits(unet, family, pairs)
     unet.execution = make_execution(config, devices)
-    check_splits(unet.config, devices.shape["tensor"])
+    check_splits(family.facts(vars(unet.config)), devices.shape["tensor"])
     unet = adapt(unet, config)
     structure, params = parameters.split(unet)
     unet = parameters.without_arrays(unet)  # or it would hold the arrays for ever
@@ -119,7 +120,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     elif objective.needs_reference:
         reference = make_reference(params, frozen_dtype)
     learning_rate, tx = make_optimizer(config)
-    setup = make_setup(config, structure, schedule, tx, pairs.meta)
+    setup = make_setup(config, family, structure, schedule, tx, pairs.meta)
     # Not by device_put, which sends no keys to the devices of other processes.
     key = jax.jit(jax.random.key, out_shardings=mesh.replicated(devices))(config.seed)
     run = Run(config, workdir, devices, pairs, unet, reference, setup, learning_rate, key)
@@ -127,15 +128,20 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
 
 
 def make_setup(
-    config: configs.Config, structure: Any, schedule: Any, tx: Any, meta: Mapping[str, Any]
+    config: configs.Config,
+    family: Family,
+    structure: Any,
+    schedule: Any,
+    tx: Any,
+    meta: Mapping[str, Any],
 ) -> step.Setup:
     """What the step closes over.
 
-    structure: of the UNet. meta: what the encoded pairs say of themselves.
+    structure: of the model. meta: what the encoded pairs say of themselves.
     """
     objective = OBJECTIVES[config.objective]
     return step.Setup(
-        predict=families.make_predict(functools.partial(parameters.merge, structure)),
+        predict=family.make_predict(functools.partial(parameters.merge, structure)),
         objective=functools.partial(objective, **config.objectives[config.objective]),
         needs_reference=objective.needs_reference,
         needs_rejected=objective.needs_rejected,
@@ -182,14 +188,13 @@ def make_execution(config: configs.Config, devices: jax.sharding.Mesh) -> Execut
     return Execution(kernel, config.model.remat, config.model.scan)
 
 
-def check_splits(unet: Any, tensor: int) -> None:
+def check_splits(facts: Facts, tensor: int) -> None:
     """ValueError where heads or groups of channels cannot be shared by `tensor` devices."""
-    heads = unet.attention_head_dim
-    counts = {*(heads if isinstance(heads, list | tuple) else [heads]), unet.norm_num_groups}
+    counts = facts.splits
     if any(count % tensor for count in counts):
         legal = [n for n in range(1, min(counts) + 1) if not any(c % n for c in counts)]
         raise ValueError(
-            f"mesh.tensor must divide the UNet's heads and groups of channels {sorted(counts)}, "
+            f"mesh.tensor must divide the model's heads and groups of channels {sorted(counts)}, "
             f"but got {tensor}: use one of {legal}, and mesh.fsdp to share memory further"
         )
 
@@ -225,23 +230,23 @@ def make_optimizer(config: configs.Config) -> tuple[Callable[[Any], jax.Array], 
     return learning_rate, tx
 
 
-def check_fits(unet: Any, family: families.Family, pairs: records.EncodedPairs | Mixture) -> None:
+def check_fits(unet: Any, family: Family, pairs: records.EncodedPairs | Mixture) -> None:
     """ValueError where the encoded pairs were made for another model."""
-    shapes = pairs.meta["shapes"]
+    shapes, facts = pairs.meta["shapes"], family.facts(vars(unet.config))
     latent, width = pipeline.latent_channels(pairs.meta), shapes["context"]["shape"][-1]
-    wanted = unet.config.cross_attention_dim
-    families.check_channels(family, unet.config.in_channels, latent)
-    if (kind := pairs.meta["image_kind"]) != family.image:
+    wanted = facts.context_width
+    family.check_channels(facts.in_channels, latent)
+    if (kind := pairs.meta["image_kind"]) != family.given_kind:
         raise ValueError(
-            f"a {family.name} model is given images of kind {family.image!r}, the encoded pairs "
-            f"hold {kind!r}: encode the pairs with this model"
+            f"a {family.name} model is given images of kind {family.given_kind!r}, the encoded "
+            f"pairs hold {kind!r}: encode the pairs with this model"
         )
     if width != wanted:
         raise ValueError(
-            f"the UNet takes context of width {wanted}, the encoded prompts have {width}: "
+            f"the model takes context of width {wanted}, the encoded prompts have {width}: "
             "encode the pairs with this model's text encoders"
         )
-    if bool(shapes["pooled"]) != bool(unet.config.addition_embed_type):
+    if bool(shapes["pooled"]) != bool(facts.pooled_width):
         raise ValueError(
             f"the encoded pairs do not fit a {family.name} model (pooled prompt embeddings "
             f"{'present' if shapes['pooled'] else 'absent'}): encode them with this model"

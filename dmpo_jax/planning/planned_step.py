@@ -14,8 +14,7 @@ from dmpo_jax.config import leaves as configs
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.diffusion import noise as noising
-from dmpo_jax.families import family as families
-from dmpo_jax.families.published import PUBLISHED
+from dmpo_jax.families import PUBLISHED, Family, family_named
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import adapt
 from dmpo_jax.models import lora, parameters
@@ -38,6 +37,7 @@ class Model(NamedTuple):
     """
 
     name: str
+    family: Family
     unet: Mapping[str, Any]
     schedule: noising.NoiseSchedule
     meta: Mapping[str, Any]
@@ -65,24 +65,16 @@ def load_model(config: configs.Config, published: str = "") -> Model:
     """
     if published:
         one = PUBLISHED[published]
-        family = families.FAMILIES[one.pipeline]
-        schedule = noising.make_noise_schedule(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=one.prediction_type,
-        )
-        meta = make_meta(config, one.unet, family, {"scaling_factor": one.scaling_factor})
-        return Model(published, one.unet, schedule, meta)
+        schedule = noising.make_noise_schedule(**one.scheduler)
+        meta = make_meta(config, one.model, one.family, {"scaling_factor": one.scaling_factor})
+        return Model(published, one.family, one.model, schedule, meta)
     if config.debug.family:
-        kind = debug.FAMILIES[config.debug.family]
-        unet = {**make_digits.UNET, "sample_size": 8, **kind["unet"]}
+        family = family_named(config.debug.family)
+        unet = debug.model_config(family)
         given = {k: v for k, v in make_digits.SCHEDULER.items() if k in _SCHEDULE}
-        family = families.FAMILIES[kind["kind"]]
         meta = make_meta(config, unet, family, {"scaling_factor": 1.0}, make_digits.TOKENS)
-        return Model(
-            f"debug {config.debug.family}", unet, noising.make_noise_schedule(**given), meta
-        )
+        schedule = noising.make_noise_schedule(**given)
+        return Model(f"debug {config.debug.family}", family, unet, schedule, meta)
     folder = epath.Path(config.model.folder)
     if not (folder / "unet" / "config.json").exists():
         raise ValueError(
@@ -93,7 +85,7 @@ def load_model(config: configs.Config, published: str = "") -> Model:
     unet = diffusers_io.read_json(folder / "unet" / "config.json")
     schedule, _ = diffusers_io.load_schedule(folder)
     vae = diffusers_io.read_json(folder / "vae" / "config.json")
-    return Model(str(folder), unet, schedule, _read_meta(config, unet, family, vae))
+    return Model(str(folder), family, unet, schedule, _read_meta(config, unet, family, vae))
 
 
 _SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -110,14 +102,15 @@ def _read_meta(config: configs.Config, unet: Mapping[str, Any], family: Any, vae
 def make_meta(
     config: configs.Config,
     unet: Mapping[str, Any],
-    family: families.Family,
+    family: Family,
     vae: Mapping[str, Any],
     tokens: int = TOKENS,
 ) -> dict[str, Any]:
     """What encode would say of pairs for this model at the config's resolution."""
-    channels = unet.get("in_channels", 4)
-    latent = {"": channels, "edit": channels // 2, "inpaint": (channels - 1) // 2}[family.image]
-    side = unet.get("sample_size") or 64
+    facts = family.facts(unet)
+    fits = (n for n in range(1, facts.in_channels + 1) if _takes(family, n) == facts.in_channels)
+    latent = next(fits)
+    side = facts.latent_size[0] if facts.latent_size else 64
     if config.data.resolution:
         side = config.data.resolution // 8
     moments = latent * (1 if config.data.moments == "mean" else 2)
@@ -126,22 +119,24 @@ def make_meta(
     def described(*shape: int, dtype: str = "float16") -> dict[str, Any]:
         return {"shape": list(shape), "dtype": dtype}
 
-    pooled = None
-    if unet.get("addition_embed_type"):
-        sizes = 6 * unet["addition_time_embed_dim"]
-        pooled = described(unet["projection_class_embeddings_input_dim"] - sizes)
-    image = families.image_width(family.image, latent)
+    pooled = described(facts.pooled_width) if facts.pooled_width else None
+    image = family.given.width(latent) if family.given else 0
     return {
         "scaling_factor": float(vae.get("scaling_factor", 0.18215)),
         "shift_factor": float(vae.get("shift_factor") or 0.0),
         "moments": config.data.moments,
         "shapes": {
             "moments": described(2, side, side, moments, dtype=stored),
-            "context": described(tokens, unet["cross_attention_dim"]),
+            "context": described(tokens, facts.context_width),
             "pooled": pooled,
             "image": described(side, side, image, dtype=stored) if image else None,
         },
     }
+
+
+def _takes(family: Family, latent_channels: int) -> int:
+    """Channels that the family's models take with so many latent channels."""
+    return latent_channels + (family.given.width(latent_channels) if family.given else 0)
 
 
 def make_planned(config: configs.Config, model: Model, devices: list[Any]) -> Planned:
@@ -157,7 +152,7 @@ def make_planned(config: configs.Config, model: Model, devices: list[Any]) -> Pl
     frozen_dtype = functools.partial(parameters.frozen_dtype, dtype=dtype)
     unet = parameters.abstract(UNet2DConditionModel, dict(model.unet), dtype=dtype)
     unet.execution = train.make_execution(config, grid)
-    train.check_splits(unet.config, grid.shape["tensor"])
+    train.check_splits(model.family.facts(model.unet), grid.shape["tensor"])
     unet = parameters.without_arrays(adapt(unet, config))
     structure, params = parameters.split(unet)
     objective = OBJECTIVES[config.objective]
@@ -172,7 +167,7 @@ def make_planned(config: configs.Config, model: Model, devices: list[Any]) -> Pl
             for path, x in reference.items()
         }
     learning_rate, tx = train.make_optimizer(config)
-    setup = train.make_setup(config, structure, model.schedule, tx, model.meta)
+    setup = train.make_setup(config, model.family, structure, model.schedule, tx, model.meta)
     key = jax.eval_shape(lambda: jax.random.key(0))
     run = train.Run(
         config, epath.Path(), grid, _NO_PAIRS, unet, reference, setup, learning_rate, key

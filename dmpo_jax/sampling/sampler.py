@@ -18,7 +18,8 @@ from dmpo_jax.data import prompt_files
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.diffusion import samplers
-from dmpo_jax.families import family as families
+from dmpo_jax.families.family import Given
+from dmpo_jax.families.sdxl import size_ids
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh, placement
 from dmpo_jax.progress import Progress
@@ -69,7 +70,7 @@ class Sampler:
             ValueError: a prompt lacks an image or mask that the model needs.
         """
         asked = [Prompt(p) if isinstance(p, str) else p for p in prompts]
-        check_images(asked, self._image)
+        check_images(asked, self._given)
         ahead = max(EMBED_AHEAD // self.batch_size, 1) * self.batch_size
         with Progress(len(asked), description=describe or "sampling") as progress:
             for start in range(0, len(asked), self.batch_size):
@@ -84,8 +85,8 @@ class Sampler:
                 yield images
 
     @property
-    def _image(self) -> str:
-        return self.pipeline.family.image
+    def _given(self) -> Given | None:
+        return self.pipeline.family.given
 
     def negative_of(self, prompt: Prompt) -> str | None:
         """What guidance leads away from: the prompt's own, else the run's; None is zeros."""
@@ -98,9 +99,10 @@ class Sampler:
         told = self._stack([prompt.text for prompt in part])
         negative = self._stack([self.negative_of(p) for p in part]) if self.guided else None
         images = masks = None
-        if self._image:
+        fields = self.pipeline.family.given_fields
+        if "source" in fields:
             images = np.stack([read_image(str(prompt.image), self.size) for prompt in part])
-        if self._image == "inpaint":
+        if "mask" in fields:
             masks = np.stack([read_mask(str(prompt.mask), self.size) for prompt in part])
         return told, negative, images, masks
 
@@ -119,8 +121,8 @@ class Sampler:
             words, diffusers_io.embed_prompts(self.pipeline, words), strict=True
         ):
             ids = None
-            if pooled is not None:
-                ids = np.asarray([families.size_ids(*self.size)], np.float32)
+            if self.pipeline.family.told_sizes:
+                ids = np.asarray([size_ids(*self.size)], np.float32)
             arrays: Any = {"context": context, "pooled": pooled, "time_ids": ids}  # numpy for now
             self.embedded[text] = Condition(**arrays)
         if None in texts:
@@ -172,18 +174,18 @@ def make_sampler(
     solve = samplers.SAMPLERS[name]
     # The table is built in this dry run: what is wrong with it is said before anything compiles.
     jax.eval_shape(lambda x: solve(lambda x, _: x, x, **settings), jnp.zeros((1, *shape)))
-    kind = pipeline.family.image
-    image_scale = image_guidance_scale if kind == "edit" else None
+    given = pipeline.family.given
+    image_scale = image_guidance_scale if given and given.optional else None
     structure, _ = parameters.split(unet)
-    predict = families.make_predict(lambda params: parameters.merge(structure, params))
+    predict = pipeline.family.make_predict(lambda params: parameters.merge(structure, params))
     predict = placement.over_rows(predict, devices)
     vae_structure, vae_params = parameters.split(pipeline.vae)
 
     @jax.jit
     def run(params, vae_params, told, negative, images, masks, seeds):
         vae_model = parameters.merge(vae_structure, vae_params)
-        if kind:
-            channels = encode_source(kind, vae_model, images, masks, vae.scaling_factor)
+        if given is not None:
+            channels = encode_source(given, vae_model, images, masks, vae.scaling_factor)
             told, negative = (c and c._replace(image=channels) for c in (told, negative))
         noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
         parts = guidance_parts(told, negative, scale=guidance_scale, image_scale=image_scale)
@@ -241,11 +243,10 @@ def guidance_parts(
 
 
 def encode_source(
-    kind: str, vae: Any, images: jax.Array, masks: jax.Array | None, scaling_factor: float
+    given: Given, vae: Any, images: jax.Array, masks: jax.Array | None, scaling_factor: float
 ) -> jax.Array:
     """`Condition.image` of uint8 images `[N, H, W, 3]` and masks `[N, H, W, 1]` of 0 and 1."""
-    return families.image_channels(
-        kind,
+    return given.channels(
         vae.encode,
         images.astype(jnp.float32) / 127.5 - 1,
         None if masks is None else masks.astype(jnp.float32),
@@ -253,9 +254,12 @@ def encode_source(
     )
 
 
-def check_images(prompts: Sequence[Prompt], kind: str) -> None:
-    """ValueError for the first prompt without a file that its model needs; `Family.image`."""
-    needed = {"": (), "edit": ("image",), "inpaint": ("image", "mask")}[kind]
+_COLUMN = {"source": "image", "mask": "mask"}  # field of RawPair -> of Prompt
+
+
+def check_images(prompts: Sequence[Prompt], given: Given | None) -> None:
+    """ValueError for the first prompt without a file that its model needs."""
+    needed = [_COLUMN[field] for field in given.fields] if given else []
     for prompt in prompts:
         for part in needed:
             article = "an" if part == "image" else "a"
@@ -286,11 +290,11 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, 
 
 def latent_size(unet: Any, pipeline: diffusers_io.Pipeline) -> tuple[int, int]:
     """Height and width of the latents that the UNet was trained at."""
-    size = unet.config.sample_size
-    if size is None:
-        factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        size = pipeline.vae.config.sample_size // factor
-    return (size, size) if isinstance(size, int) else tuple(size)
+    facts = pipeline.family.facts(vars(unet.config))
+    if facts.latent_size:
+        return facts.latent_size
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    return (pipeline.vae.config.sample_size // factor,) * 2
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
@@ -328,8 +332,8 @@ def sample(
     """
     asked = prompt_files.load_prompts(prompts)
     pipeline = diffusers_io.load_pipeline(model, variant=variant, dtype=dtype)
-    kind = pipeline.family.image
-    check_images(asked, kind)
+    given = pipeline.family.given
+    check_images(asked, given)
     unet = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
     draw = make_sampler(
         pipeline,
@@ -345,7 +349,7 @@ def sample(
     )
     params = jax.device_put(parameters.split(unet)[1], mesh.replicated(mesh.make_mesh()))
     settings = {"model": str(model), "steps": steps, "guidance_scale": guidance_scale}
-    if kind == "edit":
+    if given and given.optional:
         settings["image_guidance_scale"] = image_guidance_scale
     seeds = image_seeds(asked, images_per_prompt, seed)
     _write(draw, params, asked, seeds, settings, epath.Path(out))

@@ -7,13 +7,12 @@ import sys
 
 import pytest
 
+from dmpo_jax import families
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as config_lib
 from dmpo_jax.diffusion import noise as noising
-from dmpo_jax.families import family as families
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.toy import tiny as debug
 from dmpo_jax.training import optim
 
 
@@ -57,9 +56,6 @@ def test_names_equal_those_of_optim():
 
 def test_debug_families_are_those_of_models():
     assert set(config_lib.FAMILIES) == {family.name for family in families.FAMILIES.values()}
-    assert set(config_lib.FAMILIES) == set(debug.FAMILIES)
-    for name, tiny in debug.FAMILIES.items():
-        assert families.FAMILIES[tiny["kind"]].name == name
 
 
 def test_valid_is_valid():

@@ -25,6 +25,7 @@ from dmpo_jax.encoding import encode as job
 from dmpo_jax.encoding import pairs as encode_pairs
 from dmpo_jax.encoding import parts as encode_parts
 from dmpo_jax.encoding import pixels, vae
+from dmpo_jax.families import SD_INPAINT
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
 from tests.support import tiny
@@ -359,7 +360,7 @@ def mirrored(made, tmp_path_factory):
 
 def check_moments(made, pairs, moments, dtype):
     raw = list(itertools.islice(sources.open_source(made[0]), 8))
-    want = expected(made, [pixels.load_pixels(pair, "", SIDE) for pair in raw])
+    want = expected(made, [pixels.load_pixels(pair, (), SIDE) for pair in raw])
     assert want.shape[-1] == 8
     want = want[..., :4] if moments == "mean" else want
     found = stored(pairs)
@@ -391,7 +392,7 @@ def test_other_moments_are_the_vaes_but_for_rounding(moments, dtype, made, tmp_p
 def test_flips_are_of_both_images(made, mirrored):
     assert mirrored.meta["flipped"] is True
     raw = list(itertools.islice(sources.open_source(made[0]), 8))
-    loaded = [pixels.load_pixels(pair, "", SIDE) for pair in raw]
+    loaded = [pixels.load_pixels(pair, (), SIDE) for pair in raw]
     want = expected(made, [x._replace(images=x.images[:, :, ::-1]) for x in loaded])
     plain = expected(made, loaded)
     found = stored(mirrored)
@@ -414,7 +415,7 @@ def test_what_was_not_stored_is_not_flipped(whole):
 
 
 def test_source_and_mask_are_flipped_too(tmp_path):
-    debug.write_tiny_pipeline(epath.Path(tmp_path / "model"), debug.FAMILIES["sd_inpaint"])
+    debug.write_tiny_pipeline(epath.Path(tmp_path / "model"), SD_INPAINT)
     rows = debug.synthetic_pairs(4, image="inpaint")
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", rows)
     made = f"pickapic:{tmp_path / 'pairs.parquet'}", str(tmp_path / "model")

@@ -21,19 +21,19 @@ def raw_pair(shape, name="x:0", **given):
 def test_random_crops_are_of_the_id_alone():
     shape = (SIDE, 3 * SIDE)
     pairs = [raw_pair(shape, f"x:{i}")[0] for i in range(40)]
-    lefts = [pixels.load_pixels(p, "", SIDE, "random").sizes[0, 3] for p in pairs]
-    again = [pixels.load_pixels(p, "", SIDE, "random").sizes[0, 3] for p in reversed(pairs)]
+    lefts = [pixels.load_pixels(p, (), SIDE, "random").sizes[0, 3] for p in pairs]
+    again = [pixels.load_pixels(p, (), SIDE, "random").sizes[0, 3] for p in reversed(pairs)]
     assert lefts == again[::-1]
     assert len(set(lefts)) > 15
     assert 0 <= min(lefts) < 10
     assert 54 < max(lefts) <= 2 * SIDE
     pair, image = raw_pair(shape)
-    found = pixels.load_pixels(pair, "", SIDE, "random")
+    found = pixels.load_pixels(pair, (), SIDE, "random")
     left = found.sizes[0, 3]
     np.testing.assert_array_equal(found.images[0], image[:, left : left + SIDE])
     np.testing.assert_array_equal(found.images[1], 255 - found.images[0])
     np.testing.assert_array_equal(found.sizes, [[32, 96, 0, left, 32, 32]] * 2)
-    assert pixels.load_pixels(pair, "", SIDE).sizes[0, 3] == 32
+    assert pixels.load_pixels(pair, (), SIDE).sizes[0, 3] == 32
 
 
 @pytest.mark.parametrize("shape", [(33, 50), (32, 47), (61, 40), (90, 64)])

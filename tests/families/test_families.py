@@ -22,12 +22,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from etils import epath
 from PIL import Image
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, families
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.encoding.encode import encode
 from dmpo_jax.encoding.pixels import load_pixels
-from dmpo_jax.families import family as families
+from dmpo_jax.families import editing
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.run import run
 from dmpo_jax.models import parameters
@@ -274,16 +274,10 @@ def test_image_channels_are_those_of_pytorch(kind, xl, vaes, monkeypatch):
             )
     scaling = ours.config.scaling_factor
     arrays = jnp.asarray(images), jnp.asarray(masks)
-    found = families.image_channels(kind, ours.encode, *arrays, scaling_factor=scaling)
-    assert found.shape[-1] == families.image_width(kind, 4)
+    given = {"edit": editing.EDIT, "inpaint": editing.INPAINT}[kind]
+    found = given.channels(ours.encode, *arrays, scaling_factor=scaling)
+    assert found.shape[-1] == given.width(4)
     np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1), atol=2e-5)
-
-
-def test_image_channels_need_a_kind_and_masks(vaes):
-    images = jnp.zeros((1, 8, 8, 3))
-    for kind in ("", "inpaint"):
-        with pytest.raises(ValueError, match=f"'inpaint' with masks, but got '{kind}'"):
-            families.image_channels(kind, vaes[1].encode, images, scaling_factor=1.0)
 
 
 FAMILY = {family.name: family for family in families.FAMILIES.values()}
@@ -300,9 +294,9 @@ FAMILY = {family.name: family for family in families.FAMILIES.values()}
 )
 def test_channels_that_do_not_fit_are_refused(name, channels, match):
     with pytest.raises(ValueError, match=match):
-        families.check_channels(FAMILY[name], channels, 4)
+        FAMILY[name].check_channels(channels, 4)
     fitting = {"sd": 4, "sd_edit": 8, "sdxl_inpaint": 9, "sd_inpaint": 9}[name]
-    families.check_channels(FAMILY[name], fitting, 4)
+    FAMILY[name].check_channels(fitting, 4)
 
 
 @pytest.mark.parametrize("key", ["is_cosxl_edit", "requires_aesthetics_score"])
@@ -330,7 +324,7 @@ def raw(shape=(60, 48), mask_shape=None, **changes):
 
 @pytest.mark.parametrize("mask_shape", [None, (30, 24)])
 def test_source_and_mask_are_cropped_alike(mask_shape):
-    pixels = load_pixels(raw(mask_shape=mask_shape), "inpaint", 32)
+    pixels = load_pixels(raw(mask_shape=mask_shape), ("source", "mask"), 32)
     assert pixels.images.shape == (2, 32, 32, 3)
     assert pixels.source.shape == (32, 32, 3)
     assert pixels.mask.shape == (32, 32, 1)
@@ -340,22 +334,22 @@ def test_source_and_mask_are_cropped_alike(mask_shape):
     differ = (pixels.source.mean(-1, keepdims=True) > 127) != pixels.mask
     assert differ.mean() < 0.05  # but for where resizing blurs the source's edge
     np.testing.assert_array_equal(pixels.sizes, [[40, 40, 0, 0, 32, 32]] * 2)
-    assert load_pixels(raw(), "edit", 32).mask is None
-    assert load_pixels(raw(), "", 32).source is None
+    assert load_pixels(raw(), ("source",), 32).mask is None
+    assert load_pixels(raw(), (), 32).source is None
 
 
 def test_masks_are_resized_to_the_nearest_pixel():
     noise = np.uint8(255 * (np.random.default_rng(0).random((64, 64)) < 0.5))
-    pixels = load_pixels(raw((64, 64), mask=png(noise)), "inpaint", 32)
+    pixels = load_pixels(raw((64, 64), mask=png(noise)), ("source", "mask"), 32)
     np.testing.assert_array_equal(pixels.mask[..., 0], noise[1::2, 1::2] // 255)
 
 
 def test_a_mask_of_another_ratio_or_a_broken_image_makes_a_bad_pair():
-    skipped = load_pixels(raw(mask_shape=(48, 48)), "inpaint", 32)
+    skipped = load_pixels(raw(mask_shape=(48, 48)), ("source", "mask"), 32)
     assert skipped.reason == "mask's shape"
     assert re.search(r"source's shape, \(60, 48\), .* but got \(48, 48\)", skipped.detail)
     for field in ("source", "mask"):
-        skipped = load_pixels(raw(**{field: b"bad"}), "inpaint", 32)
+        skipped = load_pixels(raw(**{field: b"bad"}), ("source", "mask"), 32)
         assert f"{field}: cannot decode an image of 3 bytes" in skipped.detail
 
 
@@ -392,10 +386,10 @@ def test_pairs_of_another_kind_are_refused(inpainting):
         train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
 
 
-@pytest.mark.parametrize("name", debug.FAMILIES)
+@pytest.mark.parametrize("name", FAMILY)
 def test_debug_pipelines_open_in_pytorch(name, tmp_path):
-    family = debug.FAMILIES[name]
+    family = FAMILY[name]
     debug.write_tiny_pipeline(epath.Path(tmp_path), family)
-    pipeline = getattr(diffusers, family["kind"]).from_pretrained(tmp_path)
-    assert type(pipeline).__name__ == family["kind"]
-    families.check_channels(FAMILY[name], pipeline.unet.config.in_channels, 4)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(tmp_path)
+    assert type(pipeline).__name__ == family.pipeline
+    FAMILY[name].check_channels(pipeline.unet.config.in_channels, 4)

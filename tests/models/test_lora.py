@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dmpo_jax.diffusion.noise import make_noise_schedule
-from dmpo_jax.families import family as families
+from dmpo_jax.families import SD
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.objectives import OBJECTIVES
@@ -73,7 +73,7 @@ def make_batch(pairs, size=16):
 
 def make_setup(merge, **changes):
     setup = step.Setup(
-        predict=families.make_predict(merge),
+        predict=SD.make_predict(merge),
         objective=DMPO,
         needs_reference=True,
         needs_rejected=True,

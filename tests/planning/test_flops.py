@@ -7,22 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax.families import family as families
+from dmpo_jax.families import SD, SDXL
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.planning import flops
-from dmpo_jax.toy.tiny import SD, SDXL
 from dmpo_jax.types import Condition
 from tests.support import full_size
 
 TOKENS, BATCH = 5, 2
 SMALL = {"in_channels": 4, "out_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
 CONFIGS = {
-    "sd": {**SMALL, **SD["unet"]},
-    "sdxl": {**SMALL, **SDXL["unet"], "layers_per_block": 2},
+    "sd": {**SMALL, **SD.tiny.model},
+    "sdxl": {**SMALL, **SDXL.tiny.model, "layers_per_block": 2},
     "sd2_valid_downsampling": {
         **SMALL,
-        **SD["unet"],
+        **SD.tiny.model,
         "use_linear_projection": True,
         "downsample_padding": 0,
         "transformer_layers_per_block": [1, 2, 1, 1],
@@ -40,7 +39,7 @@ def trace(config, size, *, rank: int = 0, gradient: bool = False) -> int:
     if rank:
         unet = lora.attach(unet, rank=rank, alpha=rank, targets=TARGETS, seed=0)
     structure, params = parameters.split(unet)
-    predict = families.make_predict(functools.partial(parameters.merge, structure))
+    predict = SD.make_predict(functools.partial(parameters.merge, structure))
     frozen, trained = lora.partition(params) if rank else ({}, params)
 
     def shape(*dims):

@@ -14,7 +14,7 @@ from etils import epath
 
 from dmpo_jax.config import command_line as command
 from dmpo_jax.config import leaves as configs
-from dmpo_jax.families.published import PUBLISHED
+from dmpo_jax.families import PUBLISHED
 from dmpo_jax.jobs import train
 from dmpo_jax.parallel import mesh as meshes
 from dmpo_jax.planning import chips, compiled

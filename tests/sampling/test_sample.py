@@ -14,6 +14,7 @@ from PIL import Image
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.prompt_files import Prompt
+from dmpo_jax.families import SDXL
 from dmpo_jax.models import parameters
 from dmpo_jax.sampling import sampler as sample
 from dmpo_jax.toy import digits
@@ -213,7 +214,7 @@ def write_sdxl(folder):
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     }
-    family = debug.FAMILIES["sdxl"]
+    family = SDXL
     family = family | {"unet": family["unet"] | small}
     debug.write_tiny_pipeline(epath.Path(folder), family)
     for name in ("scheduler/scheduler_config.json", "model_index.json"):

@@ -13,7 +13,8 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-from dmpo_jax.families.published import SD15, SD21, SDXL
+from dmpo_jax.families.sdxl import SDXL_BASE as SDXL
+from dmpo_jax.families.stable_diffusion import SD15, SD21
 
 SDXL_VAE = {
     "sample_size": 1024,

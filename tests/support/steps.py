@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from dmpo_jax.diffusion.noise import make_noise_schedule
-from dmpo_jax.families import family as families
+from dmpo_jax.families import SD
 from dmpo_jax.models import parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.objectives import OBJECTIVES
@@ -38,7 +38,7 @@ def make_unet(config, dtype=jnp.float32):
     """(predict, parameters) of a UNet that computes in `dtype`."""
     model = parameters.initialise(UNet2DConditionModel, config, 0, dtype=dtype)
     structure, params = parameters.split(model)
-    return families.make_predict(functools.partial(parameters.merge, structure)), params
+    return SD.make_predict(functools.partial(parameters.merge, structure)), params
 
 
 unet = functools.cache(functools.partial(make_unet, UNET))

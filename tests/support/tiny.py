@@ -1,25 +1,31 @@
 """A pipeline small enough to compile in seconds, its encoded pairs, and a config for both."""
 
+import dataclasses
+
 from etils import epath
 
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.data import raw as sources
 from dmpo_jax.encoding.encode import encode
+from dmpo_jax.families import SD
+from dmpo_jax.families.family import Tiny
 from dmpo_jax.toy import tiny as debug
 
-FAMILY = {
-    "kind": "StableDiffusionPipeline",
-    "unet": {
-        "sample_size": 8,
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 4,
-        "cross_attention_dim": 16,
-        "attention_head_dim": 2,
-    },
-    "text": {"text_encoder": 16},
-}
+FAMILY = dataclasses.replace(
+    SD,
+    tiny=Tiny(
+        model={
+            "sample_size": 8,
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 2,
+        },
+        text={"text_encoder": {"hidden_size": 16}},
+    ),
+)
 
 
 def write(folder) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Tests for dmpo_jax.jobs.train and the jobs around it: resuming, refusing, stopping."""
 
+import dataclasses
 import gc
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from dmpo_jax import diffusers_io, objectives
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.families.family import Tiny
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
@@ -248,8 +250,12 @@ def test_refusals_come_before_compiling(made, tmp_path, monkeypatch):
 
 
 def test_pairs_of_another_model_are_refused(made, tmp_path):
-    family = {**tiny.FAMILY, "text": {"text_encoder": 24}}
-    family["unet"] = {**family["unet"], "cross_attention_dim": 24}
+    small = tiny.FAMILY.tiny
+    wide = Tiny(
+        model={**small.model, "cross_attention_dim": 24},
+        text={"text_encoder": {"hidden_size": 24}},
+    )
+    family = dataclasses.replace(tiny.FAMILY, tiny=wide)
     from etils import epath
 
     from dmpo_jax.toy import tiny as debug

@@ -1,0 +1,91 @@
+"""Stable Diffusion 1.x and 2.x, text to image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from dmpo_jax.families.family import Embedded, Facts, Family, Published, TextPart, Tiny
+from dmpo_jax.models.unet import KEYS, UNet2DConditionModel
+from dmpo_jax.models.vae import AutoencoderKL
+from dmpo_jax.types import Condition
+
+
+def predict(unet: Any, latents: Any, times: Any, condition: Condition) -> Any:
+    """The UNet, with the given image's channels and SDXL's sizes where there are any."""
+    if condition.image is not None:
+        latents = jnp.concatenate([latents, condition.image.astype(latents.dtype)], axis=-1)
+    time_ids = condition.time_ids
+    if time_ids is not None:
+        time_ids = time_ids.reshape(-1, 6)
+    return unet(latents, times, condition.context, condition.pooled, time_ids)
+
+
+def facts(config: Mapping[str, Any]) -> Facts:
+    """What a UNet's config.json says, defaults filled in."""
+    config = {**KEYS, **config}
+    size, width = config["sample_size"], config["cross_attention_dim"]
+    heads = config["attention_head_dim"]
+    pooled = 0
+    if config["addition_embed_type"] == "text_time":
+        sizes = 6 * (config["addition_time_embed_dim"] or 0)
+        pooled = (config["projection_class_embeddings_input_dim"] or 0) - sizes
+    return Facts(
+        in_channels=config["in_channels"],
+        latent_size=(size, size) if isinstance(size, int) else size and tuple(size),
+        context_width=width[0] if isinstance(width, list | tuple) else width,
+        pooled_width=pooled,
+        splits=frozenset(
+            {*(heads if isinstance(heads, list | tuple) else [heads]), config["norm_num_groups"]}
+        ),
+    )
+
+
+def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
+    """The last hidden state. SD2 leaves its last layer out by the config's own layer count."""
+    return Embedded(outputs[0].last_hidden_state)
+
+
+UNET = {"model": UNet2DConditionModel, "component": "unet", "predict": predict, "facts": facts}
+SD = Family(
+    name="sd",
+    pipeline="StableDiffusionPipeline",
+    text=(TextPart("text_encoder"),),
+    embed=_embed,
+    **UNET,
+    vae=AutoencoderKL,
+    scheduler_overrides={"steps_offset": 1, "clip_sample": False},
+    tiny=Tiny(
+        model={
+            "block_out_channels": [16, 32, 32, 32],
+            "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+            "cross_attention_dim": 16,
+            "attention_head_dim": 4,
+        },
+        text={"text_encoder": {"hidden_size": 16}},
+    ),
+)
+
+SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# unet/config.json of stable-diffusion-v1-5 and stabilityai/stable-diffusion-2-1 on the hub.
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD21: dict[str, Any] = {
+    **SD15,
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "upcast_attention": True,
+}
+PUBLISHED = {
+    "sd15": Published(SD, SD15, 0.18215, SCHEDULER),
+    "sd21": Published(SD, SD21, 0.18215, {**SCHEDULER, "prediction_type": "v_prediction"}),
+}
