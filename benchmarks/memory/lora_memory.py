@@ -29,7 +29,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from dmpo_jax.diffusion.noise import make_noise_schedule
+    from dmpo_jax.diffusion.noise import make_ddpm_table
     from dmpo_jax.families import SD
     from dmpo_jax.models import lora, parameters
     from dmpo_jax.models.unet import UNet2DConditionModel
@@ -58,7 +58,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
         objective=functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01),
         needs_reference=True,
         needs_rejected=True,
-        schedule=make_noise_schedule(
+        schedule=make_ddpm_table(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         ),
         scaling_factor=0.18215,

@@ -77,7 +77,7 @@ class Ours:
             objective=functools.partial(objectives.OBJECTIVES["dmpo"], beta=BETA, alpha=ALPHA),
             needs_reference=True,
             needs_rejected=True,
-            schedule=noising.make_noise_schedule(
+            schedule=noising.make_ddpm_table(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
             ),
             scaling_factor=1.0,

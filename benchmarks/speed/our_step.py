@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax.diffusion.noise import make_noise_schedule
+from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
@@ -56,7 +56,7 @@ class OurStep:
             objective=functools.partial(OBJECTIVES["dmpo"], beta=case["beta"], alpha=case["alpha"]),
             needs_reference=True,
             needs_rejected=True,
-            schedule=make_noise_schedule(
+            schedule=make_ddpm_table(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
             ),
             scaling_factor=1.0,

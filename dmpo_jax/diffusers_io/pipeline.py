@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from dmpo_jax.diffusers_io import weights
 from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
-from dmpo_jax.diffusion.noise import NoiseSchedule
+from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.models import clip, parameters
 
@@ -36,7 +36,7 @@ class Pipeline(NamedTuple):
     vae: Any
     text_encoders: tuple[Any, ...]
     tokenizers: tuple[Any, ...]
-    schedule: NoiseSchedule
+    schedule: NoiseTable
     sampling: Sampling
     zero_negative: bool = False
 

@@ -17,7 +17,7 @@ from dmpo_jax.config import leaves as configs
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.diffusion.timesteps import make_timesteps
 from dmpo_jax.families import Family
 from dmpo_jax.families.family import Facts
 from dmpo_jax.jobs.convert import adapt, export
@@ -154,7 +154,7 @@ def make_setup(
         dropout=config.lora.dropout,
         ema_decay=config.train.ema_decay,
         mean_only=pipeline.is_mean_only(meta),
-        timesteps=noising.make_timesteps(schedule, **config.timesteps),
+        timesteps=make_timesteps(schedule, **config.timesteps),
         safeguard=config.safeguard.mu,
     )
 

@@ -39,7 +39,7 @@ class Model(NamedTuple):
     name: str
     family: Family
     unet: Mapping[str, Any]
-    schedule: noising.NoiseSchedule
+    schedule: noising.NoiseTable
     meta: Mapping[str, Any]
 
 
@@ -65,7 +65,7 @@ def load_model(config: configs.Config, published: str = "") -> Model:
     """
     if published:
         one = PUBLISHED[published]
-        schedule = noising.make_noise_schedule(**one.scheduler)
+        schedule = noising.make_ddpm_table(**one.scheduler)
         meta = make_meta(config, one.model, one.family, {"scaling_factor": one.scaling_factor})
         return Model(published, one.family, one.model, schedule, meta)
     if config.debug.family:
@@ -73,7 +73,7 @@ def load_model(config: configs.Config, published: str = "") -> Model:
         unet = debug.model_config(family)
         given = {k: v for k, v in make_digits.SCHEDULER.items() if k in _SCHEDULE}
         meta = make_meta(config, unet, family, {"scaling_factor": 1.0}, make_digits.TOKENS)
-        schedule = noising.make_noise_schedule(**given)
+        schedule = noising.make_ddpm_table(**given)
         return Model(f"debug {config.debug.family}", family, unet, schedule, meta)
     folder = epath.Path(config.model.folder)
     if not (folder / "unet" / "config.json").exists():

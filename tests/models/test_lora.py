@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from dmpo_jax.diffusion.noise import make_noise_schedule
+from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
@@ -36,7 +36,7 @@ TWO = {
 }
 F32, BF16 = jnp.float32, jnp.bfloat16
 DMPO = functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01)
-SCHEDULE = make_noise_schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULE = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dmpo_jax.diffusion.noise import make_noise_schedule
+from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD
 from dmpo_jax.models import parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
@@ -26,7 +26,7 @@ UNET = {
     "attention_head_dim": 2,
 }
 DMPO = functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01)
-SCHEDULE = make_noise_schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULE = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 # An optimizer that keeps the gradient for its state, where a test reads it unrounded.
 KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),
