@@ -50,6 +50,7 @@ def _check_objective(config: configs.Config, objectives: Mapping[str, Any]):
 def _check_names(config: configs.Config):
     choices = {
         "timesteps.weighting": configs.WEIGHTINGS,
+        "timesteps.density": configs.DENSITIES,
         "model.compute_dtype": configs.DTYPES,
         "model.attention": configs.KERNELS,
         "model.remat": configs.REMAT,
@@ -102,6 +103,9 @@ _AT_LEAST_ZERO = [
 _RANGES = {
     "safeguard.mu": (lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
     "timesteps.gamma": (lambda x: 0 < x < float("inf"), "above 0 and finite"),
+    "timesteps.mean": (lambda x: abs(x) < float("inf"), "finite"),
+    "timesteps.std": (lambda x: 0 < x < float("inf"), "above 0 and finite"),
+    "timesteps.shift": (lambda x: x is None or 0 < x < float("inf"), "above 0 and finite"),
     "timesteps.low": (lambda x: 0 <= x < 1, "in [0, 1)"),
     "timesteps.high": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "data.prompt_dropout": (lambda x: 0 <= x <= 1, "in [0, 1]"),

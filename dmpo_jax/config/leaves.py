@@ -31,7 +31,9 @@ LABELS = ("drawn", "probability")  # of collected pairs
 # Equal to attention.KERNELS and execution.REMAT, likewise.
 KERNELS = ("auto", "plain", "cudnn", "splash")
 REMAT = ("none", "block", "transformer", "offload")
-WEIGHTINGS = ("uniform", "min_snr")  # equal to noising.WEIGHTINGS
+# Equal to timesteps.WEIGHTINGS and timesteps.DENSITIES.
+WEIGHTINGS = ("uniform", "min_snr", "sigma_sqrt", "cosmap")
+DENSITIES = ("uniform", "logit_normal")
 FAMILIES = ("sd", "sdxl", "sd_edit", "sdxl_edit", "sd_inpaint", "sdxl_inpaint")  # models.families
 
 # dotted path: (default, what it means). A placeholder is unset and has a type.
@@ -73,6 +75,13 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "timesteps.gamma": (5.0, "of min_snr: the signal-to-noise ratio at which weights are cut"),
     "timesteps.low": (0.0, "least noise trained on, as a fraction of the timesteps"),
     "timesteps.high": (1.0, "most noise trained on, likewise"),
+    "timesteps.density": ("uniform", f"of the timesteps drawn; one of {', '.join(DENSITIES)}"),
+    "timesteps.mean": (0.0, "of logit_normal's logit: higher is less noise"),
+    "timesteps.std": (1.0, "of logit_normal's logit"),
+    "timesteps.shift": (
+        config_dict.placeholder(float),
+        "of flow noise, towards more of it; unset: the scheduler's own where it is static",
+    ),
     "model.folder": ("", "diffusers pipeline folder or hub id; '' must be set"),
     "model.variant": (
         "",
@@ -296,9 +305,13 @@ def identity(config: Config) -> dict[str, Any]:
     if config.safeguard.mu is not None:
         found["safeguard"] = config.safeguard.to_dict()
     if config.timesteps.weighting != "uniform":
-        found["timesteps"] = config.timesteps.to_dict()
+        found["timesteps"] = pick(config.timesteps, "weighting gamma low high")
     elif (config.timesteps.low, config.timesteps.high) != (0, 1):
         found["timesteps"] = pick(config.timesteps, "low high")
+    if config.timesteps.density != "uniform":
+        found.setdefault("timesteps", {}).update(pick(config.timesteps, "density mean std"))
+    if config.timesteps.shift is not None:
+        found.setdefault("timesteps", {}).update(pick(config.timesteps, "shift"))
     if config.data.mix:
         found["data"]["mix"] = list(config.data.mix)
     if config.data.flip:

@@ -11,6 +11,7 @@ Each is written after the files it speaks of, so that a second run goes on from 
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -95,18 +96,24 @@ def encode(
     out = epath.Path(out)
     check_choices(moments=moments, moments_dtype=moments_dtype, crop=crop, ties=ties)
     pipeline = diffusers_io.load_pipeline(model, vae=vae, variant=variant, dtype=dtype)
-    config = diffusers_io.read_json(pipeline.folder / "unet" / "config.json")
-    facts = pipeline.family.facts(config)
-    pipeline.family.check_channels(facts.in_channels, pipeline.vae.config.latent_channels)
+    family = pipeline.family
+    config = diffusers_io.read_json(pipeline.folder / family.component / "config.json")
+    facts = family.facts(config)
+    family.check_channels(facts.in_channels, pipeline.vae.config.latent_channels)
+    scaling, shift = family.factors(pipeline.vae)
+    side = resolution or trained_side(facts, pipeline.vae.config)
+    family.check_size((side, side), facts, pipeline.vae.config)
     about = {
         "model": str(model),
         "vae": vae,
         "source": source,
-        "resolution": resolution or trained_side(facts, pipeline.vae.config),
+        "resolution": side,
         "validation_fraction": validation_fraction,
-        "scaling_factor": pipeline.vae.config.scaling_factor,
-        "shift_factor": pipeline.vae.config.shift_factor or 0.0,
-        "image_kind": pipeline.family.given_kind,
+        "scaling_factor": scaling,
+        "shift_factor": shift,
+        "pack": family.pack,
+        "told_sizes": family.told_sizes,
+        "image_kind": family.given_kind,
         "moments": moments,
         "moments_dtype": moments_dtype,
         "crop": crop,
@@ -116,7 +123,7 @@ def encode(
         LOG.info("%s is encoded already", out)
         return
     raw = sources.open_source(source, ties=ties)
-    check_columns(raw, source, pipeline.family)
+    check_columns(raw, source, family)
     devices = mesh.make_mesh(devices=jax.local_devices())
     work = Work(
         out=out,
@@ -217,15 +224,17 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
         return False
     # What encodings were before they could be told otherwise.
     dtype = meta["shapes"]["moments"]["dtype"]
-    if said := _differences(
-        {"crop": "center", "ties": "keep", "moments_dtype": dtype} | meta, about
-    ):
+    before = {"crop": "center", "ties": "keep", "moments_dtype": dtype, "pack": 1}
+    before["told_sizes"] = bool(meta["shapes"]["pooled"])
+    if said := _differences(before | meta, about):
         raise ValueError(f"{out} holds another encoding ({said}): choose another folder")
     return True
 
 
 def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
     """In words, where `want` differs from `have`; '' where it does not."""
+    # As JSON has it, where tuples are lists.
+    want = json.loads(json.dumps(dict(want)))
     return ", ".join(
         f"{k}: {have.get(k)!r} there, {v!r} asked" for k, v in want.items() if have.get(k) != v
     )

@@ -38,7 +38,7 @@ def verify_unet(out: epath.Path, config: configs.Config) -> float:
     merged = (out / "model_index.json").exists()
     source = out if merged else diffusers_io.find_folder(config.model.folder)
     variant = None if merged else config.model.variant or None
-    unet = diffusers_io.load_unet(source, variant=variant)
+    unet = diffusers_io.load_model(source, variant=variant)
     if not merged:
         unet = with_adapters(unet, out, config)
     inputs = make_inputs(unet.config)

@@ -4,8 +4,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dmpo_jax.diffusion.noise import Factor
 from dmpo_jax.types import Condition
 
 
@@ -31,19 +34,26 @@ class TextPart(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Prompts as the model takes them; lengths where the model is told them."""
+    """Prompts as the model takes them, one a row; lengths where the model is told them."""
 
     context: Float[Array, "N S D"]
     pooled: Float[Array, "N P"] | None = None
     lengths: Int[Array, " N"] | None = None
 
+    def rows(self, count: int) -> list["Embedded"]:
+        """The first `count` prompts, each without the axis of prompts, on the host."""
+        arrays = jax.device_get(self)
+        return [jax.tree.map(lambda x, i=i: x[i], arrays) for i in range(count)]
+
 
 class Facts(NamedTuple):
     """What a model's config.json says of the arrays that it takes.
 
-    latent_size: height and width that it was trained at; None: its VAE's config says.
+    latent_size: height and width that it was trained at, of the VAE's latents; None: its VAE's
+        config says.
     pooled_width: 0 where it takes no pooled embedding.
     splits: counts (heads, groups of channels) that `mesh.tensor` must divide.
+    patch: side of the patches, of packed latents, that a transformer's tokens are.
     """
 
     in_channels: int
@@ -51,6 +61,7 @@ class Facts(NamedTuple):
     context_width: int
     pooled_width: int
     splits: frozenset[int]
+    patch: int = 1
 
 
 class Given(NamedTuple):
@@ -81,6 +92,15 @@ class Tiny(NamedTuple):
     scheduler: Mapping[str, Any] = {}
 
 
+def config_factors(vae: Any) -> tuple[Factor, Factor]:
+    """(scaling_factor, shift_factor) of a VAE's config."""
+    return vae.config.scaling_factor, vae.config.shift_factor or 0.0
+
+
+def no_check(folder: Any, facts: Facts, texts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Accepts any text encoders."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
     """The whole answer to "how does this kind of pipeline differ".
@@ -91,13 +111,18 @@ class Family:
     predict: (model, latents [N H W C], times [N], Condition) -> prediction [N H W C].
     facts: the model's config.json, with defaults -> Facts.
     vae: class. pack: latents are packed pack x pack before they are scaled and noised.
+    factors: VAE -> (scaling factor, shift factor), each a number or one a packed channel.
     noise: "ddpm" or "flow": which kind of scheduler_config.json it must have.
-    told_sizes: whether `Condition.time_ids` are given.
+    sizes: (height, width) in pixels -> `Condition.time_ids` of an uncropped image; None where
+        the model is told no sizes.
+    check_text: (pipeline folder, Facts, text part -> its config.json); raises ValueError where
+        the text encoders are not the model's.
     given: the image given beside a prompt; None where there is none.
     stored: dtype of prompt embeddings on disk.
     guidance: scale -> weights of the conditional and of the unconditional prediction.
     zero_negative: without a negative prompt, guide by zeros unless model_index.json declines.
-    scheduler_overrides: what the pipeline class puts in place of scheduler_config.json's values.
+    scheduler_overrides: what the pipeline class puts in place of scheduler_config.json's values,
+        or hands its sampler beside them (`Solver.given`).
     tiny: a small one, for debug runs.
     """
 
@@ -112,8 +137,10 @@ class Family:
     vae: type
     tiny: Tiny
     pack: int = 1
+    factors: Callable[[Any], tuple[Factor, Factor]] = config_factors
     noise: str = "ddpm"
-    told_sizes: bool = False
+    sizes: Callable[[int, int], Sequence[int]] | None = None
+    check_text: Callable[[Any, Facts, Mapping[str, Mapping[str, Any]]], None] = no_check
     given: Given | None = None
     stored: str = "float16"
     guidance: Callable[[float], tuple[float, float]] = lambda scale: (scale, 1 - scale)
@@ -130,6 +157,18 @@ class Family:
         """`Given.kind`; "" where nothing is given."""
         return self.given.kind if self.given else ""
 
+    @property
+    def told_sizes(self) -> bool:
+        """Whether `Condition.time_ids` are given."""
+        return self.sizes is not None
+
+    def condition(self, prompt: Embedded, size: tuple[int, int]) -> Condition:
+        """What the model is told of one prompt and an image of (height, width) pixels."""
+        told: dict[str, Any] = prompt._asdict()
+        if self.sizes is not None:
+            told["time_ids"] = np.asarray([self.sizes(*size)], np.float32)
+        return Condition(**told)
+
     def make_predict(self, merge: Callable[[Any], Any]) -> Callable[..., Any]:
         """`predict(params, latents, times, condition)`; merge: parameters -> model."""
 
@@ -138,9 +177,28 @@ class Family:
 
         return predict
 
+    def check_size(self, size: tuple[int, int], facts: Facts, vae: Any) -> None:
+        """ValueError where (height, width) in pixels are not whole patches of packed latents.
+
+        Args:
+            vae: its config.
+        """
+        unit = 2 ** (len(vae.block_out_channels) - 1) * self.pack * facts.patch
+        if size[0] % unit or size[1] % unit:
+            raise ValueError(f"height and width must be multiples of {unit} pixels, got {size}")
+
+    def tokens(self, facts: Facts, latents: Sequence[int]) -> int:
+        """Tokens of an image, by the height and width of its packed latents."""
+        return (latents[0] // facts.patch) * (latents[1] // facts.patch)
+
     def check_channels(self, in_channels: int, latent_channels: int) -> None:
-        """ValueError where the model does not take the latents and the given image's channels."""
+        """ValueError where the model does not take the latents and the given image's channels.
+
+        Args:
+            latent_channels: of the VAE's latents, before they are packed.
+        """
         beside = self.given.width(latent_channels) if self.given else 0
+        latent_channels *= self.pack**2
         if in_channels == latent_channels + beside:
             return
         if beside and in_channels == latent_channels:

@@ -31,7 +31,7 @@ SDXL = Family(
     embed=_embed,
     **UNET,
     vae=AutoencoderKL,
-    told_sizes=True,
+    sizes=size_ids,
     zero_negative=True,
     tiny=Tiny(
         model={

@@ -51,7 +51,7 @@ def collect(
         return
     score = scorers.get_scorer(scorer)
     pipeline = diffusers_io.load_pipeline(model, variant=variant, dtype=dtype)
-    unet = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
+    unet = diffusers_io.load_model(pipeline.folder, variant=variant, dtype=dtype)
     sampler = make_sampler(
         pipeline, unet, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size
     )

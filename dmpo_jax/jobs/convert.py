@@ -56,10 +56,11 @@ def convert(
         raise ValueError(f"{workdir} kept no moving average (train.ema_decay is 0)")
     averaged = weights != "policy" and config.train.ema_decay > 0
     field = "ema" if averaged else "params"
-    unet = diffusers_io.load_unet(
+    unet = diffusers_io.load_model(
         config.model.folder, variant=config.model.variant or None, abstract=True
     )
-    shapes = parameters.shapes(adapt(unet, config))
+    adapted = adapt(unet, config)
+    shapes, _ = parameters.partition(adapted, parameters.shapes(adapted))
     if config.lora.rank:
         _, shapes = lora.partition(shapes)
     devices = mesh.make_mesh(fsdp=-1, data=1)
@@ -110,7 +111,8 @@ def adapt(unet: Any, config: configs.Config) -> Any:
 def write_lora(config: configs.Config, params: Params, out: epath.Path) -> None:
     """The adapters as PyTorch's `load_lora_weights` takes them."""
     scale = (config.lora.alpha or config.lora.rank) / config.lora.rank
-    diffusers_io.save_lora(params, out, scale=scale)
+    _, family = diffusers_io.load_family(config.model.folder)
+    diffusers_io.save_lora(params, out, scale=scale, component=family.component)
 
 
 def write_pipeline(config: configs.Config, params: Params, out: epath.Path, **kw: Any) -> None:
@@ -118,11 +120,11 @@ def write_pipeline(config: configs.Config, params: Params, out: epath.Path, **kw
     source, variant = config.model.folder, config.model.variant or None
     devices = mesh.make_mesh(fsdp=-1, data=1)
     if not config.lora.rank:
-        unet = diffusers_io.load_unet(source, variant=variant, abstract=True)
+        unet = diffusers_io.load_model(source, variant=variant, abstract=True)
         diffusers_io.save_pipeline(unet, source, out, params=params, **kw)
         return
     # Afresh, since the run may hold it in bfloat16, where what was learnt would be lost.
-    unet = diffusers_io.load_unet(
+    unet = diffusers_io.load_model(
         source, variant=variant, sharding=functools.partial(mesh.parameter_sharding, devices)
     )
     _, tuned = parameters.split(unet)

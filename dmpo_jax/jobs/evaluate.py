@@ -49,8 +49,8 @@ def evaluate(
     """
     score = {name: scorers.get_scorer(name) for name in judges}
     pipeline = diffusers_io.load_pipeline(a, variant=variant, dtype=dtype)
-    base = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
-    policy = diffusers_io.load_unet(b, dtype=dtype)
+    base = diffusers_io.load_model(pipeline.folder, variant=variant, dtype=dtype)
+    policy = diffusers_io.load_model(b, dtype=dtype)
     sampler = make_sampler(
         pipeline, base, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size
     )

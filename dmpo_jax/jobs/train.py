@@ -84,7 +84,7 @@ def trained(state: step.TrainState) -> dict[str, jax.Array]:
 
 def policy(run: Run, params: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The whole model that a state's parameters, or adapters, make."""
-    return {**run.reference, **params} if run.setup.adapters and run.reference else params
+    return parameters.completed(params, run.reference)
 
 
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
@@ -101,7 +101,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     schedule, _ = diffusers_io.load_schedule(folder)
     objective = OBJECTIVES[config.objective]
     frozen_dtype = functools.partial(parameters.frozen_dtype, dtype=config.model.compute_dtype)
-    unet = diffusers_io.load_unet(
+    unet = diffusers_io.load_model(
         folder,
         variant=config.model.variant or None,
         dtype=config.model.compute_dtype,
@@ -117,8 +117,10 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     reference = None
     if config.lora.rank:
         reference, params = lora.partition(params)
-    elif objective.needs_reference:
-        reference = make_reference(params, frozen_dtype)
+    else:
+        params, buffers = parameters.partition(unet, params)
+        held = {**params, **buffers} if objective.needs_reference else buffers
+        reference = make_reference(held, frozen_dtype) if held else None
     learning_rate, tx = make_optimizer(config)
     setup = make_setup(config, family, structure, schedule, tx, pairs.meta)
     # Not by device_put, which sends no keys to the devices of other processes.
@@ -148,6 +150,7 @@ def make_setup(
         schedule=schedule,
         scaling_factor=meta["scaling_factor"],
         shift_factor=meta["shift_factor"],
+        pack=meta.get("pack", 1),
         tx=tx,
         accumulation=config.train.accumulation,
         adapters=config.lora.rank > 0,

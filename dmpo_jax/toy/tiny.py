@@ -86,7 +86,7 @@ def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
     vae = parameters.initialise(family.vae, small, 2)
     diffusers_io.save_vae(vae, out / "vae")
     model = parameters.initialise(family.model, model_config(family), 3)
-    diffusers_io.save_unet(model, out / family.component)
+    diffusers_io.save_model(model, out / family.component)
     (out / "scheduler").mkdir(exist_ok=True)
     scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
     diffusers_io.write_json(out / "scheduler" / "scheduler_config.json", scheduler)

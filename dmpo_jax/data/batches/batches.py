@@ -187,22 +187,28 @@ def latent_channels(meta: Mapping[str, Any]) -> int:
     return meta["shapes"]["moments"]["shape"][-1] // (1 if is_mean_only(meta) else 2)
 
 
+def told_sizes(meta: Mapping[str, Any]) -> bool:
+    """Whether the model is told sizes; folders that do not say have them with pooled prompts."""
+    return meta.get("told_sizes", bool(meta["shapes"].get("pooled")))
+
+
 def abstract_batch(meta: Mapping[str, Any], rows: int, sharding: Any) -> Any:
     """Shapes of the batches of a folder with this `meta`, as `mesh.shard_batch` lays them out."""
 
     def array(*shape: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=sharding)
 
-    arrays: dict[str, Any] = dict.fromkeys(("moments", "context", "pooled", "image"))
+    arrays: dict[str, Any] = dict.fromkeys(("moments", "context", "pooled", "image", "length"))
     for name in arrays:
         if described := meta["shapes"].get(name):
             arrays[name] = array(*described["shape"], dtype=described["dtype"])
-    time_ids = None if arrays["pooled"] is None else array(2, 6, dtype=np.float32)
+    time_ids = array(2, 6, dtype=np.float32) if told_sizes(meta) else None
     condition = Condition(
         context=arrays["context"],
         pooled=arrays["pooled"],
         time_ids=time_ids,
         image=arrays["image"],
+        lengths=arrays["length"],
     )
     return PairBatch(arrays["moments"], array(dtype=np.float32), condition)
 
@@ -217,6 +223,7 @@ class _Reader:
         cached = functools.lru_cache(maxsize=max(CACHED_PROMPTS // len(sets), 1))
         self._prompts = [cached(pairs.prompts.__getitem__) for pairs in sets]
         self._shapes = sets[0].meta["shapes"]
+        self._told_sizes = told_sizes(sets[0].meta)
         self._num_threads = num_threads
         self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
 
@@ -243,11 +250,14 @@ class _Reader:
                 return None
             return np.empty((rows, *described["shape"]), np.dtype(described["dtype"]))
 
-        pooled = array("pooled")
-        time_ids: Any = None if pooled is None else np.empty((rows, 2, 6), np.float32)
+        time_ids: Any = np.empty((rows, 2, 6), np.float32) if self._told_sizes else None
         preference: Any = np.empty(rows, np.float32)
         condition = Condition(
-            context=array("context"), pooled=pooled, time_ids=time_ids, image=array("image")
+            context=array("context"),
+            pooled=array("pooled"),
+            time_ids=time_ids,
+            image=array("image"),
+            lengths=array("length"),
         )
         return PairBatch(array("moments"), preference, condition)
 
@@ -264,7 +274,11 @@ class _Reader:
         told = arrays.condition
         told.context[row] = prompt.context
         if told.pooled is not None:
-            told.pooled[row], told.time_ids[row] = prompt.pooled, pair.sizes
+            told.pooled[row] = prompt.pooled
+        if told.lengths is not None:
+            told.lengths[row] = prompt.length
+        if told.time_ids is not None:
+            told.time_ids[row] = pair.sizes
         if told.image is not None:
             told.image[row] = 0 if element.drops_image else pair.image
 

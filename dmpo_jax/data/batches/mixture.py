@@ -13,6 +13,8 @@ SAME = {
     "vae": "",
     "scaling_factor": None,
     "shift_factor": 0.0,
+    "pack": 1,
+    "told_sizes": None,
     "image_kind": "",
     "moments": "sample",
 }
@@ -60,7 +62,7 @@ def _check_alike(first: dict[str, Any], other: dict[str, Any], number: int) -> N
     shapes, others = first["shapes"], other["shapes"]
     differing |= {
         f"shape of {name}": (shapes.get(name), others.get(name))
-        for name in ("moments", "context", "pooled", "image")
+        for name in ("moments", "context", "pooled", "length", "image")
         if shapes.get(name) != others.get(name)
     }
     if differing:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dmpo_jax.data.encoded.examples import read_example, write_example
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
@@ -24,14 +24,19 @@ FILE = re.compile(rf"{re.escape(PROMPTS)}(-\d+)?")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
 NPZ = b"PK"  # how records of format 1 begin: npz, which takes ten times as long to open
 DTYPES = ("bfloat16", "float16", "float32")
+STORED = ("context", "pooled", "length")
 
 
 class PromptEmbedding(NamedTuple):
-    """A prompt and what the text encoders made of it; bfloat16, float16 or float32."""
+    """A prompt and what the text encoders made of it; bfloat16, float16 or float32.
+
+    length: how many positions of the context are text, int32, where the model is told.
+    """
 
     text: str
     context: Float[np.ndarray, "S D"]
     pooled: Float[np.ndarray, " P"] | None = None
+    length: Int[np.ndarray, ""] | np.int32 | None = None
 
 
 class PromptStore:
@@ -47,9 +52,9 @@ class PromptStore:
     ):
         """counts: records of each file, so that none is opened before it is read.
 
-        shapes: of `context` and `pooled`, as in encoded.json.
+        shapes: of `context`, `pooled` and `length`, as in encoded.json.
         """
-        self._shapes = {name: shapes.get(name) for name in ("context", "pooled")}
+        self._shapes = {name: shapes.get(name) for name in STORED}
         names = [shard_name(k) for k in range(len(counts))] if counts else [PROMPTS]
         files: list[Any] = [os.fspath(folder / name) for name in names]
         if counts:
@@ -65,7 +70,8 @@ class PromptStore:
         record = self._source[checked_index(j, len(self))]
         if not record.startswith(NPZ):
             values = read_example(record, self._shapes)
-            return PromptEmbedding(values["text"].decode(), values["context"], values.get("pooled"))
+            text = values.pop("text").decode()
+            return PromptEmbedding(text, **values)
         with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
             text = arrays["text"].tobytes().decode()
             return PromptEmbedding(text, arrays["context"], arrays.get("pooled"))
@@ -91,7 +97,7 @@ def write_prompts(
     """Writes one file of the store: prompts `shard * PER_SHARD` and following.
 
     Returns:
-        The file, and the shapes and dtypes of `context` and `pooled`.
+        The file, and the shapes and dtypes of `context`, `pooled` and `length`.
 
     Raises:
         ValueError: if there is no prompt, or one is malformed, not finite or unlike the
@@ -135,12 +141,16 @@ def checked_index(i: int, length: int) -> int:
 
 
 def _shapes(prompt: PromptEmbedding) -> dict[str, Any]:
-    pooled = None if prompt.pooled is None else described(prompt.pooled)
-    return {"context": described(prompt.context), "pooled": pooled}
+    arrays = {name: getattr(prompt, name) for name in STORED}
+    shapes = {name: None if x is None else described(x) for name, x in arrays.items()}
+    if shapes["length"] is None:  # as folders say that were made before there were lengths
+        del shapes["length"]
+    return shapes
 
 
 def _serialized(what: str, prompt: PromptEmbedding) -> bytes:
     arrays = {name: x for name, x in prompt._asdict().items() if x is not None and name != "text"}
     for name, array in arrays.items():
-        check_floats(f"{what}: {name}", array)
+        if name != "length":
+            check_floats(f"{what}: {name}", array)
     return write_example({**arrays, "text": prompt.text.encode()})
