@@ -47,7 +47,7 @@ def front_matter(config: configs.Config, out: epath.Path) -> str:
     adapter = not (out / "model_index.json").exists()
     base = json.dumps(config.model.folder)  # quoted: a YAML string may hold anything then
     _, family = diffusers_io.load_family(config.model.folder)
-    task = "image-to-image" if family.image else "text-to-image"
+    task = "image-to-image" if family.given else "text-to-image"
     lines = [
         "---",
         f"base_model: {base}",

@@ -43,7 +43,7 @@ class Embedded(NamedTuple):
     def rows(self, count: int) -> list["Embedded"]:
         """The first `count` prompts, each without the axis of prompts, on the host."""
         arrays = jax.device_get(self)
-        return [jax.tree.map(lambda x, i=i: x[i], arrays) for i in range(count)]
+        return [jax.tree.map(lambda x, i=i: np.asarray(x[i]), arrays) for i in range(count)]
 
 
 class Facts(NamedTuple):

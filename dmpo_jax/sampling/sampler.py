@@ -164,7 +164,7 @@ def make_sampler(
     batch_size = -(-batch_size // shares) * shares
     family = pipeline.family
     scaling, shift = family.factors(pipeline.vae)
-    facts = family.facts(vars(unet.config))
+    facts = family.facts(unet.config)
     size, shape = _sizes(unet, pipeline, height, width)
     name = pipeline.sampling.resolve(sampler)
     settings = {"schedule": pipeline.schedule, "num_steps": steps}
@@ -217,7 +217,7 @@ def _sizes(
     factor = 2 ** (len(vae.block_out_channels) - 1)
     native = latent_size(unet, pipeline)
     size = (height or native[0] * factor, width or native[1] * factor)
-    family.check_size(size, family.facts(vars(unet.config)), vae)
+    family.check_size(size, family.facts(unet.config), vae)
     side = factor * family.pack
     return size, (size[0] // side, size[1] // side, vae.latent_channels * family.pack**2)
 
@@ -295,7 +295,7 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, 
 
 def latent_size(unet: Any, pipeline: diffusers_io.Pipeline) -> tuple[int, int]:
     """Height and width of the latents that the UNet was trained at."""
-    facts = pipeline.family.facts(vars(unet.config))
+    facts = pipeline.family.facts(unet.config)
     if facts.latent_size:
         return facts.latent_size
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)

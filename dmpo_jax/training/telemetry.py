@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.data.batches.batches import abstract_batch
+from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.planning import chips, flops
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health, step
@@ -46,21 +48,32 @@ class Cost(NamedTuple):
 
 def make_cost(
     config: configs.Config,
-    unet: Mapping[str, Any],
+    model: Any,
     meta: Mapping[str, Any],
     setup: step.Setup,
     devices: jax.sharding.Mesh,
+    params: Any,
 ) -> Cost:
-    """The cost of a run's pairs; unet: its config; meta: of the encoded pairs."""
+    """The cost of a run's pairs.
+
+    Args:
+        model: without arrays. meta: of the encoded pairs. params: of the whole model.
+    """
     height, width, _ = meta["shapes"]["moments"]["shape"][-3:]
-    forward = flops.unet_forward(
-        unet,
-        height=height,
-        width=width,
-        tokens=meta["shapes"]["context"]["shape"][-2],
-        rank=config.lora.rank,
-        targets=config.lora.targets,
-    )
+    if isinstance(model, UNet2DConditionModel):
+        forward = flops.unet_forward(
+            model.config,
+            height=height,
+            width=width,
+            tokens=meta["shapes"]["context"]["shape"][-2],
+            rank=config.lora.rank,
+            targets=config.lora.targets,
+        )
+    else:
+        batch = abstract_batch(meta, 1, None)
+        forward = flops.Forward(
+            flops.jaxpr_flops(jax.make_jaxpr(_forward(setup))(params, batch)), 0
+        )
     pair = flops.step_flops(
         forward,
         needs_reference=setup.needs_reference,
@@ -69,6 +82,16 @@ def make_cost(
     )
     chip = chips.lookup(devices.devices.flat[0].device_kind)
     return Cost(pair, devices.size, chip.flops if chip else None)
+
+
+def _forward(setup: step.Setup) -> Callable[[Any, Any], jax.Array]:
+    """The model's forward on the chosen image of a batch of one pair."""
+
+    def forward(params: Any, batch: Any) -> jax.Array:
+        noised = step.noise_batch(jax.random.key(0), batch, setup._replace(needs_rejected=False))
+        return step.predict_pairs(setup.predict, params, noised, batch.condition)
+
+    return forward
 
 
 class Watch:

@@ -11,7 +11,7 @@ from dmpo_jax import families
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as config_lib
-from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.diffusion import timesteps as drawn_timesteps
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.training import optim
 
@@ -50,7 +50,8 @@ def test_defaults_are_fresh_and_locked():
 
 def test_names_equal_those_of_optim():
     assert config_lib.OPTIMIZERS == optim.OPTIMIZERS
-    assert config_lib.WEIGHTINGS == noising.WEIGHTINGS
+    assert config_lib.WEIGHTINGS == drawn_timesteps.WEIGHTINGS
+    assert config_lib.DENSITIES == drawn_timesteps.DENSITIES
     assert config_lib.SCHEDULES == optim.SCHEDULES
 
 

@@ -36,7 +36,7 @@ class PromptEmbedding(NamedTuple):
     text: str
     context: Float[np.ndarray, "S D"]
     pooled: Float[np.ndarray, " P"] | None = None
-    length: Int[np.ndarray, ""] | np.int32 | None = None
+    length: Int[np.ndarray, ""] | None = None
 
 
 class PromptStore:
