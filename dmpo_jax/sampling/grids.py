@@ -1,68 +1,53 @@
 """Image grids that a training run draws on its way."""
 
 import functools
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
+from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.sampling import images as image_files
-from dmpo_jax.sampling.sampler import load_prompts, make_sampler
+from dmpo_jax.sampling.sampler import make_sampler
 
-LOG = logging.getLogger(__name__)
+COLUMNS = 4  # images of each prompt
 
 
-def make_draw(run: Any, policy: Callable[[Any], Any]) -> Callable[[Any, int], None]:
-    """(params, step) -> samples/<step>.png, a row a prompt, the same seeds at every step.
+def make_draw(
+    folder: epath.PathLike,
+    model: Any,
+    prompts: Sequence[str],
+    out: epath.Path,
+    *,
+    pipeline: dict[str, Any],
+    sampling: dict[str, Any],
+) -> Callable[[Any, int], None]:
+    """(all parameters of the model, update) -> OUT/UPDATE.png, a row a prompt.
+
+    The seeds are the same at every update. The pipeline is loaded at the first one.
 
     Args:
-        run: a `train.Run`. policy: a state's parameters, or adapters -> the whole model's.
+        folder: of the pipeline. model: the trained component, without arrays.
+        pipeline: further arguments of `diffusers_io.load_pipeline`.
+        sampling: further arguments of `make_sampler`.
     """
-    config = run.config
-    if not config.log.sample_every:
-        return lambda params, number: None
-    if jax.process_count() > 1:
-        LOG.warning("image grids are drawn by single-process runs only")
-        return lambda params, number: None
-    if run.pairs.meta["image_kind"]:
-        LOG.warning("no image grids are drawn: this model needs an image beside each prompt")
-        return lambda params, number: None
-    prompts = run_prompts(run)
-    columns = 4
 
     @functools.cache
     def sampler():
-        return make_sampler(
-            diffusers_io.load_pipeline(
-                config.model.folder,
-                vae=config.model.vae,
-                variant=config.model.variant or None,
-                dtype=config.model.compute_dtype,
-            ),
-            run.unet,
-            steps=config.sample.steps,
-            guidance_scale=config.sample.guidance_scale,
-            batch_size=config.sample.batch_size,
-            devices=run.devices,
-        )
+        return make_sampler(diffusers_io.load_pipeline(folder, **pipeline), model, **sampling)
 
     def draw(params: Any, number: int) -> None:
-        asked = [prompt for prompt in prompts for _ in range(columns)]
+        asked = [prompt for prompt in prompts for _ in range(COLUMNS)]
         seeds = [2**30 + i for i in range(len(asked))]
-        images = sampler()(policy(params), asked, seeds, f"samples at step {number}")
+        images = sampler()(params, asked, seeds, f"samples at step {number}")
         scale = max(1, 128 // images.shape[1])
-        picture = image_files.image_grid(images, columns, labels=prompts, scale=scale)
-        image_files.save_png(run.workdir / "samples" / f"{number}.png", picture)
+        picture = image_files.image_grid(images, COLUMNS, labels=prompts, scale=scale)
+        image_files.save_png(out / f"{number}.png", picture)
 
     return draw
 
 
-def run_prompts(run: Any) -> list[str]:
-    """The prompts of image grids: the config's, else the first captions of the data."""
-    count = run.config.sample.count
-    if run.config.sample.prompts:
-        return load_prompts(run.config.sample.prompts)[:count]
-    held = min(count, run.pairs.meta["counts"]["prompts"] - 1)
-    return [run.pairs.prompts[i + 1].text for i in range(held)]
+def data_prompts(pairs: Any, count: int) -> list[str]:
+    """The first captions of encoded pairs; prompt 0 is the empty one."""
+    held = min(count, pairs.meta.counts["prompts"] - 1)
+    return [pairs.prompts[i + 1].text for i in range(held)]
