@@ -118,7 +118,6 @@ LEAVES: dict[str, tuple[Any, str]] = {
     "train.skip_limit": (0, "updates with a non-finite loss to skip before giving up"),
     "train.hang_limit": (1800, "seconds an update may take (thrice where it compiles); 0 any"),
     "train.ema_decay": (0.0, "of a moving average of the weights, then exported; 0 keeps none"),
-    "train.compiled": ("", "file of launch/plan.py --save: the step, compiled; '' compiles it"),
     "lora.rank": (0, "width of low-rank adapters, alone trained; 0 trains every parameter"),
     "lora.alpha": (
         config_dict.placeholder(float),
