@@ -12,11 +12,13 @@ from jax.profiler import StepTraceAnnotation
 
 from dmpo_jax import diffusers_io
 from dmpo_jax import progress as progress_bar
+from dmpo_jax.config import arguments
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.diffusion import noise as noising
 from dmpo_jax.families import Family
 from dmpo_jax.families.family import Facts
@@ -27,7 +29,8 @@ from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parallel import mesh
 from dmpo_jax.planning import compiled
-from dmpo_jax.sampling.grids import make_draw
+from dmpo_jax.sampling.grids import make_draw, why_no_grids
+from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.training import checkpoint, health, metrics, optim, step
 from dmpo_jax.training.stopping import Stopping, Watchdog
 from dmpo_jax.training.telemetry import Watch, make_cost
@@ -110,7 +113,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     )
     check_fits(unet, family, pairs)
     unet.execution = make_execution(config, devices)
-    check_splits(family.facts(vars(unet.config)), devices.shape["tensor"])
+    check_splits(family.facts(unet.config), devices.shape["tensor"])
     unet = adapt(unet, config)
     structure, params = parameters.split(unet)
     unet = parameters.without_arrays(unet)  # or it would hold the arrays for ever
@@ -232,7 +235,7 @@ def make_optimizer(config: configs.Config) -> tuple[Callable[[Any], jax.Array], 
 
 def check_fits(unet: Any, family: Family, pairs: records.EncodedPairs | Mixture) -> None:
     """ValueError where the encoded pairs were made for another model."""
-    shapes, facts = pairs.meta["shapes"], family.facts(vars(unet.config))
+    shapes, facts = pairs.meta["shapes"], family.facts(unet.config)
     latent, width = pipeline.latent_channels(pairs.meta), shapes["context"]["shape"][-1]
     wanted = facts.context_width
     family.check_channels(facts.in_channels, latent)
@@ -278,7 +281,7 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     """From the state's step to the last. Metrics are read one step after they were asked for."""
     config, total, start = run.config, run.config.train.steps, int(state.step)
     update = make_update(run, state)
-    validate, draw = make_validate(run), make_draw(run, functools.partial(policy, run))
+    validate, draw = make_validate(run), make_grids(run)
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
     cost = make_cost(config, run.unet.config, run.pairs.meta, run.setup, run.devices)
@@ -340,6 +343,36 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     if close is not None:
         close()
     return state
+
+
+def make_grids(run: Run) -> Callable[[dict[str, jax.Array], int], None]:
+    """(a state's parameters, or adapters, step) -> a grid of images; nothing where it cannot."""
+    config = run.config
+    _, family = diffusers_io.load_family(config.model.folder)
+    if not config.log.sample_every:
+        return lambda params, number: None
+    if reason := why_no_grids(family):
+        LOG.warning(reason)
+        return lambda params, number: None
+
+    def open_sampler():
+        loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+        return make_sampler(loaded, run.unet, devices=run.devices, **arguments.sampling(config))
+
+    if config.sample.prompts:
+        prompts = load_texts(config.sample.prompts)[: config.sample.count]
+    else:  # the first captions of the data, after the empty one
+        count = min(config.sample.count, run.pairs.meta["counts"]["prompts"] - 1)
+        prompts = [run.pairs.prompts[i + 1].text for i in range(count)]
+    draw = make_draw(open_sampler, prompts, run.workdir / "samples")
+    return lambda params, number: draw(policy(run, params), number)
+
+
+def check(config: configs.Config) -> None:
+    """ValueError where the model or the prompts of image grids are missing."""
+    diffusers_io.load_family(config.model.folder)
+    if config.log.sample_every and config.sample.prompts:
+        load_texts(config.sample.prompts)
 
 
 def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:
