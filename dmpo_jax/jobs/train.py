@@ -69,7 +69,7 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
     folder = workdir / "checkpoints"
     with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
-            diffusers_io.write_json(workdir / "config.json", configs.leaves(config))
+            diffusers_io.write_json(workdir / "config.json", configs.flatten(config))
         wanted = abstract_state(run, params)
         fresh: Any = None if checkpoints.steps() else make_state(run, params)
         del params  # the state's own now, or in the way of what is restored
