@@ -9,16 +9,17 @@ import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.config import arguments, step_settings
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
-from dmpo_jax.config import step_settings
-from dmpo_jax.data.batches.mixture import Mixture
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.batches.mixture import Mixture, open_mixture
+from dmpo_jax.data.encoded.folder import EncodedPairs, open_pairs
+from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.jobs.convert import export
 from dmpo_jax.parallel import mesh
 from dmpo_jax.planning.flops import make_cost
-from dmpo_jax.sampling.grids import data_prompts, make_draw
-from dmpo_jax.sampling.sampler import load_prompts
+from dmpo_jax.sampling.grids import make_draw, why_no_grids
+from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.training import checkpoint, hooks
 from dmpo_jax.training.build import TrainingStep, build
 from dmpo_jax.training.loop import run_loop
@@ -30,7 +31,7 @@ class Run(NamedTuple):
     """A run's config and data, its step, and its random key."""
 
     config: configs.Config
-    pairs: records.EncodedPairs | Mixture
+    pairs: EncodedPairs | Mixture
     step: TrainingStep
     key: jax.Array
 
@@ -57,7 +58,7 @@ def train(config: configs.Config, workdir: epath.Path, extra: Sequence[Any] = ()
     folder, identity = workdir / "checkpoints", configs.identity(config)
     with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
-            diffusers_io.write_json(workdir / "config.json", configs.leaves(config))
+            diffusers_io.write_json(workdir / "config.json", configs.flatten(config))
         wanted = run.step.abstract_state(params)
         fresh: Any = None if checkpoints.steps() else run.step.make_state(params)
         del params  # the state's own now, or in the way of what is restored
@@ -65,12 +66,21 @@ def train(config: configs.Config, workdir: epath.Path, extra: Sequence[Any] = ()
         if start:
             LOG.info("going on from step %d in %s", start, folder)
         LOG.info("%s", run.step.settings.describe_rate())
+        log = config.log
+        own = hooks.standard(
+            run.step,
+            run.pairs,
+            run.key,
+            checkpoints,
+            validate_every=log.validate_every,
+            checkpoint_every=log.checkpoint_every,
+        )
         state = run_loop(
             run.step,
             state,
             run.batches(start),
             run.key,
-            [*make_hooks(run, workdir, checkpoints), *extra],
+            [*own, *grids(run, workdir), *extra],
             step_settings.read_loop(config),
             workdir=workdir,
             cost=make_cost(run.step),
@@ -86,7 +96,8 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     settings = step_settings.read_step(config)
     devices = mesh.make_mesh(**step_settings.mesh_axes(config))
     mesh.check_batch(settings.batch_size, settings.accumulation, devices)
-    pairs = open_pairs(config, workdir)
+    mix = config_checks.parse_mix(config.data.mix or ())
+    pairs = open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
     folder, family = diffusers_io.load_family(config.model.folder)
     noise, _ = diffusers_io.load_schedule(folder)
     model = diffusers_io.load_unet(
@@ -100,52 +111,30 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     return Run(config, pairs, built, built.make_key(config.seed)), params
 
 
-def open_pairs(config: configs.Config, workdir: epath.Path) -> records.EncodedPairs | Mixture:
-    """The encoded pairs that a config names: one folder, or several by weight."""
-    if not config.data.mix:
-        return records.open_pairs(config.data.encoded or workdir / "encoded")
-    folders, weights = zip(*config_checks.parse_mix(config.data.mix), strict=True)
-    return Mixture([records.open_pairs(folder) for folder in folders], weights)
+def grids(run: Run, workdir: epath.Path) -> list[hooks.Draw]:
+    """The hook that draws image grids, where there are to be any and can be.
+
+    Of the config's prompts, or of the data's first captions.
+    """
+    config, sample, every = run.config, run.config.sample, run.config.log.sample_every
+    reason = why_no_grids(run.step.family)
+    if every and reason:
+        LOG.warning(reason)
+    if not every or reason:
+        return []
+
+    def open_sampler() -> Any:
+        loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+        settings = arguments.sampling(config)
+        return make_sampler(loaded, run.step.model, devices=run.step.mesh, **settings)
+
+    prompts = load_texts(sample.prompts) if sample.prompts else run.pairs.first_texts(sample.count)
+    draw = make_draw(open_sampler, prompts[: sample.count], workdir / "samples")
+    return [hooks.Draw(run.step, draw, every=every)]
 
 
-def make_hooks(run: Run, workdir: epath.Path, checkpoints: Any) -> list[hooks.Hook]:
-    """The run's own hooks, in the order in which they are called."""
-    log, size = run.config.log, run.config.train.batch_size // run.config.train.accumulation
-    found: list[hooks.Hook] = [hooks.Save(checkpoints, every=log.checkpoint_every)]
-    if log.validate_every and "validation" in run.pairs.meta.counts:
-        validate = hooks.Validate(
-            run.step, run.pairs, run.key, batch_size=size, every=log.validate_every
-        )
-        found.insert(0, validate)
-    elif log.validate_every:
-        LOG.warning("the encoded pairs have no validation split: nothing is validated")
-    if log.sample_every and jax.process_count() > 1:
-        LOG.warning("image grids are drawn by single-process runs only")
-    elif log.sample_every and run.pairs.meta.image_kind:
-        LOG.warning("no image grids are drawn: this model needs an image beside each prompt")
-    elif log.sample_every:
-        found.append(hooks.Draw(run.step, make_grids(run, workdir), every=log.sample_every))
-    return found
-
-
-def make_grids(run: Run, workdir: epath.Path) -> Any:
-    """What draws the image grids of a run."""
-    model, sample = run.config.model, run.config.sample
-    prompts = load_prompts(sample.prompts) if sample.prompts else None
-    return make_draw(
-        model.folder,
-        run.step.model,
-        prompts[: sample.count] if prompts else data_prompts(run.pairs, sample.count),
-        workdir / "samples",
-        pipeline={
-            "vae": model.vae,
-            "variant": model.variant or None,
-            "dtype": model.compute_dtype,
-        },
-        sampling={
-            "steps": sample.steps,
-            "guidance_scale": sample.guidance_scale,
-            "batch_size": sample.batch_size,
-            "devices": run.step.mesh,
-        },
-    )
+def check(config: configs.Config) -> None:
+    """ValueError where the model or the prompts of image grids are missing."""
+    diffusers_io.load_family(config.model.folder)
+    if config.log.sample_every and config.sample.prompts:
+        load_texts(config.sample.prompts)

@@ -105,20 +105,19 @@ def of_folder(
     if encoded:
         return Model(str(folder), family, config, noise, records.load_meta(encoded))
     LOG.info("data.encoded is not set: the pairs are taken to be as encode would make them")
-    vae = diffusers_io.read_json(path / "vae" / "config.json")
-    factor = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
-    facts = family.facts(config)
-    size = facts.latent_size or (vae.get("sample_size", 64 * factor) // factor,) * 2
+    # Of shapes: a config with its class's defaults.
+    vae = parameters.abstract(family.vae, diffusers_io.read_json(path / "vae" / "config.json"))
+    size = family.trained_latents(config, vae.config)
     if resolution:
-        size = (resolution // factor,) * 2
+        size = (resolution // family.factor(vae.config),) * 2
     meta = EncodedMeta.expected(
         family,
-        facts,
+        family.facts(config),
         size=size,
-        latent_channels=vae.get("latent_channels", 4),
+        latent_channels=vae.config.latent_channels,
         tokens=_tokens(path, family),
-        scaling_factor=float(vae.get("scaling_factor", 0.18215)),
-        shift_factor=float(vae.get("shift_factor") or 0.0),
+        scaling_factor=float(vae.config.scaling_factor),
+        shift_factor=float(vae.config.shift_factor or 0.0),
         moments=moments,
         moments_dtype=moments_dtype,
     )

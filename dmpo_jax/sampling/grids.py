@@ -4,50 +4,40 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
-from dmpo_jax import diffusers_io
-from dmpo_jax.sampling import images as image_files
-from dmpo_jax.sampling.sampler import make_sampler
+from dmpo_jax.families import Family
+from dmpo_jax.sampling.images import image_grid, save_png
+from dmpo_jax.sampling.sampler import Sampler
+from dmpo_jax.sampling.seeds import GRIDS
 
-COLUMNS = 4  # images of each prompt
+COLUMNS = 4
+
+
+def why_no_grids(family: Family) -> str:
+    """The reason why a run of this family draws no grids, "" where it can."""
+    if jax.process_count() > 1:
+        return "image grids are drawn by single-process runs only"
+    if family.given:
+        return "no image grids are drawn: this model needs an image beside each prompt"
+    return ""
 
 
 def make_draw(
-    folder: epath.PathLike,
-    model: Any,
-    prompts: Sequence[str],
-    out: epath.Path,
-    *,
-    pipeline: dict[str, Any],
-    sampling: dict[str, Any],
+    open_sampler: Callable[[], Sampler], prompts: Sequence[str], out: epath.Path
 ) -> Callable[[Any, int], None]:
-    """(all parameters of the model, update) -> OUT/UPDATE.png, a row a prompt.
+    """(the whole model's parameters, step) -> out/<step>.png, a row a prompt, seeds as ever.
 
-    The seeds are the same at every update. The pipeline is loaded at the first one.
-
-    Args:
-        folder: of the pipeline. model: the trained component, without arrays.
-        pipeline: further arguments of `diffusers_io.load_pipeline`.
-        sampling: further arguments of `make_sampler`.
+    open_sampler: called before the first grid alone: what it loads may never be needed.
     """
-
-    @functools.cache
-    def sampler():
-        return make_sampler(diffusers_io.load_pipeline(folder, **pipeline), model, **sampling)
+    opened = functools.cache(open_sampler)
 
     def draw(params: Any, number: int) -> None:
         asked = [prompt for prompt in prompts for _ in range(COLUMNS)]
-        seeds = [2**30 + i for i in range(len(asked))]
-        images = sampler()(params, asked, seeds, f"samples at step {number}")
+        seeds = [GRIDS + i for i in range(len(asked))]
+        images = opened()(params, asked, seeds, f"samples at step {number}")
         scale = max(1, 128 // images.shape[1])
-        picture = image_files.image_grid(images, COLUMNS, labels=prompts, scale=scale)
-        image_files.save_png(out / f"{number}.png", picture)
+        save_png(out / f"{number}.png", image_grid(images, COLUMNS, labels=prompts, scale=scale))
 
     return draw
-
-
-def data_prompts(pairs: Any, count: int) -> list[str]:
-    """The first captions of encoded pairs; prompt 0 is the empty one."""
-    held = min(count, pairs.meta.counts["prompts"] - 1)
-    return [pairs.prompts[i + 1].text for i in range(held)]

@@ -10,6 +10,7 @@ with `name`, `every` and `__call__(state, update)`; `Hook` is one to start from:
             return {"score": my_score(state.params)}
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from dmpo_jax.training.trace import Trace
 from dmpo_jax.types import PairBatch
 
 Scalars = Mapping[str, float] | None
+
+LOG = logging.getLogger(__name__)
 
 
 class HookLike(Protocol):
@@ -185,6 +188,25 @@ class Profile(Hook):
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
         self.trace.switch()
+
+
+def standard(
+    built: TrainingStep,
+    pairs: Any,
+    key: Key[Array, ""],
+    checkpoints: Any,
+    *,
+    validate_every: int,
+    checkpoint_every: int,
+) -> list[Hook]:
+    """Every run's own hooks: validation, where there is a split for it, and checkpoints."""
+    found: list[Hook] = []
+    if validate_every and "validation" in pairs.meta.counts:
+        size = built.settings.batch_size // built.settings.accumulation
+        found.append(Validate(built, pairs, key, batch_size=size, every=validate_every))
+    elif validate_every:
+        LOG.warning("the encoded pairs have no validation split: nothing is validated")
+    return [*found, Save(checkpoints, every=checkpoint_every)]
 
 
 def trained(state: TrainState) -> dict[str, jax.Array]:

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dmpo_jax.data.batches.order import whole_parts
-from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore
+from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore, open_pairs
 from dmpo_jax.data.encoded.meta import EncodedMeta, differences
 
 # What the step takes for granted of every pair: keys of encoded.json.
@@ -54,6 +54,16 @@ class Mixture:
     @property
     def prompts(self) -> PromptStore:
         return self.sets[0].prompts
+
+    def first_texts(self, count: int) -> list[str]:
+        """The first prompts of the first set, as of `EncodedPairs.first_texts`."""
+        return self.sets[0].first_texts(count)
+
+
+def open_mixture(parts: Sequence[tuple[str, float]]) -> Mixture:
+    """A mixture of (folder, weight) each; raises as `open_pairs` and `Mixture`."""
+    folders, weights = zip(*parts, strict=True)
+    return Mixture([open_pairs(folder) for folder in folders], weights)
 
 
 def _check_alike(first: EncodedMeta, other: EncodedMeta, number: int) -> None:

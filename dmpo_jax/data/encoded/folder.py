@@ -271,6 +271,10 @@ class EncodedPairs:
         )
         self._builder: Any = tfds.builder_from_directory(folder)
 
+    def first_texts(self, count: int) -> list[str]:
+        """At most so many prompts, from the first after the empty one on."""
+        return [self.prompts[i].text for i in range(1, min(count + 1, len(self.prompts)))]
+
     def split(self, name: str) -> "PairSource":
         """The pairs of a split, by random access: len and `[i]` -> EncodedPair.
 
