@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/encoding/encode.py and what it is made of."""
+"""Tests for dmpo_jax/encoding: raw pairs in, the same files out however it was run."""
 
 import itertools
 import os
@@ -71,7 +71,7 @@ SETTINGS = {"validation_fraction": 0.3, "batch_size": 8, "pairs_per_shard": 6, "
 
 def encode(made, out, **changes):
     source, model = made
-    job.encode(**{"source": source, "model": model, "out": out, **SETTINGS, **changes})
+    tiny.encode(source, model, out, **{**SETTINGS, **changes})
     return records.open_pairs(out)
 
 
@@ -200,8 +200,8 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", sys.argv[4])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-from dmpo_jax.encoding.encode import encode
-encode(source=sys.argv[1], model=sys.argv[2], out=sys.argv[3], validation_fraction=0.3,
+from tests.support.tiny import encode
+encode(*sys.argv[1:4], validation_fraction=0.3,
        batch_size=8, pairs_per_shard=6, num_threads=2)
 """
 
@@ -311,8 +311,8 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from dmpo_jax.encoding.encode import encode
-encode(source=sys.argv[3], model=sys.argv[4], out=sys.argv[5], validation_fraction=0.3,
+from tests.support.tiny import encode
+encode(*sys.argv[3:6], validation_fraction=0.3,
        batch_size=8, pairs_per_shard=6, num_threads=2)
 """
 
@@ -416,7 +416,7 @@ def test_what_was_not_stored_is_not_flipped(whole):
 
 def test_source_and_mask_are_flipped_too(tmp_path):
     debug.write_tiny_pipeline(epath.Path(tmp_path / "model"), SD_INPAINT)
-    rows = debug.synthetic_pairs(4, image="inpaint")
+    rows = debug.synthetic_pairs(4, given=SD_INPAINT.given_fields)
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", rows)
     made = f"pickapic:{tmp_path / 'pairs.parquet'}", str(tmp_path / "model")
     pairs = encode(made, tmp_path / "out", flip=True)
