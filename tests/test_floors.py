@@ -21,6 +21,8 @@ FLOORS = [
     {"evaluation", "planning"},
     {"config"},
     {"jobs"},
+    {"commands"},
+    {"python", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {"torch", "tensorflow", "diffusers"}

@@ -12,7 +12,6 @@ from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.jobs import train
-from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.toy import tiny as debug
 from tests.support import tiny
 
