@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "errors", "storage", "progress"},
+    {"types", "errors", "extras", "storage", "progress"},
     {"objectives", "diffusion", "parallel"},
     {"models"},
     {"families"},
