@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 
@@ -14,6 +15,18 @@ def read_version() -> str:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
             return ast.literal_eval(node.value)
     raise ValueError("dmpo_jax/__init__.py must assign __version__")
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/, which lies beside the package, into it: `--config=NAME` finds them there."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # a clone has its own
+            target = pathlib.Path(self.build_lib) / "dmpo_jax" / "configs"
+            self.mkpath(str(target))
+            for file in sorted((HERE / "configs").glob("*.py")):
+                self.copy_file(str(file), str(target / file.name))
 
 
 # Lower bound: the oldest that should work. Upper bound: the first that nobody has tried.
@@ -27,6 +40,7 @@ DEPENDENCIES = [
     "importlib_resources>=6.4,<8",  # tested with 7.1.0; TFDS without TensorFlow asks for it
     "jax>=0.10,<0.13",  # tested with 0.10.2, but for PyTorch parity with 0.12.0.1 (Python 3.13)
     "jaxtyping>=0.3,<0.4",  # tested with 0.3.11
+    "jinja2>=3.1,<4",  # tested with 3.1.6; pages
     "ml_collections>=1.0,<2",  # tested with 1.1.0
     "ml_dtypes>=0.5,<0.7",  # tested with 0.6.0
     "numpy>=2.0,<3",  # tested with 2.4.6
@@ -53,12 +67,15 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dmpo_jax", "dmpo_jax.*"]),
-    # The embedded digits pipeline.
+    # The embedded digits pipeline, and the templates of pages.
     package_data={
         "dmpo_jax": [
-            f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")
+            *(f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")),
+            "*/*.j2",
         ]
     },
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["dmpo-jax = dmpo_jax.__main__:main"]},
     install_requires=DEPENDENCIES,
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],

@@ -16,17 +16,18 @@ from etils import epath
 
 from benchmarks.study.digits_plan import HELD_OUT_IMAGES, TUNING_IMAGES, Budget, Trial
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.config.files import load_config
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.jobs import train
-from dmpo_jax.jobs.evaluate import FIRST_SEED
 from dmpo_jax.jobs.run import run as run_jobs
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
-from dmpo_jax.sampling.sampler import load_prompts, make_sampler
-from dmpo_jax.scoring import digits as scorers
+from dmpo_jax.sampling.sampler import make_sampler
+from dmpo_jax.sampling.seeds import EVALUATED
+from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import health, step
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits_dmpo.py"
@@ -38,7 +39,7 @@ HEALTH = ("implicit_accuracy", "margin", "chosen_gain", "rejected_gain")
 
 def base_config(budget: Budget) -> configs.Config:
     """The digits job's own, at this budget."""
-    config: configs.Config = flags.load(str(CONFIG))
+    config: configs.Config = load_config(str(CONFIG))
     config.train.steps, config.train.batch_size = budget.steps, budget.batch_size
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, budget.steps // 2)
     config.collect.pairs = budget.pairs
@@ -95,8 +96,8 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
         splits["train"][i] = splits["train"][i]._replace(
             preference=1 - splits["train"][i].preference
         )
-    prompts = [pairs.prompts[i] for i in range(pairs.meta["counts"]["prompts"])]
-    meta = {k: v for k, v in pairs.meta.items() if k not in records.RESERVED_META}
+    prompts = [pairs.prompts[i] for i in range(pairs.meta.counts["prompts"])]
+    meta = {k: v for k, v in pairs.meta.to_json().items() if k not in records.WRITTEN_META}
     records.write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
 
 
@@ -144,7 +145,7 @@ class Bench:
         )
         everywhere = mesh.replicated(mesh.make_mesh())
         self._base = jax.device_put(parameters.split(unet)[1], everywhere)
-        self._prompts = load_prompts(config.sample.prompts)
+        self._prompts = load_texts(config.sample.prompts)
         self._update: tuple[str, Any] = ("", None)
         self._health_program: Any = None
 
@@ -205,7 +206,7 @@ class Bench:
         """
         pairs: Any = run.pairs
         shares = mesh.batch_shares(run.devices)
-        size = pairs.meta["counts"]["validation"] // shares * shares
+        size = pairs.meta.counts["validation"] // shares * shares
         sharding = mesh.batch_sharding(run.devices)
         rows = mesh.local_rows(sharding, size)
         local, _ = next(
@@ -235,12 +236,12 @@ class Bench:
         count = self._budget.tuning_images if tuning else self._budget.images
         block = TUNING_IMAGES if tuning else HELD_OUT_IMAGES
         asked = [self._prompts[i % len(self._prompts)] for i in range(count)]
-        seeds = [FIRST_SEED + block * 2**20 + i for i in range(count)]
+        seeds = [EVALUATED + block * 2**20 + i for i in range(count)]
         with contextlib.redirect_stderr(io.StringIO()):  # a bar a run would hide the whole's
             images = self._sampler(params, asked, seeds)
         scores = {}
         for name in self._config.evaluate.judges:
-            values = scorers.get_scorer(name)(images, asked)
+            values = make_scorer(name)(images, asked)
             scores[name] = _short(values.mean()) if tuning else [round(float(x), 4) for x in values]
         return {"scores": scores, "diversity": _short(diversity(images, asked))}
 

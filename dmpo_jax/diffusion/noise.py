@@ -153,6 +153,10 @@ def make_ddpm_table(
     )
 
 
+# By `Family.noise`: what makes a table of a scheduler's settings.
+TABLES = {"ddpm": make_ddpm_table, "flow": make_flow_table}
+
+
 def _betas(name: str, steps: int, start: float, end: float) -> Table:
     if name == "linear":
         return _linspace(start, end, steps)

@@ -12,8 +12,8 @@ from dmpo_jax import diffusers_io, families
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.jobs.run import run
+from dmpo_jax.jobs.sample import sample
 from dmpo_jax.models import parameters
-from dmpo_jax.sampling.sampler import sample
 from dmpo_jax.toy import tiny as debug
 from tests.support import outside_family, tiny
 from tests.support.outside_family import FAMILY, TOKENS, OutsideTransformer2DModel
@@ -81,9 +81,9 @@ def test_pairs_are_encoded_as_the_family_says(finished):
     assert 3 < max(lengths) <= TOKENS
     assert pairs.split("train")[0].moments.shape == (2, 8, 8, 8)  # not packed yet
     scaling, shift = FAMILY.factors(None)
-    assert pairs.meta["scaling_factor"] == list(scaling)
-    assert pairs.meta["shift_factor"] == list(shift)
-    assert (pairs.meta["pack"], pairs.meta["told_sizes"]) == (2, False)
+    assert (pairs.meta.scaling_factor, pairs.meta.shift_factor) == (scaling, shift)
+    assert (pairs.meta.pack, pairs.meta.told_sizes) == (2, False)
+    assert pairs.meta.latents == (4, 4, 16)
 
 
 def test_it_trains_from_margins_of_zero(finished):
@@ -120,14 +120,19 @@ def test_the_export_holds_what_was_trained_and_the_rest_as_it_was(made, finished
     assert {"start_token", "positions", "blocks.0.weight", "norm_out.bias"} <= names.keys()
 
 
+def draw(model, prompts, out, guidance_scale):
+    config = tiny.make_config(model, "", sample__steps=3, sample__guidance_scale=guidance_scale)
+    sample(config, prompts=prompts, out=out)
+
+
 def test_it_draws_images(finished, tmp_path):
     (tmp_path / "prompts.txt").write_text("the digit three\n")
-    asked = {"model": str(finished / "export"), "prompts": tmp_path / "prompts.txt", "steps": 3}
-    sample(**asked, out=tmp_path / "a", guidance_scale=2.0)
+    asked = (str(finished / "export"), tmp_path / "prompts.txt")
+    draw(*asked, tmp_path / "a", guidance_scale=2.0)
     image = np.asarray(Image.open(tmp_path / "a" / "00000.png"))
     assert image.shape == (32, 32, 3)
     assert image.std() > 0
-    sample(**asked, out=tmp_path / "b", guidance_scale=0.0)  # weights (1, 0): not guided
+    draw(*asked, tmp_path / "b", guidance_scale=0.0)  # weights (1, 0): not guided
     assert (image != np.asarray(Image.open(tmp_path / "b" / "00000.png"))).any()
 
 
