@@ -110,7 +110,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     )
     check_fits(unet, family, pairs)
     unet.execution = make_execution(config, devices)
-    check_splits(family.facts(vars(unet.config)), devices.shape["tensor"])
+    check_splits(family.facts(unet.config), devices.shape["tensor"])
     unet = adapt(unet, config)
     structure, params = parameters.split(unet)
     unet = parameters.without_arrays(unet)  # or it would hold the arrays for ever
@@ -232,7 +232,7 @@ def make_optimizer(config: configs.Config) -> tuple[Callable[[Any], jax.Array], 
 
 def check_fits(unet: Any, family: Family, pairs: records.EncodedPairs | Mixture) -> None:
     """ValueError where the encoded pairs were made for another model."""
-    shapes, facts = pairs.meta["shapes"], family.facts(vars(unet.config))
+    shapes, facts = pairs.meta["shapes"], family.facts(unet.config)
     latent, width = pipeline.latent_channels(pairs.meta), shapes["context"]["shape"][-1]
     wanted = facts.context_width
     family.check_channels(facts.in_channels, latent)

@@ -290,7 +290,7 @@ def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, 
 
 def latent_size(unet: Any, pipeline: diffusers_io.Pipeline) -> tuple[int, int]:
     """Height and width of the latents that the UNet was trained at."""
-    facts = pipeline.family.facts(vars(unet.config))
+    facts = pipeline.family.facts(unet.config)
     if facts.latent_size:
         return facts.latent_size
     factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
