@@ -28,6 +28,7 @@ from dmpo_jax.parallel import mesh
 from dmpo_jax.sampling.sampler import load_prompts, make_sampler
 from dmpo_jax.scoring import digits as scorers
 from dmpo_jax.training import health, step
+from tests.support.encoded import write_pairs
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits_dmpo.py"
 PROBABILITIES = "probabilities"  # folder
@@ -97,7 +98,7 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
         )
     prompts = [pairs.prompts[i] for i in range(pairs.meta["counts"]["prompts"])]
     meta = {k: v for k, v in pairs.meta.items() if k not in records.RESERVED_META}
-    records.write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
+    write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
 
 
 def flipped_rows(preference: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dmpo_jax import storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded import shards
 from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 from dmpo_jax.data.raw import bad_records as faults
@@ -199,7 +199,7 @@ class _Files:
                 "shapes": shapes,
                 "tally": self._tally.to_json(),
             }
-            shards.save_json(work.sidecar("pairs", number), about)
+            storage.write_json(work.sidecar("pairs", number), about)
             self.close()
             self._whole_tally.merge(self._tally)
             self._whole_tally.check()

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
 from dmpo_jax.sampling.images import image_grid, save_png
@@ -76,7 +76,7 @@ def evaluate(
     picture = before_after(images["base"], images["policy"], asked, columns)
     save_png(out / "samples" / "before_after.png", picture)
     (out / "report.html").write_text(report(result))
-    diffusers_io.write_json(out / "result.json", result)
+    storage.write_json(out / "result.json", result)
     return result
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.profiler import StepTraceAnnotation
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax import progress as progress_bar
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
@@ -66,7 +66,7 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
     folder = workdir / "checkpoints"
     with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
-            diffusers_io.write_json(workdir / "config.json", configs.leaves(config))
+            storage.write_json(workdir / "config.json", configs.leaves(config))
         wanted = abstract_state(run, params)
         fresh: Any = None if checkpoints.steps() else make_state(run, params)
         del params  # the state's own now, or in the way of what is restored

@@ -20,6 +20,7 @@ from dmpo_jax.data import raw as sources
 from dmpo_jax.data.raw import bad_records as faults
 from dmpo_jax.data.raw import counts, splits
 from dmpo_jax.data.tfds import PairsConfig, PreferencePairs, build
+from tests.support.raw_pairs import read
 
 ROOT = pathlib.Path(__file__).parents[2]
 BAD = 3  # undecodable rows of `write`: a handful
@@ -97,7 +98,7 @@ def test_what_is_built_is_the_source(example):
         for pair in pairs
         if splits.is_held_out(pair.prompt, 0.3) == held_out
     ]
-    assert list(source) == wanted  # every field, in order
+    assert read(source) == wanted  # every field, in order
     assert len(source) == len(wanted) == 120
     assert source.given == {"source", "mask"}
     assert [p for unit in source.units() for p in source.prompts(unit)] == [
@@ -139,8 +140,8 @@ def test_statistics(example):
 def test_a_build_can_be_built_again(example, tmp_path):
     _, _, builder = example
     again = built("", tmp_path, source=f"tfds:{builder.data_dir}", ties="drop")
-    kept = list(sources.open_source(f"tfds:{again.data_dir}"))
-    assert kept == list(sources.open_source(f"tfds:{builder.data_dir}", ties="drop"))
+    kept = read(sources.open_source(f"tfds:{again.data_dir}"))
+    assert kept == read(sources.open_source(f"tfds:{builder.data_dir}", ties="drop"))
     assert len(kept) == 90
     found = json.loads((again.data_path / "statistics.json").read_text())
     assert found["skipped"] == {"tie": 30}

@@ -1,6 +1,5 @@
 """One encoded pair: what it holds, how it is mirrored, checked and made a record of."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -190,9 +189,3 @@ def make_features(shapes: Mapping[str, Any]) -> tfds.features.FeaturesDict:
             if shapes.get(name)
         }
     )
-
-
-def pair_bytes(shapes: Mapping[str, Any]) -> int:
-    """Bytes of the arrays of one pair, before compression."""
-    arrays = [shapes[name] for name in ARRAYS if shapes.get(name)]
-    return sum(math.prod(x["shape"]) * np.dtype(x["dtype"]).itemsize for x in arrays)

@@ -1,10 +1,9 @@
 """The store of prompt embeddings: each distinct prompt once, by random access.
 
 Prompt j is record j of the files `prompts.array_record-NNNNN` in their order; prompt 0 is the
-empty prompt. Folders of format 1 have one file, `prompts.array_record`.
+empty prompt.
 """
 
-import io
 import operator
 import os
 import re
@@ -20,9 +19,8 @@ from dmpo_jax.data.encoded.examples import read_example, write_example
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 
 PROMPTS = "prompts.array_record"
-FILE = re.compile(rf"{re.escape(PROMPTS)}(-\d+)?")
+FILE = re.compile(rf"{re.escape(PROMPTS)}-\d+")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
-NPZ = b"PK"  # how records of format 1 begin: npz, which takes ten times as long to open
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -50,10 +48,10 @@ class PromptStore:
         shapes: of `context` and `pooled`, as in encoded.json.
         """
         self._shapes = {name: shapes.get(name) for name in ("context", "pooled")}
-        names = [shard_name(k) for k in range(len(counts))] if counts else [PROMPTS]
-        files: list[Any] = [os.fspath(folder / name) for name in names]
-        if counts:
-            files = [_Whole(f, 0, n, n) for f, n in zip(files, counts, strict=True)]
+        files = [
+            _Whole(os.fspath(folder / shard_name(k)), 0, count, count)
+            for k, count in enumerate(counts)
+        ]
         self._source = ArrayRecordDataSource(files)
         if len(self._source) != total:
             raise ValueError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
@@ -62,13 +60,8 @@ class PromptStore:
         return len(self._source)
 
     def __getitem__(self, j: int) -> PromptEmbedding:
-        record = self._source[checked_index(j, len(self))]
-        if not record.startswith(NPZ):
-            values = read_example(record, self._shapes)
-            return PromptEmbedding(values["text"].decode(), values["context"], values.get("pooled"))
-        with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
-            text = arrays["text"].tobytes().decode()
-            return PromptEmbedding(text, arrays["context"], arrays.get("pooled"))
+        values = read_example(self._source[checked_index(j, len(self))], self._shapes)
+        return PromptEmbedding(values["text"].decode(), values["context"], values.get("pooled"))
 
 
 class _Whole(NamedTuple):

@@ -1,13 +1,13 @@
 """What every source yields, and what every source is."""
 
 import abc
-import collections
 import errno
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.data.raw.images import MAX_BYTES
 
 UNIT_PAIRS = 1000  # about so many pairs are read together
@@ -67,8 +67,7 @@ class Unfit(Exception):
 class Source(abc.ABC):
     """Pairs in parts, in a fixed order.
 
-    given: which of "source" and "mask" it has. skipped: what the last pass of `iter` left
-    out, by reason.
+    given: which of "source" and "mask" it has.
     """
 
     given: frozenset[str] = frozenset()
@@ -77,7 +76,6 @@ class Source(abc.ABC):
         if ties not in ("keep", "drop"):
             raise ValueError(f"ties should be 'keep' or 'drop', but is {ties!r}")
         self.ties = ties
-        self.skipped: collections.Counter[str] = collections.Counter()
 
     @abc.abstractmethod
     def units(self) -> list[Unit]:
@@ -98,15 +96,6 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int:
         """An upper bound of the pairs."""
-
-    def __iter__(self) -> Iterator[RawPair]:
-        self.skipped.clear()
-        for unit in self.units():
-            for pair in self.read(unit):
-                if isinstance(pair, Skipped):
-                    self.skipped[pair.reason] += 1
-                else:
-                    yield pair
 
 
 def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
@@ -147,7 +136,7 @@ def load_bytes(cell: Any, folder: epath.Path) -> bytes:
     if isinstance(cell, Mapping):  # datasets' Image, as stored
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str) and cell:
-        cell = _read_file(epath.Path(cell) if "://" in cell else folder / cell)
+        cell = _read_file(epath.Path(cell) if storage.is_remote(cell) else folder / cell)
     if cell is not None and not isinstance(cell, bytes | str):
         raise Unfit("no image", f"should be bytes or a path, but is {cell!r:.80}")
     if not cell:

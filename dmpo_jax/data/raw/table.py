@@ -1,13 +1,12 @@
 """Pairs in a table of texts, the images in files beside it: JSON lines, JSON, CSV, TSV."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 from etils import epath
 
+from dmpo_jax.data import tables
 from dmpo_jax.data.raw import columns
 from dmpo_jax.data.raw.parquet import ParquetSource
 from dmpo_jax.data.raw.source import (
@@ -20,6 +19,7 @@ from dmpo_jax.data.raw.source import (
     cut,
     load_bytes,
 )
+from dmpo_jax.errors import MissingFileError, UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -35,7 +35,7 @@ def open_table(path: epath.PathLike, ties: str = "keep") -> Source:
     if suffix == ".parquet" or not suffix:
         return ParquetSource(file, ties)
     if suffix not in FORMATS:
-        raise ValueError(f"a table should be one of {', '.join(FORMATS)}, but is {file}")
+        raise UserError(f"a table should be one of {', '.join(FORMATS)}, but is {file}")
     return TableSource(file, ties)
 
 
@@ -55,12 +55,12 @@ class TableSource(Source):
         super().__init__(ties)
         self._file = epath.Path(path)
         if not self._file.exists():
-            raise FileNotFoundError(f"no table at {self._file}")
+            raise MissingFileError(f"no table at {self._file}")
         content = self._file.read_bytes()
         try:
             self._rows = _READERS[self._file.suffix.lower()](content)
         except (pa.ArrowException, ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self._file} cannot be read as {self._file.suffix}: {error}"
             ) from error
         names = next((list(row) for row in self._rows if isinstance(row, Mapping)), [])
@@ -117,47 +117,25 @@ class _Cells(Sequence):
 
 
 def _read_json_lines(content: bytes) -> list[dict[str, Any] | Unfit]:
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [_read_line(line) for line in lines if line.strip()]
+    return [_read_line(line) for line in tables.split_lines(content)]
 
 
 def _read_line(line: bytes) -> dict[str, Any] | Unfit:
     try:
-        row = json.loads(line.decode("utf-8"))  # from bytes it would guess the encoding
+        return _as_row(tables.read_line(line))
     except UnicodeDecodeError as error:
         return Unfit("not UTF-8", str(error))
     except (ValueError, RecursionError) as error:
         return Unfit("not JSON", str(error))
-    return _as_row(row)
 
 
 def _as_row(row: Any) -> dict[str, Any] | Unfit:
     return row if isinstance(row, dict) else Unfit("not JSON", f"not an object: {row!r:.80}")
 
 
-def _read_json(content: bytes) -> list[dict[str, Any] | Unfit]:
-    rows = json.loads(content.decode("utf-8-sig"))
-    if not isinstance(rows, list):
-        raise ValueError(f"should hold a JSON list, but holds {type(rows).__name__}")
-    return [_as_row(row) for row in rows]
-
-
-def _read_delimited(content: bytes, delimiter: str) -> _Cells:
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pyarrow.csv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
-        names = reader.schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"has the columns {twice} twice: keep one of each")
-    # All texts: "007" is a prompt, not 7, and "2024-01-01" no date.
-    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    return _Cells(
-        pyarrow.csv.read_csv(pa.BufferReader(content), parse_options=parse, convert_options=convert)
-    )
-
-
 _READERS = {
     ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": lambda content: _read_delimited(content, ","),
-    ".tsv": lambda content: _read_delimited(content, "\t"),
+    ".json": lambda content: [_as_row(row) for row in tables.read_json(content)],
+    ".csv": lambda content: _Cells(tables.read_delimited(content, ",")),
+    ".tsv": lambda content: _Cells(tables.read_delimited(content, "\t")),
 }

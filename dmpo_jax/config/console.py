@@ -1,0 +1,64 @@
+"""What the commands print: log lines, and errors with or without a traceback."""
+
+import functools
+import logging
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+
+from dmpo_jax import errors
+from dmpo_jax.parallel import processes
+
+DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of errors that are for the user")
+INTERRUPTED = 130  # the status that shells give to Ctrl-C
+
+
+def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
+    """`main`, for absl's app.run: it ends the process with a status where `main` raises.
+
+    A UserError, and an OSError that needs a person (`errors.message_of`), prints its message;
+    any other exception is a bug and prints its traceback. Either ends with status 1, and so do
+    the other processes of the job. Ctrl-C ends with 130, and the loss of a process with
+    `processes.RESTART`.
+    """
+
+    @functools.wraps(main)
+    def call(argument: Any) -> None:
+        try:
+            main(argument)
+        except KeyboardInterrupt:
+            processes.end(INTERRUPTED, "\nstopped; run the same command again to go on")
+        except Exception as error:
+            if processes.is_lost_peer(error):
+                processes.end_for_lost_peer(error)
+            message = errors.message_of(error)
+            if not message or _debugging():
+                traceback.print_exc()
+            processes.end(1, message or f"{type(error).__name__}: {error}")
+
+    return call
+
+
+def log_to_console() -> None:
+    """Prints our own messages as plain lines, and other libraries' from warnings up."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
+    if not _debugging():
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_OneLine("%(message)s"))
+    logging.getLogger("dmpo_jax").setLevel(logging.INFO)
+
+
+class _OneLine(logging.Formatter):
+    """Leaves out tracebacks that libraries log: the error itself reaches `in_words` too.
+
+    Orbax logs one error once for each thread that it passes through.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return record.getMessage()
+
+
+def _debugging() -> bool:
+    return bool(DEBUG.present and DEBUG.value)
