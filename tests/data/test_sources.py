@@ -119,7 +119,7 @@ def test_reads_a_few_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     source = sources.PickAPic(tmp_path)
     sizes.clear()
-    assert next(iter(source)).prompt == "prompt 0"
+    assert next(source.read(source.units()[0])).prompt == "prompt 0"
     assert sizes == [sources.ROWS_AT_ONCE]
 
 
