@@ -50,8 +50,9 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     try:
         yield part
         part.replace(path)
-    except Exception:  # not after a kill, which could not clean up either
-        part.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
 
 

@@ -10,11 +10,6 @@ Run again with the same --workdir, it goes on from where it stopped.
 import functools
 import pathlib
 
-from dmpo_jax.parallel import host_memory
-
-if __name__ == "__main__":
-    host_memory.use_huge_pages()  # before the imports that take long
-
 from absl import flags
 
 from dmpo_jax.config import checks as config_checks

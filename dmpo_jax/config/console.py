@@ -31,9 +31,9 @@ def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
         except KeyboardInterrupt:
             processes.end(INTERRUPTED, "\nstopped; run the same command again to go on")
         except Exception as error:
-            if processes.is_lost_peer(error):
-                processes.end_for_lost_peer(error)
             message = errors.message_of(error)
+            if not message and processes.is_lost_peer(error):
+                processes.end_for_lost_peer(error)
             if not message or _debugging():
                 traceback.print_exc()
             processes.end(1, message or f"{type(error).__name__}: {error}")

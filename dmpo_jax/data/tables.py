@@ -18,7 +18,7 @@ def read_json(content: bytes) -> list[Any]:
     """
     rows = json.loads(content.decode("utf-8-sig"))
     if not isinstance(rows, list):
-        raise ValueError(f"should hold a JSON list, but holds a {type(rows).__name__}")
+        raise ValueError(f"should hold a JSON list, but holds {type(rows).__name__}")
     return rows
 
 

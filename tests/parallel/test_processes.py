@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from dmpo_jax.config import command_line as flags
 from dmpo_jax.parallel import processes
 from dmpo_jax.training import stopping
 from tests.support import launched
@@ -88,20 +87,6 @@ def test_a_task_alone_on_its_node_takes_every_gpu():
     assert processes.local_devices({**gpus, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}) is None
     assert processes.local_devices({**gpus, "SLURM_STEP_TASKS_PER_NODE": "16"}) is None
     assert processes.local_devices(gpus) is None
-
-
-def test_errors_of_our_own_are_words_and_others_are_bugs():
-    def caught(act):
-        with pytest.raises(ValueError) as error:
-            act()
-        return flags.words_of(error.value)
-
-    assert "must be HOST:PORT" in caught(lambda: find(FULL, coordinator="node3"))
-    assert caught(lambda: int("x")) == ""
-    assert caught(lambda: processes._integer({"a": "³"}, "a", 0)) == ""  # raised by int, in ours
-    assert flags.words_of(OSError(28, "No space left on device", "/full")) == (
-        "/full: No space left on device"
-    )
 
 
 class Clock:
@@ -211,3 +196,45 @@ def test_all_end_with_the_words_and_status_of_the_first_that_fails():
             process.kill()
     assert [process.returncode for process in both] == [1, 1], said
     assert "process 1 has failed, so this one ends: the disk of process 1 is full" in said[0]
+
+
+LOST = """
+import os, sys, jax
+from jax.experimental import multihost_utils
+from dmpo_jax.parallel import processes
+jax.config.update("jax_num_cpu_devices", 1)
+processes.join(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+processes.barrier("both are here")
+processes.ANSWER = 3
+if sys.argv[3] == "gone" and jax.process_index() == 1:
+    os._exit(9)
+try:
+    if sys.argv[3] == "gone":
+        for i in range(100):
+            processes.barrier(f"which process 1 never comes to {i}")
+    raise ValueError("a bug, which both have")
+except Exception as error:
+    print(processes.is_lost_peer(error), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("what", "lost"), [("gone", "True"), ("bug", "False")])
+def test_a_process_that_does_not_answer_is_lost(what, lost):
+    address = f"127.0.0.1:{launched.free_port()}"
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOST, address, str(i), what],
+            env=environ,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert said[0].splitlines()[-1] == lost
