@@ -27,6 +27,7 @@ DEPENDENCIES = [
     "importlib_resources>=6.4,<8",  # tested with 7.1.0; TFDS without TensorFlow asks for it
     "jax>=0.10,<0.13",  # tested with 0.10.2, but for PyTorch parity with 0.12.0.1 (Python 3.13)
     "jaxtyping>=0.3,<0.4",  # tested with 0.3.11
+    "jinja2>=3.1,<4",  # tested with 3.1.6; pages
     "ml_collections>=1.0,<2",  # tested with 1.1.0
     "ml_dtypes>=0.5,<0.7",  # tested with 0.6.0
     "numpy>=2.0,<3",  # tested with 2.4.6
@@ -53,10 +54,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dmpo_jax", "dmpo_jax.*"]),
-    # The embedded digits pipeline.
+    # The embedded digits pipeline, and the templates of pages.
     package_data={
         "dmpo_jax": [
-            f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")
+            *(f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")),
+            "*/*.j2",
         ]
     },
     install_requires=DEPENDENCIES,

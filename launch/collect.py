@@ -8,9 +8,9 @@ Writes DIR/pairs.parquet in Pick-a-Pic's schema, for launch/encode.py --source=p
 from absl import app, flags
 
 from dmpo_jax.config import command_line as command
+from dmpo_jax.config.leaves import from_leaves
 from dmpo_jax.jobs.collect import collect
-from dmpo_jax.sampling.sampler import load_prompts
-from dmpo_jax.scoring.digits import SCORERS
+from dmpo_jax.scoring import SCORERS
 
 MODEL = flags.DEFINE_string("model", None, "diffusers pipeline folder or hub id", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "text file, a prompt a line", required=True)
@@ -30,21 +30,20 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "to comp
 def main(argv) -> None:
     del argv
     command.log_to_console()
-    collect(
-        model=MODEL.value,
-        prompts=load_prompts(PROMPTS.value),
-        scorer=SCORER.value,
-        out=f"{OUT.value}/pairs.parquet",
-        pairs=PAIRS.value,
-        seed=SEED.value,
-        temperature=TEMPERATURE.value,
-        tie_margin=TIE.value,
-        variant=VARIANT.value,
-        steps=STEPS.value,
-        guidance_scale=GUIDANCE.value,
-        batch_size=BATCH.value,
-        dtype=DTYPE.value,
-    )
+    leaves = {
+        "model.folder": MODEL.value,
+        "model.variant": VARIANT.value or "",
+        "model.compute_dtype": DTYPE.value,
+        "seed": SEED.value,
+        "sample.steps": STEPS.value,
+        "sample.guidance_scale": GUIDANCE.value,
+        "sample.batch_size": BATCH.value,
+        "collect.scorer": SCORER.value,
+        "collect.pairs": PAIRS.value,
+        "collect.temperature": TEMPERATURE.value,
+        "collect.tie_margin": TIE.value,
+    }
+    collect(from_leaves(leaves), prompts=PROMPTS.value, out=OUT.value)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
 from absl import app, flags
 
 from dmpo_jax.config import command_line as command
-from dmpo_jax.export.single_file import convert_single_file
 from dmpo_jax.jobs.convert import convert
+from dmpo_jax.jobs.single_file import single_file
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "a run's --workdir")
 SINGLE_FILE = flags.DEFINE_string("single_file", "", "a .safetensors file of a whole model")
@@ -39,7 +39,7 @@ def main(argv) -> None:
     del argv
     command.log_to_console()
     if SINGLE_FILE.value:
-        convert_single_file(SINGLE_FILE.value, OUT.value, like=LIKE.value)
+        single_file(file=SINGLE_FILE.value, out=OUT.value, like=LIKE.value)
         return
     convert(
         workdir=CHECKPOINT.value,

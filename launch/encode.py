@@ -12,8 +12,9 @@ writes a page that shows the pairs, DIR/index.html.
 from absl import app, flags
 
 from dmpo_jax.config import command_line as command
+from dmpo_jax.config.leaves import from_leaves
 from dmpo_jax.data.raw import SOURCES
-from dmpo_jax.encoding.encode import encode
+from dmpo_jax.jobs.encode import encode
 from dmpo_jax.parallel import processes
 
 KINDS = ", ".join(sorted(SOURCES))
@@ -51,31 +52,32 @@ def _is_enough(values) -> bool:
 def main(argv) -> None:
     del argv
     command.log_to_console()
+    leaves = {
+        "data.source": SOURCE.value,
+        "model.folder": MODEL.value or "",
+        "model.vae": VAE.value,
+        "model.variant": VARIANT.value or "",
+        "model.compute_dtype": DTYPE.value,
+        "data.resolution": RESOLUTION.value,
+        "data.validation_fraction": VALIDATION.value,
+        "data.encode_batch": BATCH.value,
+        "data.moments": MOMENTS.value,
+        "data.moments_dtype": MOMENTS_DTYPE.value,
+        "data.flip": FLIP.value,
+        "data.crop": CROP.value,
+        "data.ties": TIES.value,
+        "data.max_bad": MAX_BAD.value,
+        "data.num_threads": THREADS.value,
+    }
+    config = from_leaves(leaves)
     if INSPECT.value:
         # Only here: encoding needs none of what the page is made with.
-        from dmpo_jax.inspection.look import inspect_source
+        from dmpo_jax.jobs.inspect import inspect
 
-        inspect_source(SOURCE.value, INSPECT.value)
+        inspect(config, out=INSPECT.value)
         return
     processes.join()
-    encode(
-        source=SOURCE.value,
-        model=MODEL.value or "",
-        out=OUT.value or "",
-        vae=VAE.value,
-        variant=VARIANT.value,
-        resolution=RESOLUTION.value,
-        validation_fraction=VALIDATION.value,
-        batch_size=BATCH.value,
-        dtype=DTYPE.value,
-        moments=MOMENTS.value,
-        moments_dtype=MOMENTS_DTYPE.value,
-        flip=FLIP.value,
-        crop=CROP.value,
-        ties=TIES.value,
-        max_bad=MAX_BAD.value,
-        num_threads=THREADS.value,
-    )
+    encode(config, out=OUT.value or "")
 
 
 if __name__ == "__main__":

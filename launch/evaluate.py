@@ -15,9 +15,9 @@ sys.path[:] = [p for p in sys.path if pathlib.Path(p).resolve() != HERE]
 from absl import app, flags  # noqa: E402
 
 from dmpo_jax.config import command_line as command  # noqa: E402
-from dmpo_jax.jobs.evaluate import evaluate, summary  # noqa: E402
-from dmpo_jax.sampling.sampler import load_prompts  # noqa: E402
-from dmpo_jax.scoring.digits import SCORERS  # noqa: E402
+from dmpo_jax.config.leaves import from_leaves  # noqa: E402
+from dmpo_jax.jobs.evaluate import evaluate  # noqa: E402
+from dmpo_jax.scoring import SCORERS  # noqa: E402
 
 A = flags.DEFINE_string("a", None, "pipeline folder: the base", required=True)
 B = flags.DEFINE_string("b", None, "pipeline folder: the tuned model", required=True)
@@ -36,21 +36,18 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "to comp
 def main(argv) -> None:
     del argv
     command.log_to_console()
-    result = evaluate(
-        a=A.value,
-        b=B.value,
-        prompts=load_prompts(PROMPTS.value),
-        judges=JUDGES.value,
-        seeds=SEEDS.value,
-        out=OUT.value,
-        variant=VARIANT.value,
-        seed=SEED.value,
-        steps=STEPS.value,
-        guidance_scale=GUIDANCE.value,
-        batch_size=BATCH.value,
-        dtype=DTYPE.value,
-    )
-    print(summary(result))
+    leaves = {
+        "model.variant": VARIANT.value or "",
+        "model.compute_dtype": DTYPE.value,
+        "seed": SEED.value,
+        "sample.steps": STEPS.value,
+        "sample.guidance_scale": GUIDANCE.value,
+        "sample.batch_size": BATCH.value,
+        "evaluate.judges": tuple(JUDGES.value),
+        "evaluate.seeds": SEEDS.value,
+    }
+    config = from_leaves(leaves)
+    evaluate(config, a=A.value, b=B.value, prompts=PROMPTS.value, out=OUT.value)
 
 
 if __name__ == "__main__":

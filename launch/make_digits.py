@@ -10,7 +10,7 @@ trains the UNet. `runs/digits_base/export` is then what stands in `dmpo_jax/toy/
 from absl import app, flags
 
 from dmpo_jax.config import command_line as command
-from dmpo_jax.toy.make import make_digits
+from dmpo_jax.jobs.make_digits import make_digits
 
 OUT = flags.DEFINE_string("out", None, "folder of the new pipeline", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "of every random draw")
@@ -20,7 +20,7 @@ VAE_STEPS = flags.DEFINE_integer("vae_steps", 1000, "updates of the VAE, 64 imag
 def main(argv) -> None:
     del argv
     command.log_to_console()
-    make_digits(OUT.value, seed=SEED.value, vae_steps=VAE_STEPS.value)
+    make_digits(out=OUT.value, seed=SEED.value, vae_steps=VAE_STEPS.value)
 
 
 if __name__ == "__main__":

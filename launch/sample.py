@@ -12,8 +12,9 @@ or inpaint, and their paths relative to FILE.
 from absl import app, flags
 
 from dmpo_jax.config import command_line as command
+from dmpo_jax.config.leaves import from_leaves
 from dmpo_jax.diffusion.samplers import SAMPLERS
-from dmpo_jax.sampling.sampler import sample
+from dmpo_jax.jobs.sample import sample
 
 MODEL = flags.DEFINE_string("model", None, "diffusers pipeline folder or hub id", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "file of prompts, see above", required=True)
@@ -41,23 +42,22 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "to comp
 def main(argv) -> None:
     del argv
     command.log_to_console()
-    sample(
-        model=MODEL.value,
-        prompts=PROMPTS.value,
-        out=OUT.value,
-        variant=VARIANT.value,
-        seed=SEED.value,
-        images_per_prompt=IMAGES.value,
-        steps=STEPS.value,
-        guidance_scale=GUIDANCE.value,
-        image_guidance_scale=IMAGE_GUIDANCE.value,
-        negative_prompt=NEGATIVE.value,
-        sampler=SAMPLER.value,
-        height=HEIGHT.value,
-        width=WIDTH.value,
-        batch_size=BATCH.value,
-        dtype=DTYPE.value,
-    )
+    leaves = {
+        "model.folder": MODEL.value,
+        "model.variant": VARIANT.value or "",
+        "model.compute_dtype": DTYPE.value,
+        "seed": SEED.value,
+        "sample.images_per_prompt": IMAGES.value,
+        "sample.steps": STEPS.value,
+        "sample.guidance_scale": GUIDANCE.value,
+        "sample.image_guidance_scale": IMAGE_GUIDANCE.value,
+        "sample.negative_prompt": NEGATIVE.value,
+        "sample.sampler": SAMPLER.value,
+        "sample.height": HEIGHT.value,
+        "sample.width": WIDTH.value,
+        "sample.batch_size": BATCH.value,
+    }
+    sample(from_leaves(leaves), prompts=PROMPTS.value, out=OUT.value)
 
 
 if __name__ == "__main__":

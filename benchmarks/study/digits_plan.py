@@ -9,7 +9,7 @@ SHARES = (0.1, 0.2, 0.3)  # of the decided pairs' labels, flipped by --noise
 # Of training; final runs count from 0. The whole grid is trained with the first, its FINALISTS
 # with the others too: the best of many on one seed may be a setting that falls apart on the next.
 TUNING_SEEDS, FINALISTS = (100, 101, 102), 2
-# Blocks of image seeds, `evaluate.FIRST_SEED + block * 2**20` on: nothing is trained on either.
+# Blocks of image seeds, `seeds.EVALUATED + block * 2**20` on: nothing is trained on either.
 TUNING_IMAGES, HELD_OUT_IMAGES = 1, 2
 # Rows more, with their objective's setting, not tuned themselves: the winner-preserving safeguard
 # with its mu as published for SD1.5, and the judge's probabilities instead of labels drawn by them.

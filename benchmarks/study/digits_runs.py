@@ -20,13 +20,14 @@ from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.jobs import train
-from dmpo_jax.jobs.evaluate import FIRST_SEED
 from dmpo_jax.jobs.run import run as run_jobs
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
-from dmpo_jax.sampling.sampler import load_prompts, make_sampler
-from dmpo_jax.scoring import digits as scorers
+from dmpo_jax.sampling.sampler import make_sampler
+from dmpo_jax.sampling.seeds import EVALUATED
+from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import health, step
 from tests.support.encoded import write_pairs
 
@@ -145,7 +146,7 @@ class Bench:
         )
         everywhere = mesh.replicated(mesh.make_mesh())
         self._base = jax.device_put(parameters.split(unet)[1], everywhere)
-        self._prompts = load_prompts(config.sample.prompts)
+        self._prompts = load_texts(config.sample.prompts)
         self._update: tuple[str, Any] = ("", None)
         self._health_program: Any = None
 
@@ -236,12 +237,12 @@ class Bench:
         count = self._budget.tuning_images if tuning else self._budget.images
         block = TUNING_IMAGES if tuning else HELD_OUT_IMAGES
         asked = [self._prompts[i % len(self._prompts)] for i in range(count)]
-        seeds = [FIRST_SEED + block * 2**20 + i for i in range(count)]
+        seeds = [EVALUATED + block * 2**20 + i for i in range(count)]
         with contextlib.redirect_stderr(io.StringIO()):  # a bar a run would hide the whole's
             images = self._sampler(params, asked, seeds)
         scores = {}
         for name in self._config.evaluate.judges:
-            values = scorers.get_scorer(name)(images, asked)
+            values = make_scorer(name)(images, asked)
             scores[name] = _short(values.mean()) if tuning else [round(float(x), 4) for x in values]
         return {"scores": scores, "diversity": _short(diversity(images, asked))}
 

@@ -13,7 +13,7 @@ from etils import epath
 
 from benchmarks.study.digits_plan import Budget, Trial
 from benchmarks.study.digits_runs import Bench
-from dmpo_jax.jobs.run import cache_compilations
+from dmpo_jax.parallel.compilation import cache_compilations
 
 Group = Sequence[Trial] | None  # None asks for the base's images
 Result = tuple[str, dict[str, Any]]  # name of the trial, or "base"

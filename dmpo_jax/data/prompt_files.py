@@ -62,6 +62,11 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
     return prompts
 
 
+def load_texts(path: epath.PathLike) -> list[str]:
+    """The texts alone of `load_prompts`."""
+    return [prompt.text for prompt in load_prompts(path)]
+
+
 def _read_text(content: bytes) -> Iterator[Any]:
     lines = (line.strip() for line in content.decode("utf-8-sig").splitlines())
     return (line for line in lines if line)

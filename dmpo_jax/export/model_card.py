@@ -1,14 +1,16 @@
 """README.md beside exported weights: what they are, from what, how they were made."""
 
+import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.export.pipeline import Trained
 
 USE = """```python
 import torch
@@ -18,42 +20,53 @@ pipeline = DiffusionPipeline.from_pretrained({load})
 {lora}```"""
 
 
-def write_card(
-    config: configs.Config, workdir: epath.Path, out: epath.Path, *, step: int, ema: bool
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """How weights were made.
+
+    pairs_per_update: of the training batch. ema_decay: of the moving average, 0 where none is
+    kept. pairs: the folder of encoded pairs, or FOLDER=WEIGHT of each in a mixture.
+    settings: sections of all that made these weights and no other. workdir: the run's.
+    """
+
+    trained: Trained
+    objective: str
+    pairs_per_update: int
+    ema_decay: float | int
+    pairs: str | tuple[str, ...]
+    settings: Mapping[str, Any]
+    workdir: epath.Path
+
+
+def write_card(card: Card, out: epath.Path, *, step: int, ema: bool) -> None:
     """Writes `out/README.md`: front matter as model hubs read it, then tables for people."""
     if jax.process_index() != 0:
         return
-    (out / "README.md").write_text(
-        "\n\n".join(
-            [
-                front_matter(config, out),
-                f"# {config.model.folder.rstrip('/').rpartition('/')[2]}, aligned with "
-                f"{config.objective}",
-                summary(config, step=step, ema=ema),
-                how_to_use(config, out),
-                "## Data\n\n" + table(about_data(config, workdir)),
-                "## Settings\n\n" + table(settings(config)),
-                "## Metrics\n\n" + table(metrics(workdir, step)),
-            ]
-        )
-        + "\n"
-    )
+    name = card.trained.folder.rstrip("/").rpartition("/")[2]
+    parts = [
+        front_matter(card, out),
+        f"# {name}, aligned with {card.objective}",
+        summary(card, step=step, ema=ema),
+        how_to_use(card.trained.folder, out),
+        "## Data\n\n" + table(about_data(card.pairs)),
+        "## Settings\n\n" + table(flat(card.settings)),
+        "## Metrics\n\n" + table(metrics(card.workdir, step)),
+    ]
+    (out / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
-def front_matter(config: configs.Config, out: epath.Path) -> str:
-    tags = ["diffusion", "preference-alignment", config.objective.replace("_", "-"), "dmpo_jax"]
-    tags += ["lora"] if config.lora.rank else []
+def front_matter(card: Card, out: epath.Path) -> str:
+    tags = ["diffusion", "preference-alignment", card.objective.replace("_", "-"), "dmpo_jax"]
+    tags += ["lora"] if card.trained.adapters else []
     adapter = not (out / "model_index.json").exists()
-    base = json.dumps(config.model.folder)  # quoted: a YAML string may hold anything then
-    _, family = diffusers_io.load_family(config.model.folder)
-    task = "image-to-image" if family.image else "text-to-image"
+    _, family = diffusers_io.load_family(card.trained.folder)
     lines = [
         "---",
-        f"base_model: {base}",
+        # Quoted: a YAML string may hold anything then.
+        f"base_model: {json.dumps(card.trained.folder)}",
         f"base_model_relation: {'adapter' if adapter else 'finetune'}",
         "library_name: diffusers",
-        f"pipeline_tag: {task}",
+        f"pipeline_tag: {'image-to-image' if family.given else 'text-to-image'}",
         "tags:",
         *(f"- {tag}" for tag in tags),
         "---",
@@ -61,45 +74,43 @@ def front_matter(config: configs.Config, out: epath.Path) -> str:
     return "\n".join(lines)
 
 
-def summary(config: configs.Config, *, step: int, ema: bool) -> str:
-    what = f"LoRA adapters of rank {config.lora.rank}" if config.lora.rank else "the whole UNet"
-    kept = f", the moving average of decay {config.train.ema_decay}" if ema else ""
+def summary(card: Card, *, step: int, ema: bool) -> str:
+    adapters = card.trained.adapters
+    what = f"LoRA adapters of rank {adapters.rank}" if adapters else "every parameter"
+    kept = f", the moving average of decay {card.ema_decay}" if ema else ""
     return (
-        f"`{config.model.folder}` after {step} updates of `{config.objective}` on "
-        f"{step * config.train.batch_size:,} preference pairs ({what} trained{kept}). "
+        f"`{card.trained.folder}` after {step} updates of `{card.objective}` on "
+        f"{step * card.pairs_per_update:,} preference pairs ({what} trained{kept}). "
         f"Made by dmpo_jax {importlib.metadata.version('dmpo_jax')}."
     )
 
 
-def how_to_use(config: configs.Config, out: epath.Path) -> str:
+def how_to_use(folder: str, out: epath.Path) -> str:
+    """A snippet of Python. folder: the pipeline that adapters belong to."""
     if (out / "model_index.json").exists():
         return "## Use\n\n" + USE.format(load='"THIS_FOLDER"', lora="")
     lora = 'pipeline.load_lora_weights("THIS_FOLDER")\n'
-    return "## Use\n\n" + USE.format(load=repr(config.model.folder), lora=lora)
+    return "## Use\n\n" + USE.format(load=repr(folder), lora=lora)
 
 
-def about_data(config: configs.Config, workdir: epath.Path) -> dict[str, Any]:
-    if config.data.mix:
-        return {"pairs (folder=weight)": ", ".join(config.data.mix)}
-    marker = epath.Path(config.data.encoded or workdir / "encoded") / "encoded.json"
+def about_data(pairs: str | tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(pairs, str):
+        return {"pairs (folder=weight)": ", ".join(pairs)}
+    marker = epath.Path(pairs) / "encoded.json"
     if not marker.exists():
-        return {"pairs": str(marker.parent)}
+        return {"pairs": pairs}
     meta = json.loads(marker.read_text())
     about = {k: meta[k] for k in ("source", "resolution", "vae", "model") if meta.get(k)}
     return {**about, **{f"{name} (count)": n for name, n in meta["counts"].items()}}
 
 
-def settings(config: configs.Config) -> dict[str, Any]:
-    """Every leaf of `configs.identity`, which is what made these weights and no other."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found = {}
-        for key, value in tree.items():
-            nested = isinstance(value, dict)
-            found |= flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-        return found
-
-    return {k: v for k, v in flat(configs.identity(config)).items() if v not in ("", None)}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every setting that is set."""
+    found = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        found |= flat(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
+    return {path: value for path, value in found.items() if value not in ("", None)}
 
 
 def metrics(workdir: epath.Path, step: int) -> dict[str, Any]:

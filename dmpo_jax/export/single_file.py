@@ -14,13 +14,16 @@ CLASSES = {  # channels that the UNet takes -> class; SDXL's has XL in its name
 }
 
 
-def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str = "") -> None:
+def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str = "") -> str:
     """Writes the pipeline that a single `.safetensors` file holds, through PyTorch diffusers.
 
     Args:
         file: in the original layout of Stable Diffusion's or SDXL's own repositories.
         like: a pipeline folder of the same architecture whose configs and tokenizers are
             taken; "" lets diffusers fetch them from the hub.
+
+    Returns:
+        The pipeline's class.
 
     Raises:
         ValueError: PyTorch diffusers is missing; the file is a pickle or cannot be
@@ -49,7 +52,7 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
         reason = " ".join(str(error).split())[:500]
         raise ValueError(f"diffusers cannot convert {file}: {reason}") from error
     pipeline.save_pretrained(str(out))
-    LOG.info("%s is in %s", kind, out)
+    return kind
 
 
 def pipeline_class(file: epath.PathLike) -> str:

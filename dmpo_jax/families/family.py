@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dmpo_jax.types import Condition
@@ -98,6 +99,8 @@ class Family:
     guidance: scale -> weights of the conditional and of the unconditional prediction.
     zero_negative: without a negative prompt, guide by zeros unless model_index.json declines.
     scheduler_overrides: what the pipeline class puts in place of scheduler_config.json's values.
+    torch_class: diffusers' class of the trained component. torch_inputs: (latents [N H W C],
+        times, Condition) in NumPy -> the keyword arguments of its call, NumPy where arrays.
     tiny: a small one, for debug runs.
     """
 
@@ -110,6 +113,8 @@ class Family:
     predict: Callable[[Any, Any, Any, Condition], Any]
     facts: Callable[[Mapping[str, Any]], Facts]
     vae: type
+    torch_class: str
+    torch_inputs: Callable[[Any, Any, Condition], dict[str, Any]]
     tiny: Tiny
     pack: int = 1
     noise: str = "ddpm"
@@ -137,6 +142,46 @@ class Family:
             return self.predict(merge(params), latents, times, condition)
 
         return predict
+
+    def factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels a latent, along a side. vae: its config.json."""
+        return 2 ** (len(vae["block_out_channels"]) - 1)
+
+    def trained_latents(self, model: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of the latents that the model was trained at, by the two configs."""
+        return self.facts(model).latent_size or (vae["sample_size"] // self.factor(vae),) * 2
+
+    def condition(self, context: Any, pooled: Any, size: tuple[int, int]) -> Condition:
+        """A prompt's `Condition` in NumPy, for an uncropped image of (height, width) pixels."""
+        sizes = np.asarray([[*size, 0, 0, *size]], np.float32) if self.told_sizes else None
+        return Condition(context, pooled=pooled, time_ids=sizes)
+
+    def random_inputs(
+        self, model: Mapping[str, Any], *, largest: int, tokens: int
+    ) -> tuple[np.ndarray, np.ndarray, Condition]:
+        """(latents, times, condition) of two images, in NumPy, always the same.
+
+        Latents are as the model's config.json has them, up to `largest` a side, the given
+        image's channels among them.
+        """
+        facts, rng = self.facts(model), np.random.default_rng(0)
+
+        def normal(*shape: int) -> np.ndarray:
+            return rng.standard_normal(shape, np.float32)
+
+        height, width = (min(n, largest) for n in facts.latent_size or (largest, largest))
+        latents = normal(2, height, width, facts.in_channels)
+        context = normal(2, tokens, facts.context_width)
+        pooled = normal(2, facts.pooled_width) if facts.pooled_width else None
+        one = self.condition(context, pooled, (1024, 768))
+        sizes = one.time_ids
+        if sizes is not None:
+            sizes = np.stack([sizes, sizes + np.float32(12)])
+        return latents, np.array([37, 901]), one._replace(time_ids=sizes)
+
+    def check_model(self, model: Mapping[str, Any], latent_channels: int) -> None:
+        """ValueError where a model, by its config.json, does not take these latents."""
+        self.check_channels(self.facts(model).in_channels, latent_channels)
 
     def check_channels(self, in_channels: int, latent_channels: int) -> None:
         """ValueError where the model does not take the latents and the given image's channels."""

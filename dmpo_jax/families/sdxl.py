@@ -10,11 +10,6 @@ from dmpo_jax.families.stable_diffusion import SCHEDULER, UNET
 from dmpo_jax.models.vae import AutoencoderKL
 
 
-def size_ids(height: int, width: int) -> list[int]:
-    """SDXL's time_ids of an uncropped image at its own size, in pixels."""
-    return [height, width, 0, 0, height, width]
-
-
 def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
     """Both encoders' penultimate states side by side, and the second one's projection.
 

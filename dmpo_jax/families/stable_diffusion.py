@@ -41,12 +41,32 @@ def facts(config: Mapping[str, Any]) -> Facts:
     )
 
 
+def torch_inputs(latents: Any, times: Any, condition: Condition) -> dict[str, Any]:
+    """What PyTorch's UNet takes: channels before height and width, SDXL's extras by name."""
+    added = {"text_embeds": condition.pooled}
+    if condition.time_ids is not None:
+        added["time_ids"] = condition.time_ids.reshape(-1, 6)
+    return {
+        "sample": latents.transpose(0, 3, 1, 2),
+        "timestep": times,
+        "encoder_hidden_states": condition.context,
+        "added_cond_kwargs": {name: x for name, x in added.items() if x is not None},
+    }
+
+
 def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
     """The last hidden state. SD2 leaves its last layer out by the config's own layer count."""
     return Embedded(outputs[0].last_hidden_state)
 
 
-UNET = {"model": UNet2DConditionModel, "component": "unet", "predict": predict, "facts": facts}
+UNET: dict[str, Any] = {
+    "model": UNet2DConditionModel,
+    "component": "unet",
+    "predict": predict,
+    "facts": facts,
+    "torch_class": "UNet2DConditionModel",
+    "torch_inputs": torch_inputs,
+}
 SD = Family(
     name="sd",
     pipeline="StableDiffusionPipeline",

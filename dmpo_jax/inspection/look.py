@@ -1,4 +1,4 @@
-"""Looks at raw pairs before hours are spent on them: writes a page to open in a browser."""
+"""Reads some raw pairs of a source and writes a page about them."""
 
 import collections
 import hashlib
@@ -11,10 +11,9 @@ from etils import epath
 from PIL import Image
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import decode_pair
 from dmpo_jax.data.raw.counts import TIE, PairCounts
-from dmpo_jax.inspection import page as inspect_page
-from dmpo_jax.inspection.page import Repeat, Sample, Thumbnail
+from dmpo_jax.inspection.page import Inspection, Repeat, Sample, Thumbnail, render
 from dmpo_jax.progress import Progress
 
 PARTS = 20  # of a source larger than the limit, at least
@@ -33,9 +32,9 @@ def inspect_source(
     source: str,
     out: epath.PathLike,
     *,
+    ties: str,
     limit: int = 1000,
     samples: int = 24,
-    ties: str = "keep",
 ) -> epath.Path:
     """Reads some pairs of `source` (KIND:PATH) and writes `out/index.html` about them.
 
@@ -43,9 +42,9 @@ def inspect_source(
     resolutions, ties, duplicates, and what is skipped and why. Bad records never stop it.
 
     Args:
+        ties: as `sources.open_source`.
         limit: rows to read, spread over the source where it has more.
         samples: pairs shown.
-        ties: as `sources.open_source`.
 
     Returns:
         The page's path.
@@ -64,8 +63,8 @@ def inspect_source(
         for item in _rows(opened, units, limit):
             look.at(item)
             progress.advance(1)
-    page = inspect_page.render(
-        inspect_page.Inspection(
+    page = render(
+        Inspection(
             source=source,
             rows=len(opened),
             read=look.rows,
@@ -106,7 +105,7 @@ class _Look:
         if isinstance(item, sources.Skipped):
             self._skip(item)
             return
-        decoded = faults.decode_pair(item, frozenset())
+        decoded = decode_pair(item, frozenset())
         if isinstance(decoded, sources.Skipped):
             self._skip(decoded)
             return

@@ -1,122 +1,88 @@
 """Preference pairs from a model's own images: sample two a prompt, let a scorer label them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io
-from dmpo_jax.data import raw as sources
-from dmpo_jax.models import parameters
-from dmpo_jax.parallel import mesh
-from dmpo_jax.sampling.sampler import make_sampler
-from dmpo_jax.scoring import digits as scorers
+from dmpo_jax.config import arguments
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.data.prompt_files import Prompt, load_texts
+from dmpo_jax.data.raw import encode_image, write_pick_a_pic
+from dmpo_jax.diffusers_io import load_family
+from dmpo_jax.sampling.given import check_given
+from dmpo_jax.sampling.pairs import in_pairs
+from dmpo_jax.sampling.sampler import open_sampler
+from dmpo_jax.sampling.seeds import collected_seeds
+from dmpo_jax.scoring import Scorer, make_scorer
+from dmpo_jax.scoring.labels import Labeller
 
 LOG = logging.getLogger(__name__)
 
 
 def collect(
-    *,
-    model: str,
-    prompts: Sequence[str],
-    scorer: str,
-    out: epath.PathLike,
-    pairs: int,
-    seed: int = 0,
-    temperature: float = 1.0,
-    labels: str = "drawn",
-    tie_margin: float = 0.0,
-    variant: str | None = None,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    batch_size: int = 8,
-    dtype: Any = jnp.float32,
-) -> None:
-    """Writes `out`, a parquet file in Pick-a-Pic's schema. Does nothing where it exists.
+    config: Config, *, prompts: epath.PathLike | None = None, out: epath.PathLike
+) -> epath.Path:
+    """Writes `out/pairs.parquet`, in Pick-a-Pic's schema. Does nothing where it exists.
 
-    Prompts take turns; `image_seeds` gives runs of different seeds different images.
+    Prompts take turns; runs of different seeds draw different images. Images are scored and
+    written as their batches are done.
 
-    labels: "drawn" or "probability", see `draw_labels` and `win_probability`.
+    Args:
+        prompts: a file of them, one a line; by default collect.prompts or sample.prompts.
+
+    Returns:
+        The parquet file.
 
     Raises:
-        ValueError: unknown scorer, or a part of the model is missing.
+        ValueError: unknown scorer, a prompt that it cannot judge, or a part of the model is
+            missing; before anything is drawn.
     """
-    out = epath.Path(out)
-    if out.exists():
-        LOG.info("%s is collected already", out)
-        return
-    score = scorers.get_scorer(scorer)
-    pipeline = diffusers_io.load_pipeline(model, variant=variant, dtype=dtype)
-    unet = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
-    sampler = make_sampler(
-        pipeline, unet, steps=steps, guidance_scale=guidance_scale, batch_size=batch_size
+    path = epath.Path(out) / "pairs.parquet"
+    if path.exists():
+        LOG.info("%s is collected already", path)
+        return path
+    texts, scorer = check(config, prompts)
+    sampler, params = open_sampler(
+        config.model.folder, **arguments.pipeline(config), **arguments.sampling(config)
     )
-    params = jax.device_put(parameters.split(unet)[1], mesh.replicated(mesh.make_mesh()))
-    asked = [prompts[i % len(prompts)] for i in range(pairs) for _ in range(2)]
-    images = sampler(params, asked, image_seeds(seed, 2 * pairs), "collecting")
-    scores = score(images, asked).reshape(pairs, 2)
-    if labels == "probability":
-        preferences = win_probability(scores, temperature)
-    else:
-        preferences = draw_labels(scores, temperature=temperature, tie_margin=tie_margin, seed=seed)
-    jpegs = [sources.encode_image(image) for image in images]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sources.write_pick_a_pic(
-        out,
-        (
-            {
-                "caption": asked[2 * i],
-                "jpg_0": jpegs[2 * i],
-                "jpg_1": jpegs[2 * i + 1],
-                "label_0": float(label),
-                "label_1": float(1 - label),
-                "model_0": str(model),
-                "model_1": str(model),
-                "has_label": True,
-                "are_different": True,
-            }
-            for i, label in enumerate(preferences)
-        ),
-    )
-    first = scores[:, 0] > scores[:, 1]
-    decided = (preferences != 0.5) & (scores[:, 0] != scores[:, 1])
-    LOG.info(
-        "%d pairs, %.0f %% ties; of the others %.0f %% name the image that scores higher; "
-        "mean score %.3f",
-        pairs,
-        100 * (preferences == 0.5).mean(),
-        100 * ((preferences > 0.5) == first)[decided].mean() if decided.any() else 0,
-        scores.mean(),
+    count = 2 * config.collect.pairs
+    asked = [texts[i // 2 % len(texts)] for i in range(count)]
+    batches = sampler.batches(params, asked, collected_seeds(config.seed, count), "collecting")
+    label = Labeller(
+        config.collect.labels,
+        temperature=config.collect.temperature,
+        tie_margin=config.collect.tie_margin,
+        seed=config.seed,
     )
 
+    def rows() -> Iterator[dict[str, Any]]:
+        for images, captions in in_pairs(batches, asked):
+            preferences = label(scorer(images, captions).reshape(-1, 2))
+            for i, preference in enumerate(preferences):
+                pair = slice(2 * i, 2 * i + 2)
+                yield make_row(captions[2 * i], images[pair], preference, config.model.folder)
 
-def image_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of a run's images: below 2**31, where evaluation's begin; no two runs' overlap."""
-    if count > 2**20 or not 0 <= seed < 2**11:
-        raise ValueError(
-            f"seeds are given out for 2**20 images a run and runs 0 to 2047, but got {count} "
-            f"images and seed {seed}"
-        )
-    return [seed * 2**20 + i for i in range(count)]
-
-
-def win_probability(scores: np.ndarray, temperature: float) -> np.ndarray:
-    """That image 0 of `[N, 2]` scores wins: sigmoid((s_0 - s_1) / temperature), Bradley-Terry."""
-    with np.errstate(over="ignore"):  # 1 / (1 + inf) is 0
-        return 1 / (1 + np.exp((scores[:, 1] - scores[:, 0]) / temperature))
+    write_pick_a_pic(path, rows())
+    LOG.info("%s", label.described())
+    LOG.info("they are in %s; next: encode --source=pickapic:%s", path, path)
+    return path
 
 
-def draw_labels(
-    scores: np.ndarray, *, temperature: float, tie_margin: float, seed: int
-) -> np.ndarray:
-    """Labels for image 0 of `[N, 2]` scores: 0, 1, or 0.5 for a tie.
+def check(config: Config, prompts: epath.PathLike | None = None) -> tuple[list[str], Scorer]:
+    """The prompts and the scorer; ValueError where they do not fit each other or the model."""
+    scorer = make_scorer(config.collect.scorer)
+    texts = load_texts(prompts or config.collect.prompts or config.sample.prompts)
+    scorer.check(texts)
+    check_given([Prompt(text) for text in texts], load_family(config.model.folder)[1].given)
+    return texts, scorer
 
-    Image 0 wins by its `win_probability`, so labels are as noisy as the temperature is high.
-    Closer scores than tie_margin tie.
-    """
-    wins = np.random.default_rng(seed).random(len(scores)) < win_probability(scores, temperature)
-    return np.where(np.abs(scores[:, 0] - scores[:, 1]) < tie_margin, 0.5, wins.astype(float))
+
+def make_row(caption: str, images: np.ndarray, preference: float, model: str) -> dict[str, Any]:
+    """A row of `write_pick_a_pic`. preference: that image 0 wins."""
+    row = {"caption": caption, "label_0": float(preference), "label_1": float(1 - preference)}
+    for i, image in enumerate(images):
+        row |= {f"jpg_{i}": encode_image(image), f"model_{i}": str(model)}
+    return {**row, "has_label": True, "are_different": True}

@@ -1,28 +1,30 @@
-"""The jobs that a config names, one after another."""
+"""The command `train`: the jobs that a config names, one after another."""
 
 import logging
-import os
 import time
 
 import jax
 from etils import epath
 
 from dmpo_jax.config.leaves import Config
-from dmpo_jax.encoding.encode import encode
-from dmpo_jax.jobs.collect import collect
-from dmpo_jax.jobs.evaluate import evaluate, summary
-from dmpo_jax.jobs.train import train
+from dmpo_jax.families import family_named
+from dmpo_jax.jobs import collect, encode, evaluate, train
 from dmpo_jax.parallel import processes
-from dmpo_jax.sampling.sampler import load_prompts
-from dmpo_jax.toy.tiny import make_debug
+from dmpo_jax.parallel.compilation import cache_compilations
+from dmpo_jax.toy.tiny import write_debug_files
 from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 
 
-def run(config: Config, workdir: epath.PathLike) -> None:
-    """Runs `config.jobs` in order in `workdir`. What collect and
-    encode have made whole is not made again, and training goes on from its checkpoint.
+def run(config: Config, workdir: epath.PathLike) -> epath.Path:
+    """Runs `config.jobs` in order in `workdir`. What collect and encode have completed is not
+    made again, and training resumes from its checkpoint.
+
+    Every job is checked before the first one starts.
+
+    Returns:
+        The workdir.
 
     Raises:
         ValueError: what the config asks for cannot be done, said before compiling.
@@ -38,13 +40,32 @@ def run(config: Config, workdir: epath.PathLike) -> None:
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     check_processes(config)
     if config.debug.family:
-        config = make_debug(config, workdir)
-    steps = {"collect": _collect, "encode": _encode, "train": train, "evaluate": _evaluate}
+        config = with_debug_files(config, workdir)
+    collected = f"pickapic:{workdir / 'pairs.parquet'}"
+    checks = {
+        "collect": lambda: collect.check(config),
+        "encode": lambda: encode.check(config, source=collected),
+        "train": lambda: train.check(config),
+        "evaluate": lambda: evaluate.check(config),
+    }
+    jobs = {
+        "collect": lambda: collect.collect(config, out=workdir),
+        "encode": lambda: encode.encode(
+            config, source=collected, out=config.data.encoded or workdir / "encoded"
+        ),
+        "train": lambda: train.train(config, workdir),
+        "evaluate": lambda: evaluate.evaluate(
+            config, a=config.model.folder, b=workdir / "export", out=workdir
+        ),
+    }
+    for job in config.jobs:
+        checks[job]()
     for job in config.jobs:
         LOG.info("%s ...", job)
         began = time.monotonic()
-        steps[job](config, workdir)
+        jobs[job]()
         LOG.info("%s took %.0f s", job, time.monotonic() - began)
+    return workdir
 
 
 def check_processes(config: Config) -> None:
@@ -60,64 +81,16 @@ def check_processes(config: Config) -> None:
         logging.getLogger("dmpo_jax").setLevel(logging.WARNING)
 
 
-def cache_compilations() -> None:
-    """Keeps compiled programs in the user's cache, unless JAX was told of another place."""
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "dmpo_jax", "xla"))
+def with_debug_files(config: Config, workdir: epath.Path) -> Config:
+    """The config with a tiny random model and synthetic pairs, written into workdir.
 
-
-def _sampling(config: Config) -> dict:
-    return {
-        "variant": config.model.variant or None,
-        "steps": config.sample.steps,
-        "guidance_scale": config.sample.guidance_scale,
-        "batch_size": config.sample.batch_size,
-        "seed": config.seed,
-        "dtype": config.model.compute_dtype,
-    }
-
-
-def _collect(config: Config, workdir: epath.Path) -> None:
-    collect(
-        model=config.model.folder,
-        prompts=load_prompts(config.collect.prompts or config.sample.prompts),
-        scorer=config.collect.scorer,
-        out=workdir / "pairs.parquet",
-        pairs=config.collect.pairs,
-        temperature=config.collect.temperature,
-        labels=config.collect.labels,
-        tie_margin=config.collect.tie_margin,
-        **_sampling(config),
-    )
-
-
-def _encode(config: Config, workdir: epath.Path) -> None:
-    encode(
-        source=config.data.source or f"pickapic:{workdir / 'pairs.parquet'}",
-        model=config.model.folder,
-        out=config.data.encoded or workdir / "encoded",
-        vae=config.model.vae,
-        variant=config.model.variant or None,
-        resolution=config.data.resolution,
-        validation_fraction=config.data.validation_fraction,
-        dtype=config.model.compute_dtype,
-        moments=config.data.moments,
-        moments_dtype=config.data.moments_dtype,
-        flip=config.data.flip,
-        num_threads=config.data.num_threads,
-    )
-
-
-def _evaluate(config: Config, workdir: epath.Path) -> None:
-    result = evaluate(
-        a=config.model.folder,
-        b=str(workdir / "export"),
-        prompts=load_prompts(config.collect.prompts or config.sample.prompts),
-        judges=config.evaluate.judges or (config.collect.scorer,),
-        seeds=config.evaluate.seeds,
-        out=workdir,
-        **_sampling(config),
-    )
-    print(summary(result))
-    print(f"before and after: {workdir / 'samples' / 'before_after.png'}")
+    The real jobs then run on them unchanged: encode, and train to `train.steps`.
+    """
+    model, pairs = write_debug_files(workdir, family_named(config.debug.family))
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.folder, config.model.vae = str(model), ""
+        config.data.source = f"pickapic:{pairs}"
+        config.data.encoded, config.data.mix, config.data.flip = "", None, False
+        config.jobs = ("encode", "train")
+    return config

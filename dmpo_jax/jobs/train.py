@@ -12,11 +12,13 @@ from jax.profiler import StepTraceAnnotation
 
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax import progress as progress_bar
+from dmpo_jax.config import arguments
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.diffusion import noise as noising
 from dmpo_jax.families import Family
 from dmpo_jax.families.family import Facts
@@ -27,7 +29,8 @@ from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parallel import mesh
 from dmpo_jax.planning import compiled
-from dmpo_jax.sampling.grids import make_draw
+from dmpo_jax.sampling.grids import make_draw, why_no_grids
+from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.training import checkpoint, health, metrics, optim, step
 from dmpo_jax.training.stopping import Stopping, Watchdog
 from dmpo_jax.training.telemetry import Watch, make_cost
@@ -66,7 +69,7 @@ def train(config: configs.Config, workdir: epath.Path) -> None:
     folder = workdir / "checkpoints"
     with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
-            storage.write_json(workdir / "config.json", configs.leaves(config))
+            storage.write_json(workdir / "config.json", configs.flatten(config))
         wanted = abstract_state(run, params)
         fresh: Any = None if checkpoints.steps() else make_state(run, params)
         del params  # the state's own now, or in the way of what is restored
@@ -278,7 +281,7 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     """From the state's step to the last. Metrics are read one step after they were asked for."""
     config, total, start = run.config, run.config.train.steps, int(state.step)
     update = make_update(run, state)
-    validate, draw = make_validate(run), make_draw(run, functools.partial(policy, run))
+    validate, draw = make_validate(run), make_grids(run)
     sharding = mesh.batch_sharding(run.devices)
     batches = make_batches(run, start)
     cost = make_cost(config, run.unet.config, run.pairs.meta, run.setup, run.devices)
@@ -340,6 +343,36 @@ def loop(run: Run, state: step.TrainState, checkpoints: checkpoint.Checkpoints) 
     if close is not None:
         close()
     return state
+
+
+def make_grids(run: Run) -> Callable[[dict[str, jax.Array], int], None]:
+    """(a state's parameters, or adapters, step) -> a grid of images; nothing where it cannot."""
+    config = run.config
+    _, family = diffusers_io.load_family(config.model.folder)
+    if not config.log.sample_every:
+        return lambda params, number: None
+    if reason := why_no_grids(family):
+        LOG.warning(reason)
+        return lambda params, number: None
+
+    def open_sampler():
+        loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+        return make_sampler(loaded, run.unet, devices=run.devices, **arguments.sampling(config))
+
+    if config.sample.prompts:
+        prompts = load_texts(config.sample.prompts)[: config.sample.count]
+    else:  # the first captions of the data, after the empty one
+        count = min(config.sample.count, run.pairs.meta["counts"]["prompts"] - 1)
+        prompts = [run.pairs.prompts[i + 1].text for i in range(count)]
+    draw = make_draw(open_sampler, prompts, run.workdir / "samples")
+    return lambda params, number: draw(policy(run, params), number)
+
+
+def check(config: configs.Config) -> None:
+    """ValueError where the model or the prompts of image grids are missing."""
+    diffusers_io.load_family(config.model.folder)
+    if config.log.sample_every and config.sample.prompts:
+        load_texts(config.sample.prompts)
 
 
 def make_update(run: Run, state: step.TrainState) -> Callable[..., Any]:

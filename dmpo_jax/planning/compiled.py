@@ -77,7 +77,7 @@ def identity(config: configs.Config, setup: Any, arguments: Any, devices: Any) -
 
 def program_leaves(config: configs.Config) -> dict[str, Any]:
     """The leaves of a config that change the compiled step."""
-    flat = configs.leaves(config)
+    flat = configs.flatten(config)
     kept = {}
     for path, value in flat.items():
         if path.startswith("objectives.") and not path.startswith(f"objectives.{config.objective}"):

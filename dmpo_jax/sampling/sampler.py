@@ -1,7 +1,6 @@
-"""Images from a pipeline folder: prompts and seeds in, uint8 images and PNG files out."""
+"""Prompts and seeds in, uint8 images out, a batch at a time."""
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,23 +10,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import UInt8
-from PIL import Image
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.data import prompt_files
-from dmpo_jax.data import raw as sources
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.diffusion import samplers
 from dmpo_jax.families.family import Given
-from dmpo_jax.families.sdxl import size_ids
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh, placement
 from dmpo_jax.progress import Progress
-from dmpo_jax.sampling.images import image_grid, save_png
+from dmpo_jax.sampling.given import check_given, read_image, read_mask
 from dmpo_jax.types import Condition
 
-LOG = logging.getLogger(__name__)
-GRID_IMAGES = 256  # on one sheet; more would fill the memory, and nobody's screen
 EMBED_AHEAD = 256  # prompts; a text encoder is compiled anew for each such part
 
 
@@ -70,7 +63,7 @@ class Sampler:
             ValueError: a prompt lacks an image or mask that the model needs.
         """
         asked = [Prompt(p) if isinstance(p, str) else p for p in prompts]
-        check_images(asked, self._given)
+        check_given(asked, self.pipeline.family.given)
         ahead = max(EMBED_AHEAD // self.batch_size, 1) * self.batch_size
         with Progress(len(asked), description=describe or "sampling") as progress:
             for start in range(0, len(asked), self.batch_size):
@@ -83,10 +76,6 @@ class Sampler:
                 images = np.asarray(self.run(params, *inputs))[: len(part)]
                 progress.advance(len(part))
                 yield images
-
-    @property
-    def _given(self) -> Given | None:
-        return self.pipeline.family.given
 
     def negative_of(self, prompt: Prompt) -> str | None:
         """What guidance leads away from: the prompt's own, else the run's; None is zeros."""
@@ -120,15 +109,36 @@ class Sampler:
         for text, (context, pooled) in zip(
             words, diffusers_io.embed_prompts(self.pipeline, words), strict=True
         ):
-            ids = None
-            if self.pipeline.family.told_sizes:
-                ids = np.asarray([size_ids(*self.size)], np.float32)
-            arrays: Any = {"context": context, "pooled": pooled, "time_ids": ids}  # numpy for now
-            self.embedded[text] = Condition(**arrays)
+            self.embedded[text] = self.pipeline.family.condition(context, pooled, self.size)
         if None in texts:
             some = self.embedded[words[0]]
             pooled = None if some.pooled is None else np.zeros_like(some.pooled)
             self.embedded[None] = some._replace(context=np.zeros_like(some.context), pooled=pooled)
+
+
+def open_sampler(
+    folder: epath.PathLike, *, vae: str, variant: str | None, dtype: Any, **settings: Any
+) -> tuple[Sampler, dict[str, jax.Array]]:
+    """The sampler of a pipeline folder, and the folder's own parameters on every device.
+
+    Args:
+        vae: another VAE's folder, in place of the pipeline's own; "" is its own.
+        variant: of the weight files. dtype: to compute in.
+        settings: of `make_sampler`.
+    """
+    pipeline = diffusers_io.load_pipeline(folder, vae=vae, variant=variant, dtype=dtype)
+    model = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
+    return make_sampler(pipeline, model, **settings), replicated(model)
+
+
+def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> dict[str, jax.Array]:
+    """The parameters of a pipeline folder's model, on every device."""
+    return replicated(diffusers_io.load_unet(folder, variant=variant, dtype=dtype))
+
+
+def replicated(model: Any) -> dict[str, jax.Array]:
+    """A model's parameters on every device."""
+    return jax.device_put(parameters.split(model)[1], mesh.replicated(mesh.make_mesh()))
 
 
 def make_sampler(
@@ -140,7 +150,7 @@ def make_sampler(
     batch_size: int,
     negative_prompt: str | None = None,
     sampler: str = "auto",
-    image_guidance_scale: float = 1.5,
+    image_guidance_scale: float | int = 1,
     height: int | None = None,
     width: int | None = None,
     devices: Mesh | None = None,
@@ -211,8 +221,8 @@ def _sizes(
 ) -> tuple[tuple[int, int], tuple[int, int, int]]:
     """(height and width in pixels, an image's latents' shape); the UNet's own where None."""
     vae = pipeline.vae.config
-    factor = 2 ** (len(vae.block_out_channels) - 1)
-    native = latent_size(unet, pipeline)
+    factor = pipeline.family.factor(vae)
+    native = pipeline.family.trained_latents(unet.config, vae)
     size = (height or native[0] * factor, width or native[1] * factor)
     if size[0] % factor or size[1] % factor:
         raise ValueError(f"height and width must be multiples of {factor} pixels, got {size}")
@@ -254,139 +264,6 @@ def encode_source(
     )
 
 
-_COLUMN = {"source": "image", "mask": "mask"}  # field of RawPair -> of Prompt
-
-
-def check_images(prompts: Sequence[Prompt], given: Given | None) -> None:
-    """ValueError for the first prompt without a file that its model needs."""
-    needed = [_COLUMN[field] for field in given.fields] if given else []
-    for prompt in prompts:
-        for part in needed:
-            article = "an" if part == "image" else "a"
-            if not getattr(prompt, part):
-                raise ValueError(
-                    f"this model needs {article} {part} beside each prompt, but {prompt.text!r} "
-                    f"has none: give a table or JSON of prompts with {' and '.join(needed)}"
-                )
-    if not needed and any(prompt.image or prompt.mask for prompt in prompts):
-        LOG.warning("this model draws from text alone: the prompts' images are not looked at")
-
-
-def read_image(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture's pixels, resized to (height, width), as diffusers resizes it."""
-    try:
-        image = sources.decode_image(epath.Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
-    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return np.asarray(resized)
-
-
-def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 1"]:
-    """1 where a picture is nearer to white, to be painted anew; 0 elsewhere."""
-    grey = np.asarray(Image.fromarray(read_image(path, size)).convert("L"))
-    return (grey >= 128).astype(np.uint8)[..., None]
-
-
-def latent_size(unet: Any, pipeline: diffusers_io.Pipeline) -> tuple[int, int]:
-    """Height and width of the latents that the UNet was trained at."""
-    facts = pipeline.family.facts(unet.config)
-    if facts.latent_size:
-        return facts.latent_size
-    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    return (pipeline.vae.config.sample_size // factor,) * 2
-
-
 def to_uint8(images: jax.Array) -> jax.Array:
     """Images in [-1, 1], clipped, to 0..255 as PyTorch pipelines round them."""
     return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
-
-
-def load_prompts(path: epath.PathLike) -> list[str]:
-    """The texts of `data.prompts.load_prompts`."""
-    return [prompt.text for prompt in prompt_files.load_prompts(path)]
-
-
-def sample(
-    *,
-    model: str,
-    prompts: epath.PathLike,
-    out: epath.PathLike,
-    variant: str | None = None,
-    seed: int = 0,
-    images_per_prompt: int = 1,
-    steps: int = 50,
-    guidance_scale: float = 7.5,
-    negative_prompt: str | None = None,
-    sampler: str = "auto",
-    image_guidance_scale: float = 1.5,
-    height: int | None = None,
-    width: int | None = None,
-    batch_size: int = 8,
-    dtype: Any = jnp.float32,
-) -> None:
-    """Writes one PNG an image with its settings inside, and `out/grid.png`, a row a prompt.
-
-    PNGs come as their batches are done. Seeds count up from `seed` over all images, or for a
-    prompt that names its own from that.
-    """
-    asked = prompt_files.load_prompts(prompts)
-    pipeline = diffusers_io.load_pipeline(model, variant=variant, dtype=dtype)
-    given = pipeline.family.given
-    check_images(asked, given)
-    unet = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
-    draw = make_sampler(
-        pipeline,
-        unet,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        negative_prompt=negative_prompt,
-        sampler=sampler,
-        image_guidance_scale=image_guidance_scale,
-        height=height,
-        width=width,
-    )
-    params = jax.device_put(parameters.split(unet)[1], mesh.replicated(mesh.make_mesh()))
-    settings = {"model": str(model), "steps": steps, "guidance_scale": guidance_scale}
-    if given and given.optional:
-        settings["image_guidance_scale"] = image_guidance_scale
-    seeds = image_seeds(asked, images_per_prompt, seed)
-    _write(draw, params, asked, seeds, settings, epath.Path(out))
-
-
-def _write(
-    draw: Sampler,
-    params: Any,
-    asked: Sequence[Prompt],
-    seeds: Sequence[int],
-    settings: dict[str, Any],
-    out: epath.Path,
-) -> None:
-    """Draws and writes every image, as many of each prompt as there are seeds for it."""
-    columns, first, kept = len(seeds) // len(asked), 0, []
-    each = [prompt for prompt in asked for _ in range(columns)]
-    rows = max(GRID_IMAGES // columns, 1)
-    settings |= {"sampler": draw.name, "height": draw.size[0], "width": draw.size[1]}
-    for images in draw.batches(params, each, seeds):
-        for i, image in enumerate(images, first):
-            prompt = each[i]
-            about = {"prompt": prompt.text, "negative_prompt": draw.negative_of(prompt)}
-            about |= {k: v for k, v in prompt._asdict().items() if k in ("image", "mask") and v}
-            about = {**settings, **about, "seed": seeds[i]}
-            save_png(out / f"{i:05}.png", Image.fromarray(image), about)
-        kept += list(images[: max(rows * columns - first, 0)])
-        first += len(images)
-    if rows < len(asked):
-        LOG.info("grid.png shows the first %d of %d prompts", rows, len(asked))
-    labels = [prompt.text for prompt in asked[:rows]]
-    save_png(out / "grid.png", image_grid(np.stack(kept), columns, labels=labels))
-
-
-def image_seeds(prompts: Sequence[Prompt], images_per_prompt: int, first: int) -> list[int]:
-    """A seed an image: the prompt's own and the next ones, else counted from `first` over all."""
-    seeds = []
-    for i, prompt in enumerate(prompts):
-        start = first + i * images_per_prompt if prompt.seed is None else prompt.seed
-        seeds += [(start + j) % 2**32 for j in range(images_per_prompt)]
-    return seeds

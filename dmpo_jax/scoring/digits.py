@@ -1,18 +1,47 @@
-"""Judges of images against their captions: (images, prompts) -> one score each, higher better."""
+"""The digits' judges: classifiers that say how much an image is the digit its caption names."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 
 from dmpo_jax.toy import digits
 
-Scorer = Callable[[np.ndarray, Sequence[str]], np.ndarray]
+
+@dataclasses.dataclass(frozen=True)
+class DigitJudge:
+    """The probability, in [0, 1], that a classifier gives the digit of the caption."""
+
+    name: str
+    kind: Literal["svm", "forest"]
+    temperature: float = 0.25
+    uses_prompt: bool = True
+
+    @property
+    def version(self) -> str:
+        """Of the library that fits it: the data and the seed are fixed."""
+        return f"scikit-learn {importlib.metadata.version('scikit-learn')}"
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """ValueError for the first caption that does not name one digit."""
+        for prompt in prompts:
+            digits.caption_digit(prompt)
+
+    def __call__(
+        self, images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]
+    ) -> Float32[np.ndarray, " N"]:
+        wanted = [digits.caption_digit(prompt) for prompt in prompts]
+        ink = digits.to_ink(images).reshape(len(images), -1)
+        found = _fitted(self.kind).predict_proba(ink)[np.arange(len(images)), wanted]
+        return found.astype(np.float32)
 
 
 @functools.cache
-def _digit_judge(kind: str):
+def _fitted(kind: str) -> Any:
     """A classifier of 8 x 8 ink, fitted on one half of the real digits; seconds."""
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.ensemble import ExtraTreesClassifier
@@ -31,31 +60,3 @@ def _digit_judge(kind: str):
     # Fitted on what a judge will see: the large image, brought back to 8 x 8.
     seen = digits.to_ink(digits.to_images(ink[rows]))
     return model.fit(seen.reshape(len(rows), -1), labels[rows])
-
-
-def _digits(kind: str) -> Scorer:
-    def score(images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        wanted = [digits.caption_digit(prompt) for prompt in prompts]
-        ink = digits.to_ink(images).reshape(len(images), -1)
-        return _digit_judge(kind).predict_proba(ink)[np.arange(len(images)), wanted]
-
-    return score
-
-
-# The two see different halves of the digits and are of different kinds, so that what
-# pleases one by accident does not please the other.
-SCORERS: dict[str, Scorer] = {
-    "digits_svm": _digits("svm"),
-    "digits_forest": _digits("forest"),
-}
-
-
-def get_scorer(name: str) -> Scorer:
-    """The scorer of that name: probabilities in [0, 1] for the digits' judges.
-
-    Raises:
-        ValueError: listing the names there are.
-    """
-    if name not in SCORERS:
-        raise ValueError(f"scorer {name!r} is unknown; there are {', '.join(sorted(SCORERS))}")
-    return SCORERS[name]

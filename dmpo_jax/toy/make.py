@@ -83,7 +83,7 @@ INDEX = {
 }
 
 
-def make_digits(out: epath.PathLike, *, seed: int = 0, vae_steps: int = 1000) -> None:
+def write_digits(out: epath.PathLike, *, seed: int, vae_steps: int) -> None:
     """Writes the pipeline folder and the real digits' pairs into `out`; minutes on a CPU."""
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A real config at tiny width: random weights, synthetic pairs, three steps, no files needed."""
+"""Tiny random pipelines of every family, and pairs of noise to train them on."""
 
 import logging
 from collections.abc import Sequence
@@ -9,9 +9,8 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.config.leaves import Config
 from dmpo_jax.data import raw as sources
-from dmpo_jax.families import Family, family_named
+from dmpo_jax.families import Family
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.parallel import processes
@@ -21,19 +20,18 @@ from dmpo_jax.toy import make as make_digits
 LOG = logging.getLogger(__name__)
 
 
-def make_debug(config: Config, workdir: epath.Path) -> Config:
-    """Writes a tiny pipeline and random pairs into workdir; a config that uses them.
+def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, epath.Path]:
+    """(pipeline folder, parquet file of raw pairs) of the family, in `folder`, unless there.
 
-    The real jobs then run on them unchanged: encode, and train to `train.steps`.
+    Every process must call it; all see `folder`.
     """
-    family = family_named(config.debug.family)
     kind = jax.devices()[0].platform
     LOG.info(
         "debug run: a tiny random %s model, synthetic pairs, on %s",
-        config.debug.family,
+        family.name,
         "CPU, since JAX sees no GPU or TPU" if kind == "cpu" else kind.upper(),
     )
-    model, pairs = workdir / "debug_model", workdir / "debug_pairs.parquet"
+    model, pairs = folder / "debug_model", folder / "debug_pairs.parquet"
     missing = not (model / "model_index.json").exists()
     processes.barrier("all have looked")
     if missing:
@@ -41,14 +39,7 @@ def make_debug(config: Config, workdir: epath.Path) -> Config:
     if jax.process_index() == 0 and not pairs.exists():
         sources.write_pick_a_pic(pairs, synthetic_pairs(64, given=family.given_fields))
     processes.barrier("debug files")
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model.folder = str(model)
-        config.model.vae = ""
-        config.data.source = f"pickapic:{pairs}"
-        config.data.encoded, config.data.mix, config.data.flip = "", None, False
-        config.jobs = ("encode", "train")
-    return config
+    return model, pairs
 
 
 def model_config(family: Family) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/inspection/look.py and inspect_page.py; the look is judged by eye."""
+"""Tests for dmpo_jax/inspection/: the page of raw pairs; the look is judged by eye."""
 
 import html.parser
 import io
@@ -72,7 +72,7 @@ def test_the_page_holds_what_was_found(tmp_path):
         row(6, jpg_0=b"<b>no image"),
         row(7, has_label=False),
     ]
-    path = inspect_source(write(tmp_path, rows), tmp_path / "out", limit=100)
+    path = inspect_source(write(tmp_path, rows), tmp_path / "out", ties="keep", limit=100)
     assert path == tmp_path / "out" / "index.html"
     page, text = Page(path), path.read_text()
     assert "script" not in page.tags
@@ -111,7 +111,7 @@ def test_the_page_holds_what_was_found(tmp_path):
     ],
 )
 def test_the_chosen_one_is_marked(tmp_path, preference, said):
-    page = Page(inspect_source(write(tmp_path, [row(0, preference)]), tmp_path))
+    page = Page(inspect_source(write(tmp_path, [row(0, preference)]), tmp_path, ties="keep"))
     got = [t for t in page.texts if t.startswith(("chosen", "rejected", "tie")) and t != "ties"]
     assert got == said
 
@@ -119,7 +119,9 @@ def test_the_chosen_one_is_marked(tmp_path, preference, said):
 def test_a_limit_is_spread_over_the_source(tmp_path):
     for k in range(50):
         sources.write_pick_a_pic(tmp_path / "raw" / f"{k:02}.parquet", [row(k), row(100 + k)])
-    path = inspect_source(f"pickapic:{tmp_path}/raw", tmp_path / "out", limit=20, samples=5)
+    path = inspect_source(
+        f"pickapic:{tmp_path}/raw", tmp_path / "out", ties="keep", limit=20, samples=5
+    )
     page = Page(path)
     assert page.after("pairs") == "20"
     assert len(page.images) == 10
@@ -130,16 +132,16 @@ def test_a_limit_is_spread_over_the_source(tmp_path):
 
 
 def test_a_source_of_nothing_good(tmp_path):
-    page = Page(inspect_source(write(tmp_path, [row(0, jpg_0=b"")]), tmp_path / "out"))
+    page = Page(inspect_source(write(tmp_path, [row(0, jpg_0=b"")]), tmp_path / "out", ties="keep"))
     assert page.after("pairs") == "0"
     assert page.texts.count("None.") == 4
     with pytest.raises(ValueError, match="at least 1, but got 0"):
-        inspect_source(f"pickapic:{tmp_path}/raw", tmp_path / "out", limit=0)
+        inspect_source(f"pickapic:{tmp_path}/raw", tmp_path / "out", ties="keep", limit=0)
 
 
 def test_many_labels_and_sizes_are_binned():
     labels = {f"{i / 100:.2f}": 1 for i in range(101)}
-    bins = inspect_page._label_bins(labels)
+    bins = inspect_page.label_bins(labels)
     assert [count for _, count in bins] == [10] * 9 + [11]
     assert bins[2][0] == "0.2 to 0.3"
-    assert inspect_page._most({f"{i}x1": 20 - i for i in range(20)})[-1] == ("8 others", 36)
+    assert inspect_page.most_common({f"{i}x1": 20 - i for i in range(20)})[-1] == ("8 others", 36)

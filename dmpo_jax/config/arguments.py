@@ -1,0 +1,76 @@
+"""A config's leaves as the plain arguments that the stages take."""
+
+from typing import Any
+
+from etils import epath
+
+from dmpo_jax.config.leaves import Config, identity
+from dmpo_jax.encoding.plan import Settings
+from dmpo_jax.export.model_card import Card
+from dmpo_jax.export.pipeline import Adapters, Trained
+
+
+def pipeline(config: Config) -> dict[str, Any]:
+    """How a pipeline folder is loaded: of `diffusers_io.load_pipeline` and `open_sampler`."""
+    return {
+        "vae": config.model.vae,
+        "variant": config.model.variant or None,
+        "dtype": config.model.compute_dtype,
+    }
+
+
+def sampling(config: Config) -> dict[str, Any]:
+    """How images are drawn: of `make_sampler` and `open_sampler`."""
+    return {
+        "steps": config.sample.steps,
+        "guidance_scale": config.sample.guidance_scale,
+        "batch_size": config.sample.batch_size,
+        "negative_prompt": config.sample.negative_prompt,
+        "sampler": config.sample.sampler,
+        "image_guidance_scale": config.sample.image_guidance_scale,
+        "height": config.sample.height,
+        "width": config.sample.width,
+    }
+
+
+def encoding(config: Config, source: str = "") -> Settings:
+    """What is encoded and how. source: raw pairs where data.source names none."""
+    return Settings(
+        source=config.data.source or source,
+        model=config.model.folder,
+        vae=config.model.vae,
+        variant=config.model.variant or None,
+        dtype=config.model.compute_dtype,
+        resolution=config.data.resolution,
+        validation_fraction=config.data.validation_fraction,
+        moments=config.data.moments,
+        moments_dtype=config.data.moments_dtype,
+        flip=config.data.flip,
+        crop=config.data.crop,
+        ties=config.data.ties,
+        max_bad=config.data.max_bad,
+        batch_size=config.data.encode_batch,
+        num_threads=config.data.num_threads,
+    )
+
+
+def trained(config: Config) -> Trained:
+    """What a run trained, and of which pipeline: of `export.pipeline`."""
+    adapters = None
+    if rank := config.lora.rank:
+        adapters = Adapters(rank, config.lora.alpha or rank, tuple(config.lora.targets))
+    return Trained(config.model.folder, config.model.variant or None, adapters)
+
+
+def card(config: Config, workdir: epath.PathLike) -> Card:
+    """What the model card of a run says of how it was made."""
+    encoded = config.data.encoded or str(epath.Path(workdir) / "encoded")
+    return Card(
+        trained=trained(config),
+        objective=config.objective,
+        pairs_per_update=config.train.batch_size,
+        ema_decay=config.train.ema_decay,
+        pairs=tuple(config.data.mix) if config.data.mix else encoded,
+        settings=identity(config),
+        workdir=epath.Path(workdir),
+    )

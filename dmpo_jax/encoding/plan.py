@@ -1,0 +1,172 @@
+"""What is encoded with what, and whether a folder holds it: all that a second run compares."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from dmpo_jax import diffusers_io, storage
+from dmpo_jax.data import raw as sources
+from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.encoding.parts import PARTS, Work
+from dmpo_jax.families import Family
+
+LOG = logging.getLogger(__name__)
+PLAN = "plan.json"
+CHOICES = {
+    "moments": ("sample", "mean"),
+    "moments_dtype": prompt_store.DTYPES,
+    "crop": ("center", "random"),
+    "ties": ("keep", "drop"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is encoded, with what, and how.
+
+    source: raw pairs, KIND:PATH. model: the pipeline folder whose VAE and text encoders encode;
+        vae: another VAE's folder in its place, or "". variant: of the weight files.
+    dtype: to compute in.
+    resolution: side of the images in pixels, resized on the shorter side and cropped; None is
+        the size that the model was trained at.
+    validation_fraction: of the prompts, chosen by a hash of their text, with all their pairs;
+        where it is above 0 and there are two prompts or more, at least one.
+    moments: "sample" keeps what latents are drawn from, mean and log-variance; "mean" the mean
+        alone, half as many bytes, for latents without that noise.
+    moments_dtype: "bfloat16", "float16" or "float32", as they are stored.
+    flip: also stores each pair mirrored left to right: images, source and mask together.
+    crop: "center", or "random", at a place drawn from the pair's id.
+    ties: "keep" pairs that nobody prefers, or "drop" them.
+    max_bad: share of bad records above which encoding gives up.
+    batch_size: pairs at a time in each process, rounded up to a multiple of its devices.
+    num_threads: decode images ahead of the devices.
+    pairs_per_shard: about so many pairs share a file, and are lost to a kill at most.
+
+    Raises:
+        ValueError: a text that is none of CHOICES.
+    """
+
+    source: str
+    model: str
+    vae: str
+    variant: str | None
+    dtype: Any
+    resolution: int | None
+    validation_fraction: float | int
+    moments: str
+    moments_dtype: str
+    flip: bool
+    crop: str
+    ties: str
+    max_bad: float | int
+    batch_size: int
+    num_threads: int
+    pairs_per_shard: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                choices = ", ".join(map(repr, allowed))
+                raise ValueError(f"{name} should be one of {choices}, but got {value!r}")
+
+
+def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, Any]:
+    """What encoded.json says of how the pairs were made.
+
+    Raises:
+        ValueError: the model does not take this VAE's latents.
+    """
+    family, vae = pipeline.family, pipeline.vae.config
+    model = diffusers_io.read_json(pipeline.folder / family.component / "config.json")
+    family.check_model(model, vae.latent_channels)
+    side = min(family.trained_latents(model, vae)) * family.factor(vae)
+    return {
+        "model": str(settings.model),
+        "vae": settings.vae,
+        "source": settings.source,
+        "resolution": settings.resolution or side,
+        "validation_fraction": settings.validation_fraction,
+        "scaling_factor": vae.scaling_factor,
+        "shift_factor": vae.shift_factor or 0.0,
+        "image_kind": family.given_kind,
+        "moments": settings.moments,
+        "moments_dtype": settings.moments_dtype,
+        "crop": settings.crop,
+        "ties": settings.ties,
+    }
+
+
+def make_plan(work: Work, settings: Settings) -> dict[str, Any]:
+    """What must be the same for a run to go on with another's parts."""
+    units = hashlib.sha256(repr([list(map(tuple, part.units)) for part in work.parts]).encode())
+    return {
+        **work.about,
+        "flipped": work.flip,
+        "compute_dtype": jnp.dtype(settings.dtype).name,
+        "pairs_per_shard": settings.pairs_per_shard,
+        "parts": len(work.parts),
+        "source_units": units.hexdigest(),
+    }
+
+
+def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
+    """Makes `out` ready: empty of encodings but for an unfinished one of the same plan.
+
+    Raises:
+        ValueError: an unfinished encoding of another plan is there.
+    """
+    found = storage.find_json(out / PARTS / PLAN)
+    if found is None:
+        records.clear(out)
+        if (out / PARTS).exists():
+            (out / PARTS).rmtree()
+        (out / PARTS).mkdir()
+        storage.write_json(out / PARTS / PLAN, dict(plan))
+    elif said := _differences(found, plan):
+        raise ValueError(
+            f"{out} holds an unfinished encoding of another kind ({said}): delete it or choose "
+            "another folder"
+        )
+    else:
+        LOG.info("going on with the encoding in %s", out)
+        (out / records.MARKER).unlink(missing_ok=True)
+
+
+def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this encoding, whole; ValueError where it holds another."""
+    if not (out / records.MARKER).exists():
+        return False
+    try:
+        meta = records.load_meta(out)
+    except records.NotWholeError:
+        return False
+    # What encodings were before they could be told otherwise.
+    dtype = meta["shapes"]["moments"]["dtype"]
+    if said := _differences(
+        {"crop": "center", "ties": "keep", "moments_dtype": dtype} | meta, about
+    ):
+        raise ValueError(f"{out} holds another encoding ({said}): choose another folder")
+    return True
+
+
+def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    """In words, where `want` differs from `have`; '' where it does not."""
+    return ", ".join(
+        f"{k}: {have.get(k)!r} there, {v!r} asked" for k, v in want.items() if have.get(k) != v
+    )
+
+
+def check_columns(raw: sources.Source, name: str, family: Family) -> None:
+    """ValueError where the source has not what the family is given beside the latents."""
+    if missing := sorted(set(family.given_fields) - raw.given):
+        columns = " and ".join(repr(sources.GIVEN[field]) for field in missing)
+        raise ValueError(
+            f"a {family.name} model needs the column {columns} in every pair, but {name} has "
+            "none: add it, or take a text-to-image model"
+        )

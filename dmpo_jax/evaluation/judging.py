@@ -1,0 +1,39 @@
+"""Images as they are drawn -> every judge's scores, and the few images that are kept."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, UInt8
+
+from dmpo_jax.scoring import Scorer
+
+
+class Judged(NamedTuple):
+    """scores: of all images, by judge. kept: some images, by their number."""
+
+    scores: dict[str, Float32[np.ndarray, " N"]]
+    kept: dict[int, UInt8[np.ndarray, "H W 3"]]
+
+
+def judge(
+    batches: Iterable[np.ndarray],
+    prompts: Sequence[str],
+    judges: Mapping[str, Scorer],
+    keep: Collection[int],
+) -> Judged:
+    """Scores every batch and lets it go.
+
+    Args:
+        batches: uint8 `[n, H, W, 3]`; together as many images as there are prompts.
+        keep: numbers of the images to keep.
+    """
+    scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
+    kept, first, wanted = {}, 0, set(keep)
+    for images in batches:
+        own = prompts[first : first + len(images)]
+        for name, scorer in judges.items():
+            scores[name].append(scorer(images, own))
+        kept |= {i: x.copy() for i, x in enumerate(images, first) if i in wanted}
+        first += len(images)
+    return Judged({name: np.concatenate(parts) for name, parts in scores.items()}, kept)

@@ -1,0 +1,97 @@
+"""A run's parameters -> a pipeline folder, or a file of adapters, that PyTorch diffusers opens."""
+
+import functools
+import gc
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.models import lora, parameters
+from dmpo_jax.parallel import mesh
+
+Params = dict[str, jax.Array]
+
+
+class Adapters(NamedTuple):
+    """LoRA: adapters of width `rank` on the layers that `targets` ends the paths of."""
+
+    rank: int
+    alpha: float | int
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def attach(self, model: Any, *, seed: int) -> Any:
+        """The model with them; seed: of what they begin at."""
+        return lora.attach(model, rank=self.rank, alpha=self.alpha, targets=self.targets, seed=seed)
+
+
+class Trained(NamedTuple):
+    """What a run trained of a pipeline. adapters: None where every parameter was.
+
+    folder: the pipeline's, path or hub id. variant: of its weight files.
+    """
+
+    folder: str
+    variant: str | None
+    adapters: Adapters | None
+
+    def load(self, **kw: Any) -> Any:
+        """The model that was trained, as it was before."""
+        return diffusers_io.load_unet(self.folder, variant=self.variant, **kw)
+
+
+def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, and shardings over all devices, of what a checkpoint of the run holds."""
+    model = trained.load(abstract=True)
+    if trained.adapters:
+        _, shapes = lora.partition(parameters.shapes(trained.adapters.attach(model, seed=0)))
+    else:
+        shapes = parameters.shapes(model)
+    shardings = mesh.parameter_sharding(mesh.make_mesh(fsdp=-1, data=1), shapes)
+    return {
+        path: jax.ShapeDtypeStruct(shape.shape, "float32", sharding=shardings[path])
+        for path, shape in shapes.items()
+    }
+
+
+def write_adapters(trained: Trained, params: Params, out: epath.Path) -> None:
+    """The adapters as PyTorch's `load_lora_weights` takes them; always float32.
+
+    Raises:
+        ValueError: the run trained every parameter.
+    """
+    if trained.adapters is None:
+        raise ValueError(f"{trained.folder} was trained whole: there are no adapters to write")
+    diffusers_io.save_lora(params, out, scale=trained.adapters.scale)
+
+
+def write_pipeline(
+    trained: Trained,
+    params: Params,
+    out: epath.Path,
+    *,
+    dtype: Any,
+    shard_bytes: int,
+) -> None:
+    """The source pipeline with these parameters, or with these adapters folded in.
+
+    dtype: of the trained model as written. shard_bytes: largest weight file.
+    """
+    kw = {"dtype": dtype, "shard_bytes": shard_bytes}
+    if trained.adapters is None:
+        model = trained.load(abstract=True)
+        diffusers_io.save_pipeline(model, trained.folder, out, params=params, **kw)
+        return
+    devices = mesh.make_mesh(fsdp=-1, data=1)
+    # Afresh, since the run may hold it in bfloat16, where what was learnt would be lost.
+    model = trained.load(sharding=functools.partial(mesh.parameter_sharding, devices))
+    _, tuned = parameters.split(model)
+    model = parameters.without_arrays(model)
+    gc.collect()  # modules refer to one another in circles: their arrays would stay
+    lora.fold_in(tuned, jax.device_put(params, mesh.replicated(devices)), trained.adapters.scale)
+    diffusers_io.save_pipeline(model, trained.folder, out, params=tuned, **kw)

@@ -1,0 +1,46 @@
+"""Raw preference pairs -> encoded pairs, which training reads without VAE or text encoder."""
+
+import logging
+
+from etils import epath
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.config import arguments
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.data.raw import SOURCES
+from dmpo_jax.encoding import encode as encoding
+
+LOG = logging.getLogger(__name__)
+
+
+def encode(config: Config, *, source: str = "", out: epath.PathLike) -> epath.Path:
+    """Encodes data.source with model.folder's VAE and text encoders; resumes what was begun.
+
+    Args:
+        source: raw pairs, KIND:PATH, where data.source names none.
+        out: folder for the encoded pairs, seen by every process.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: as `encoding.encode`, or a part of the model is missing.
+    """
+    check(config, source=source)
+    settings = arguments.encoding(config, source)
+    pipeline = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+    encoding.encode(settings, pipeline, out)
+    LOG.info("the encoded pairs are in %s; next: train --config.data.encoded=%s", out, out)
+    return epath.Path(out)
+
+
+def check(config: Config, *, source: str = "") -> None:
+    """ValueError where the settings, the source's kind or the model's family are unknown."""
+    named = arguments.encoding(config, source).source
+    kind, _, path = named.partition(":")
+    if kind not in SOURCES or not path:
+        raise ValueError(
+            f"data.source must be KIND:PATH with KIND one of {', '.join(sorted(SOURCES))}, but "
+            f"got {named!r}"
+        )
+    diffusers_io.load_family(config.model.folder)

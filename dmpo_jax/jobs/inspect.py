@@ -1,0 +1,21 @@
+"""A page about raw pairs, to look at before hours are spent on them."""
+
+import logging
+
+from etils import epath
+
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.inspection.look import inspect_source
+
+LOG = logging.getLogger(__name__)
+
+
+def inspect(config: Config, *, out: epath.PathLike) -> epath.Path:
+    """Reads some pairs of data.source and writes `out/index.html`; returns its path.
+
+    Raises:
+        ValueError: data.source cannot be opened.
+    """
+    page = inspect_source(config.data.source, out, ties=config.data.ties)
+    LOG.info("open %s in a browser; next: encode --source=%s", page, config.data.source)
+    return page

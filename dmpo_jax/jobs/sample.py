@@ -1,0 +1,61 @@
+"""Draws images from a diffusers pipeline folder."""
+
+import logging
+
+from etils import epath
+
+from dmpo_jax.config import arguments
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.data.prompt_files import Prompt, load_prompts
+from dmpo_jax.diffusers_io import load_family
+from dmpo_jax.families import Family
+from dmpo_jax.sampling.gallery import write_gallery
+from dmpo_jax.sampling.given import check_given
+from dmpo_jax.sampling.sampler import open_sampler
+from dmpo_jax.sampling.seeds import prompt_seeds
+
+LOG = logging.getLogger(__name__)
+
+
+def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> epath.Path:
+    """Writes one PNG an image with its settings inside, and `out/grid.png`, a row a prompt.
+
+    PNGs come as their batches are done. Seeds count up from the config's over all images, or
+    for a prompt that names its own from that.
+
+    Args:
+        prompts: a file of them, as `load_prompts` reads it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a part of the model is missing, a prompt lacks the image that the model
+            needs, or the sampler cannot do what was asked of it; before anything is drawn.
+    """
+    asked, family = check(config, prompts)
+    sampler, params = open_sampler(
+        config.model.folder, **arguments.pipeline(config), **arguments.sampling(config)
+    )
+    settings = {
+        "model": str(config.model.folder),
+        "steps": config.sample.steps,
+        "guidance_scale": config.sample.guidance_scale,
+    }
+    if family.given and family.given.optional:
+        settings["image_guidance_scale"] = config.sample.image_guidance_scale
+    if config.model.vae:
+        settings["vae"] = config.model.vae
+    seeds = prompt_seeds(asked, config.sample.images_per_prompt, config.seed)
+    out = epath.Path(out)
+    count = write_gallery(out, sampler, params, asked, seeds, settings)
+    LOG.info("%d images are in %s; all on one sheet: %s", count, out, out / "grid.png")
+    return out
+
+
+def check(config: Config, prompts: epath.PathLike) -> tuple[list[Prompt], Family]:
+    """The prompts and the model's family; ValueError where they do not fit each other."""
+    asked = load_prompts(prompts)
+    _, family = load_family(config.model.folder)
+    check_given(asked, family.given)
+    return asked, family

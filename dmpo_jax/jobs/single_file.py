@@ -1,0 +1,26 @@
+"""One checkpoint file, as model sites hand them out, -> a diffusers pipeline folder."""
+
+import logging
+
+from etils import epath
+
+from dmpo_jax.export.single_file import convert_single_file
+
+LOG = logging.getLogger(__name__)
+
+
+def single_file(*, file: epath.PathLike, out: epath.PathLike, like: str = "") -> epath.Path:
+    """Writes the pipeline that `file` holds into `out`, and returns it.
+
+    Args:
+        file: a .safetensors file in the original layout of its model's repository.
+        like: a pipeline folder of the same architecture whose configs and tokenizers are
+            taken; "" lets diffusers fetch them from the hub.
+
+    Raises:
+        ValueError: PyTorch diffusers is missing; the file is a pickle or cannot be
+            converted; `out` holds a pipeline already.
+    """
+    kind = convert_single_file(file, out, like=like)
+    LOG.info("%s is in %s: give it as --model or --config.model.folder", kind, out)
+    return epath.Path(out)

@@ -1,0 +1,47 @@
+"""The images and masks that prompts give to models that edit or inpaint."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+from dmpo_jax.data.prompt_files import Prompt
+from dmpo_jax.data.raw import decode_image
+from dmpo_jax.families.family import Given
+
+LOG = logging.getLogger(__name__)
+_COLUMN = {"source": "image", "mask": "mask"}  # field of RawPair -> of Prompt
+
+
+def check_given(prompts: Sequence[Prompt], given: Given | None) -> None:
+    """ValueError for the first prompt without a file that its model needs."""
+    needed = [_COLUMN[field] for field in given.fields] if given else []
+    for prompt in prompts:
+        for part in needed:
+            article = "an" if part == "image" else "a"
+            if not getattr(prompt, part):
+                raise ValueError(
+                    f"this model needs {article} {part} beside each prompt, but {prompt.text!r} "
+                    f"has none: give a table or JSON of prompts with {' and '.join(needed)}"
+                )
+    if not needed and any(prompt.image or prompt.mask for prompt in prompts):
+        LOG.warning("this model draws from text alone: the prompts' images are not looked at")
+
+
+def read_image(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture's pixels, resized to (height, width), as diffusers resizes it."""
+    try:
+        image = decode_image(epath.Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image {path} cannot be read: {error}") from error
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return np.asarray(resized)
+
+
+def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 1"]:
+    """1 where a picture is nearer to white, to be painted anew; 0 elsewhere."""
+    grey = np.asarray(Image.fromarray(read_image(path, size)).convert("L"))
+    return (grey >= 128).astype(np.uint8)[..., None]
