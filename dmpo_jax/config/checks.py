@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config.leaves import JOBS, Config, declared, flatten, nearest
+from dmpo_jax.config.leaves import Config, declared, flatten, nearest
+from dmpo_jax.config.sections import JOBS
 from dmpo_jax.objectives import OBJECTIVES
 
 
@@ -79,9 +80,7 @@ def _check_jobs(config: Config) -> Iterator[str]:
     unknown = [job for job in jobs if job not in JOBS]
     if unknown or not jobs:
         yield f"jobs must be some of {', '.join(JOBS)}, but got {jobs!r}"
-    elif [JOBS.index(job) for job in jobs] != sorted(
-        {JOBS.index(job) for job in jobs}
-    ):
+    elif [JOBS.index(job) for job in jobs] != sorted({JOBS.index(job) for job in jobs}):
         yield f"jobs must come once each, in the order {', '.join(JOBS)}, but got {jobs!r}"
     if not config.model.folder and not config.debug.family:
         yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"

@@ -16,6 +16,7 @@ import jax
 from etils import epath
 
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.extras import install_hint
 from dmpo_jax.planning import chips, flops, hlo
 from dmpo_jax.planning import compiled as compiled_steps
 from dmpo_jax.planning import report as plan_report
@@ -81,8 +82,7 @@ def check_topology(topology: str) -> None:
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         if importlib.util.find_spec("libtpu") is None:
             raise ValueError(
-                f"{topology} needs the TPU compiler, not a TPU: pip install libtpu, or this "
-                "package with [plan] or [tpu]"
+                f"{topology} needs the TPU compiler, not a TPU: {install_hint('plan')}"
             )
         return
     if kind not in ("cpu", "gpu") or not shape.isdigit() or int(shape) < 1:

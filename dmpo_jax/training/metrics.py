@@ -13,6 +13,7 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.errors import MissingPackageError
+from dmpo_jax.extras import install_hint
 
 
 class MetricsWriter:
@@ -131,7 +132,7 @@ def _start_wandb(project: str, workdir: epath.PathLike) -> Any:
     except ImportError as error:
         raise MissingPackageError(
             f"logging to the W&B project {project!r} needs wandb, which is not installed: "
-            'pip install "dmpo_jax[wandb]", or set log.wandb to ""'
+            f"{install_hint('wandb')}, or set log.wandb to ''"
         ) from error
     path = storage.absolute(workdir)
     # An id made from the folder, so that a resumed run goes on in its own curves.
