@@ -16,9 +16,14 @@ def names(folder):
 def test_a_write_that_fails_leaves_the_old_content(tmp_path):
     file = tmp_path / "a.json"
     storage.write_json(file, {"a": "ä", "b": [1]})
-    with pytest.raises(KeyboardInterrupt), storage.replacing(file) as part:
-        part.write_text("half")
-        raise KeyboardInterrupt
+
+    def stopped():
+        with storage.replacing(file) as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert storage.read_json(file) == {"a": "ä", "b": [1]}
     assert names(tmp_path) == ["a.json"]
 

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from dmpo_jax import storage
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
 from dmpo_jax.training import checksums
+from dmpo_jax.training.orbax_handler import StateHandler, array_registry
 
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
@@ -79,7 +80,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._handler, registry = _Handler(), ocp.handlers.DefaultCheckpointHandlerRegistry()
+        self._handler, registry = StateHandler(), ocp.handlers.DefaultCheckpointHandlerRegistry()
         registry.add("state", ocp.args.PyTreeSave, self._handler)
         registry.add("index", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
         self._manager = ocp.CheckpointManager(
@@ -94,7 +95,7 @@ class Checkpoints:
         )
         self._reader = ocp.Checkpointer(
             ocp.PyTreeCheckpointHandler(
-                multiprocessing_options=alone, type_handler_registry=_registry()
+                multiprocessing_options=alone, type_handler_registry=array_registry()
             ),
             multiprocessing_options=alone,
         )
@@ -361,58 +362,6 @@ def check_folder(folder: epath.PathLike) -> None:
             f"checkpoints are written to local folders and gs://, but got {os.fspath(folder)}: "
             "choose such a --workdir, or mount the bucket as a folder. Encoded pairs may stay there"
         )
-
-
-class _Handler(ocp.PyTreeCheckpointHandler):
-    """Writes the state; `failed` is set as soon as that fails on this process.
-
-    Orbax tells of a failure only after it has waited for the other processes, which may be
-    waiting for this one's part: up to its timeout of 600 s.
-    """
-
-    def __init__(self):
-        super().__init__(type_handler_registry=_registry())
-        self.failed: Exception | None = None
-
-    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
-        futures = await super().async_save(*args, **kwargs)
-        return [_Watched(future, self) for future in futures or ()]
-
-    def finalize(self, *args: Any, **kwargs: Any) -> None:
-        with self.watching():
-            super().finalize(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.failed = error
-            raise
-
-
-class _Watched(ocp.future.Future):
-    """A part of a save, which `handler` watches."""
-
-    def __init__(self, future: Any, handler: _Handler):
-        self._future, self._handler = future, handler
-
-    def result(self, timeout: float | None = None) -> Any:
-        with self._handler.watching():
-            return self._future.result(timeout)
-
-    def cancel(self) -> bool | None:
-        return self._future.cancel()
-
-
-def _registry() -> Any:
-    """How Orbax writes arrays: those under 1 MB by one device.
-
-    By default every replica writes a slice of every array: with thousands of small ones on
-    eight devices that is six seconds a save, for nothing.
-    """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
 
 
 class SaveError(UserError):

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dmpo_jax.data.encoded.prompts import check_floats, described
+from dmpo_jax.errors import UserError
 
 ARRAYS = ("moments", "image", "flipped", "flipped_image")
 
@@ -54,7 +55,7 @@ class EncodedPair(NamedTuple):
             ValueError: if the mirrored variant was not stored.
         """
         if self.flipped is None:
-            raise ValueError(
+            raise UserError(
                 f"pair {self.id!r} has no flipped variant: encode with flip, or train without"
             )
         return self._replace(

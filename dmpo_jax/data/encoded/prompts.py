@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from dmpo_jax.data.encoded.examples import read_example, write_example
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
+from dmpo_jax.errors import UserError
 
 PROMPTS = "prompts.array_record"
 FILE = re.compile(rf"{re.escape(PROMPTS)}-\d+")
@@ -54,7 +55,7 @@ class PromptStore:
         ]
         self._source = ArrayRecordDataSource(files)
         if len(self._source) != total:
-            raise ValueError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
+            raise UserError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -116,7 +117,7 @@ def check_floats(what: str, array: np.ndarray, dtypes: Sequence[str] = DTYPES) -
     if array.dtype.name not in dtypes:
         raise ValueError(f"{what} should be one of {dtypes}, but got {array.dtype.name}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{what} is not finite")
+        raise UserError(f"{what} is not finite: encode in float32, or with another VAE")
 
 
 def checked_index(i: int, length: int) -> int:
