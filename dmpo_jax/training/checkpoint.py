@@ -26,7 +26,7 @@ from dmpo_jax import storage
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
 from dmpo_jax.training import checksums
-from dmpo_jax.training.orbax_handler import StateHandler, array_registry
+from dmpo_jax.training.orbax_handler import Failure, IndexHandler, StateHandler, array_registry
 
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
@@ -80,9 +80,11 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._handler, registry = StateHandler(), ocp.handlers.DefaultCheckpointHandlerRegistry()
-        registry.add("state", ocp.args.PyTreeSave, self._handler)
-        registry.add("index", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+        self._failure = Failure()
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state = StateHandler(self._failure, type_handler_registry=array_registry())
+        registry.add("state", ocp.args.PyTreeSave, state)
+        registry.add("index", ocp.args.JsonSave, IndexHandler(self._failure))
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, handler_registry=registry
         )
@@ -254,11 +256,11 @@ class Checkpoints:
         self._saving(self._finish)
 
     def _is_writing(self) -> bool:
-        return self._handler.failed is None and self._manager.is_saving_in_progress()
+        return self._failure.error is None and self._manager.is_saving_in_progress()
 
     def _finish(self) -> None:
-        if self._handler.failed is not None:
-            raise self._handler.failed
+        if self._failure.error is not None:
+            raise self._failure.error
         self._manager.wait_until_finished()
 
     def close(self) -> None:

@@ -1,4 +1,8 @@
-"""How Orbax writes and reads a run's state: what is ours of it, by its public arguments."""
+"""Orbax's handlers of a run's state and its index, which say at once when writing has failed.
+
+Orbax tells of a failure only after it has waited for the other processes, which may be waiting
+for this one's part: up to its timeout of 600 s.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,42 +12,52 @@ import jax
 import orbax.checkpoint as ocp
 
 
-class StateHandler(ocp.PyTreeCheckpointHandler):
-    """Writes the state; `failed` is set as soon as that fails on this process.
+class Failure:
+    """The first error of writing on this process, or None."""
 
-    Orbax tells of a failure only after it has waited for the other processes, which may be
-    waiting for this one's part: up to its timeout of 600 s.
-    """
-
-    def __init__(self):
-        super().__init__(type_handler_registry=array_registry())
-        self.failed: Exception | None = None
-
-    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
-        futures = await super().async_save(*args, **kwargs)
-        return [_Watched(future, self) for future in futures or ()]
-
-    def finalize(self, *args: Any, **kwargs: Any) -> None:
-        with self.watching():
-            super().finalize(*args, **kwargs)
+    error: Exception | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self.failed = error
+            self.error = self.error or error
             raise
 
 
-class _Watched(ocp.future.Future):
-    """A part of a save, which `handler` watches."""
+class _Watched:
+    """A handler of Orbax whose errors `failure` keeps; first among the bases."""
 
-    def __init__(self, future: Any, handler: StateHandler):
-        self._future, self._handler = future, handler
+    def __init__(self, failure: Failure, **kwargs: Any):
+        super().__init__(**kwargs)
+        self._failure = failure
+
+    async def async_save(self, *args: Any, **kwargs: Any) -> list[Any]:
+        futures = await super().async_save(*args, **kwargs)  # pyright: ignore
+        return [_WatchedFuture(future, self._failure) for future in futures or ()]
+
+    def finalize(self, *args: Any, **kwargs: Any) -> None:
+        with self._failure.watching():
+            super().finalize(*args, **kwargs)  # pyright: ignore
+
+
+class StateHandler(_Watched, ocp.PyTreeCheckpointHandler):
+    """Writes and reads arrays."""
+
+
+class IndexHandler(_Watched, ocp.JsonCheckpointHandler):
+    """Writes and reads JSON."""
+
+
+class _WatchedFuture(ocp.future.Future):
+    """A part of a save."""
+
+    def __init__(self, future: Any, failure: Failure):
+        self._future, self._failure = future, failure
 
     def result(self, timeout: float | None = None) -> Any:
-        with self._handler.watching():
+        with self._failure.watching():
             return self._future.result(timeout)
 
     def cancel(self) -> bool | None:
