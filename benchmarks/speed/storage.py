@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for the writer that the tests have too
 from dmpo_jax.data import raw as sources  # noqa: E402
 from dmpo_jax.data.encoded import folder as records  # noqa: E402
+from dmpo_jax.data.encoded.meta import EncodedMeta  # noqa: E402
 from dmpo_jax.data.encoded.pair import ARRAYS  # noqa: E402
 from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs  # noqa: E402
 
@@ -83,7 +84,7 @@ def measure_option(model: dict[str, Any], option: dict[str, Any], pairs: int) ->
         write_pairs(folder, {"train": make_pairs(pairs, model["latent"], **option)}, prompts, meta)
         found = records.open_pairs(folder).meta
         return {
-            "array_bytes": pair_bytes(found["shapes"]),
+            "array_bytes": pair_bytes(found.to_json()["shapes"]),
             "disk_bytes": disk_bytes(found, records.NAME) / pairs,
         }
 
@@ -104,8 +105,8 @@ def pair_bytes(shapes: dict[str, Any]) -> int:
     return sum(math.prod(x["shape"]) * np.dtype(x["dtype"]).itemsize for x in arrays)
 
 
-def disk_bytes(meta: dict[str, Any], begins: str) -> int:
-    return sum(size for name, size in meta["files"].items() if name.startswith(begins))
+def disk_bytes(meta: EncodedMeta, begins: str) -> int:
+    return sum(size for name, size in meta.files.items() if name.startswith(begins))
 
 
 def measure_jpegs(side: int, count: int = 8) -> float:

@@ -9,7 +9,7 @@ from etils import epath
 
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer
+from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer, chosen_first
 from dmpo_jax.data.encoded.prompts import PromptEmbedding
 from dmpo_jax.data.encoded.shards import ShardWriter
 
@@ -52,7 +52,7 @@ def write_pairs(
             )
             with ShardWriter(folder, records.shard_name(split, len(written[split]))) as writer:
                 for pair in [first, *itertools.islice(pairs, pairs_per_shard - 1)]:
-                    writer.write(serialize(pair))
+                    writer.write(serialize(chosen_first(pair)))
                 written[split].append(writer.close())
     assert serialize is not None, "no pairs"
     records.finish(folder, meta, written, stored, {**serialize.shapes, **found[0]})

@@ -29,6 +29,7 @@ from tensorflow_datasets.core.splits import SplitDict
 from dmpo_jax import storage
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded.examples import read_example
+from dmpo_jax.data.encoded.meta import FORMAT, MARKER, REQUIRED, Arrays, EncodedMeta
 from dmpo_jax.data.encoded.pair import (
     ARRAYS,
     EncodedPair,
@@ -38,14 +39,18 @@ from dmpo_jax.data.encoded.prompts import PromptStore
 from dmpo_jax.data.encoded.shards import Shard
 from dmpo_jax.errors import MissingFileError, UserError
 
-FORMAT = 2
-MARKER = "encoded.json"
 FEATURES = "features.json"
 NAME = "encoded_pairs"
 SPLITS = ("train", "validation")
-REQUIRED_META = ("model", "scaling_factor")
-RESERVED_META = {"format", "counts", "shapes", "prompt_shards", "files"}
-DEFAULT_META = {"image_kind": "", "moments": "sample", "skipped": {}}
+# Keys of encoded.json that the writer fills in.
+WRITTEN_META = {
+    "format",
+    "counts",
+    "shapes",
+    "prompt_shards",
+    "files",
+    "flipped",
+}
 OURS = re.compile(
     rf"({NAME}-.*\.array_record-\d+|{prompt_store.FILE.pattern})({re.escape(storage.PART)})?"
     r"|(dataset_info|features)\.json"
@@ -84,23 +89,20 @@ def finish(
     files = {shard.name: shard.size for shard in written}
     files |= {name: (folder / name).stat().length for name in ("dataset_info.json", FEATURES)}
     counts = {split: sum(s.records for s in of_split) for split, of_split in splits.items()}
-    whole = {
-        **DEFAULT_META,
-        **meta,
-        "flipped": bool(shapes["flipped"]),
+    added = {
         "format": FORMAT,
         "counts": {"prompts": sum(shard.records for shard in prompts), **counts},
         "shapes": shapes,
         "prompt_shards": [shard.records for shard in prompts],
         "files": files,
     }
-    storage.write_json(folder / MARKER, whole)
+    EncodedMeta.from_json({**meta, **added}).save(folder)
 
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
-    if missing := set(REQUIRED_META) - set(meta):
-        raise UserError(f"meta needs {REQUIRED_META}, but {sorted(missing)} is missing")
-    if reserved := RESERVED_META & set(meta):
+    if missing := set(REQUIRED) - set(meta):
+        raise UserError(f"meta needs {REQUIRED}, but {sorted(missing)} is missing")
+    if reserved := WRITTEN_META & set(meta):
         raise UserError(f"meta may not set {sorted(reserved)}: the writer adds them")
     json.dumps(dict(meta))  # fails here rather than after hours of encoding
 
@@ -148,9 +150,11 @@ def clear(folder: epath.Path) -> None:
     """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _whole_meta(folder)
+        load_meta(folder)
     except NotWholeError:
         pass
+    except ValueError as error:  # of another format, or not ours
+        raise UserError(f"{folder} already holds encoded pairs: {error}") from error
     else:
         raise UserError(f"{folder} already holds encoded pairs: delete it or choose another")
     (folder / MARKER).unlink(missing_ok=True)
@@ -173,47 +177,37 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
     folder = epath.Path(folder)
     meta = load_meta(folder)
     if storage.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
-        folder = storage.stage(folder, meta["files"], NAME)
+        folder = storage.stage(folder, meta.files, NAME)
     return EncodedPairs(folder, meta)
 
 
-def load_meta(folder: epath.PathLike) -> dict[str, Any]:
-    """encoded.json of a folder that is whole; raises as `open_pairs`."""
+def load_meta(folder: epath.PathLike) -> EncodedMeta:
+    """encoded.json of a complete folder; raises as `open_pairs`."""
     folder = epath.Path(folder)
     if not folder.exists():
         raise MissingFileError(f"no encoded pairs at {folder}: run encode first")
-    meta = _whole_meta(folder)
-    if meta["format"] != FORMAT:
-        raise UserError(
-            f"{folder} has format {meta['format']}, but this version reads {FORMAT}: delete it "
-            "and run encode again"
-        )
-    return meta
-
-
-def _whole_meta(folder: epath.Path) -> dict[str, Any]:
-    """encoded.json of a folder that is whole; NotWholeError otherwise."""
     unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
-    meta = storage.find_json(folder / MARKER)
+    meta = EncodedMeta.load(folder)
     if meta is None:
         raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)")
-    if name := storage.first_incomplete(folder, meta["files"]):
+    if name := storage.first_incomplete(folder, meta.files):
         raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
     return meta
 
 
 class EncodedPairs:
-    """An opened folder. `meta`: encoded.json. `prompts`: the store, `[j]` -> PromptEmbedding."""
+    """An opened folder. `meta`: what it holds. `prompts`: the store, `[j]` -> PromptEmbedding."""
 
-    def __init__(self, folder: epath.Path, meta: dict[str, Any]):
+    def __init__(self, folder: epath.Path, meta: EncodedMeta):
         self.meta = meta
         self.prompts = PromptStore(
-            folder,
-            meta["prompt_shards"],
-            total=meta["counts"]["prompts"],
-            shapes=meta["shapes"],
+            folder, meta.prompt_shards, total=meta.counts["prompts"], arrays=meta.arrays
         )
         self._builder: Any = tfds.builder_from_directory(folder)
+
+    def first_texts(self, count: int) -> list[str]:
+        """At most so many prompts, from the first after the empty one on."""
+        return [self.prompts[i].text for i in range(1, min(count + 1, len(self.prompts)))]
 
     def split(self, name: str) -> "PairSource":
         """The pairs of a split, by random access: len and `[i]` -> EncodedPair.
@@ -226,22 +220,22 @@ class EncodedPairs:
             raise UserError(f"there is no split {name!r}, only {names}")
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = self._builder.as_data_source(name, deserialize_method=raw)
-        return PairSource(source, self.meta["shapes"])
+        return PairSource(source, self.meta.arrays)
 
 
 class PairSource:
     """Random access to the pairs of one split; nothing is kept in memory."""
 
-    def __init__(self, source: Any, shapes: Mapping[str, Any]):
-        """source: of records as bytes. shapes: of their arrays, as in encoded.json."""
-        self._source, self._shapes = source, shapes
+    def __init__(self, source: Any, arrays: Arrays):
+        """source: of records as bytes. arrays: that they hold."""
+        self._source, self._arrays = source, arrays._asdict()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, i: int) -> EncodedPair:
         record = self._source[prompt_store.checked_index(i, len(self))]
-        values = read_example(record, self._shapes)
+        values = read_example(record, self._arrays)
         return EncodedPair(
             id=values["id"].decode(),
             prompt=values["prompt"][0],

@@ -7,52 +7,49 @@ empty prompt.
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dmpo_jax.data.encoded.examples import read_example, write_example
+from dmpo_jax.data.encoded.meta import Arrays
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 from dmpo_jax.errors import UserError
 
 PROMPTS = "prompts.array_record"
 FILE = re.compile(rf"{re.escape(PROMPTS)}-\d+")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
+ARRAYS = ("context", "pooled", "length")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 class PromptEmbedding(NamedTuple):
-    """A prompt and what the text encoders made of it; bfloat16, float16 or float32."""
+    """A prompt and what the text encoders made of it; bfloat16, float16 or float32.
+
+    length: how many positions of the context are text, where the model is told so; int32.
+    """
 
     text: str
     context: Float[np.ndarray, "S D"]
     pooled: Float[np.ndarray, " P"] | None = None
+    length: Int[np.ndarray, ""] | None = None
 
 
 class PromptStore:
     """Random access to prompt embeddings; nothing is kept in memory."""
 
-    def __init__(
-        self,
-        folder: epath.Path,
-        counts: Sequence[int],
-        *,
-        total: int,
-        shapes: Mapping[str, Any],
-    ):
+    def __init__(self, folder: epath.Path, counts: Sequence[int], *, total: int, arrays: Arrays):
         """counts: records of each file, so that none is opened before it is read.
 
-        shapes: of `context` and `pooled`, as in encoded.json.
+        arrays: that the records hold.
         """
-        self._shapes = {name: shapes.get(name) for name in ("context", "pooled")}
-        files = [
-            _Whole(os.fspath(folder / shard_name(k)), 0, count, count)
-            for k, count in enumerate(counts)
-        ]
+        self._arrays = {name: getattr(arrays, name) for name in ARRAYS}
+        names = [os.fspath(folder / shard_name(k)) for k in range(len(counts))]
+        files: Any = [_Whole(f, 0, n, n) for f, n in zip(names, counts, strict=True)]
         self._source = ArrayRecordDataSource(files)
         if len(self._source) != total:
             raise UserError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
@@ -61,8 +58,10 @@ class PromptStore:
         return len(self._source)
 
     def __getitem__(self, j: int) -> PromptEmbedding:
-        values = read_example(self._source[checked_index(j, len(self))], self._shapes)
-        return PromptEmbedding(values["text"].decode(), values["context"], values.get("pooled"))
+        record = self._source[checked_index(j, len(self))]
+        values = read_example(record, self._arrays)
+        text = values.pop("text").decode()
+        return PromptEmbedding(text, **values)
 
 
 class _Whole(NamedTuple):
@@ -85,7 +84,7 @@ def write_prompts(
     """Writes one file of the store: prompts `shard * PER_SHARD` and following.
 
     Returns:
-        The file, and the shapes and dtypes of `context` and `pooled`.
+        The file, and the shapes and dtypes of ARRAYS.
 
     Raises:
         ValueError: if there is no prompt, or one is malformed, not finite or unlike the
@@ -129,12 +128,20 @@ def checked_index(i: int, length: int) -> int:
 
 
 def _shapes(prompt: PromptEmbedding) -> dict[str, Any]:
-    pooled = None if prompt.pooled is None else described(prompt.pooled)
-    return {"context": described(prompt.context), "pooled": pooled}
+    arrays = {name: getattr(prompt, name) for name in ARRAYS}
+    return {name: None if x is None else described(x) for name, x in arrays.items()}
 
 
 def _serialized(what: str, prompt: PromptEmbedding) -> bytes:
     arrays = {name: x for name, x in prompt._asdict().items() if x is not None and name != "text"}
-    for name, array in arrays.items():
-        check_floats(f"{what}: {name}", array)
+    for name in ("context", "pooled"):
+        if name in arrays:
+            check_floats(f"{what}: {name}", arrays[name])
+    length = arrays.get("length")
+    if length is not None and not (
+        length.dtype == np.int32 and length.shape == () and 0 < length <= len(prompt.context)
+    ):
+        raise ValueError(
+            f"{what}: length should be an int32 in [1, {len(prompt.context)}], but got {length!r}"
+        )
     return write_example({**arrays, "text": prompt.text.encode()})
