@@ -25,7 +25,7 @@ from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 from tensorflow_datasets.core.utils import tqdm
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import Tally
 from dmpo_jax.data.raw.built import STATISTICS
 from dmpo_jax.data.tfds import build
 
@@ -136,7 +136,7 @@ def _write_all(
     runner, options = download_config.beam_runner, download_config.beam_options
     reports: list[build.Report] = []
     if runner is None and options is None:
-        tally = faults.Tally(job.max_bad, total=build.count_rows(job))
+        tally = Tally(job.max_bad, total=build.count_rows(job))
         for shard in tqdm(shards, desc="Writing shards", unit=" shards"):
             build.write_shard(job, shard)
             reports.append(build.take_report(job, shard))
