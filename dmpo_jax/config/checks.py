@@ -1,134 +1,60 @@
 """The checks on a config that need no device, and the parsing of its few texts."""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config.leaves import Config, declared, flatten, nearest
+from dmpo_jax.config.sections import JOBS
+from dmpo_jax.objectives import OBJECTIVES
 
 
-def validate(config: configs.Config, *, objectives: Mapping[str, Any]) -> None:
-    """Raises ValueError in words, one line a fault, for what no device is needed to refuse.
+def validate(config: Config) -> None:
+    """Refuses a training config that cannot run, by what needs no device.
 
-    Args:
-        config: a whole config, overrides applied.
-        objectives: `objectives.OBJECTIVES`; the chosen one checks its own hyperparameters.
+    Raises:
+        ValueError: one line a fault.
     """
-    faults = list(
-        itertools.chain(
-            _check_objective(config, objectives),
-            _check_names(config),
-            _check_numbers(config),
-            _check_jobs(config),
-        )
-    )
-    if faults:
-        raise ValueError("\n".join(faults))
+    _raise(itertools.chain(_check_objective(config), _check_leaves(config), _check_jobs(config)))
 
 
-def _check_objective(config: configs.Config, objectives: Mapping[str, Any]):
+def check_leaves(config: Config) -> None:
+    """The part of `validate` that every command makes: each leaf by itself.
+
+    Raises:
+        ValueError: one line a leaf that is out of its range or none of its choices.
+    """
+    _raise(_check_leaves(config))
+
+
+def _raise(faults: Iterable[str]) -> None:
+    if found := list(faults):
+        raise ValueError("\n".join(found))
+
+
+def _check_leaves(config: Config) -> Iterator[str]:
+    flat = flatten(config)
+    for path, leaf in declared().items():
+        if path.startswith("objectives."):  # the chosen objective checks its own
+            continue
+        if not leaf.fits(flat[path]):
+            near = f": did you mean {nearest(flat[path], OBJECTIVES)!r}?"
+            hint = near if path == "objective" else ""
+            yield f"{path} must be {leaf.words}, but got {flat[path]!r}{hint}"
+
+
+def _check_objective(config: Config) -> Iterator[str]:
     name = config.objective
-    if name not in objectives:
-        near = configs.nearest(name, sorted(objectives))
-        known = ", ".join(sorted(objectives))
-        yield f"objective must be one of {known}, but got {name!r}: did you mean {near!r}?"
-    elif name not in config.objectives:
-        yield (
-            f"objective {name!r} has no section objectives.{name}: add its hyperparameters to "
-            "config.LEAVES"
-        )
-    else:
-        try:
-            objectives[name].check(**config.objectives[name])
-        except ValueError as error:
-            yield f"objectives.{name}: {error}"
-        mu = config.safeguard.mu
-        if mu is not None and not objectives[name].needs_rejected:
-            yield f"safeguard.mu holds back rejected images, which {name!r} does not use: unset it"
+    if name not in OBJECTIVES:
+        return  # the leaf's own check says so
+    try:
+        OBJECTIVES[name].check(**config.objectives[name])
+    except ValueError as error:
+        yield f"objectives.{name}: {error}"
+    if config.safeguard.mu is not None and not OBJECTIVES[name].needs_rejected:
+        yield f"safeguard.mu holds back rejected images, which {name!r} does not use: unset it"
 
 
-def _check_names(config: configs.Config):
-    choices = {
-        "timesteps.weighting": configs.WEIGHTINGS,
-        "model.compute_dtype": configs.DTYPES,
-        "model.attention": configs.KERNELS,
-        "model.remat": configs.REMAT,
-        "data.moments": configs.MOMENTS,
-        "data.moments_dtype": configs.STORED,
-        "optimizer.name": configs.OPTIMIZERS,
-        "optimizer.schedule": configs.SCHEDULES,
-        "collect.labels": configs.LABELS,
-    }
-    flat = configs.leaves(config)
-    for path, allowed in choices.items():
-        if flat[path] not in allowed:
-            yield f"{path} must be one of {', '.join(allowed)}, but got {flat[path]!r}"
-
-
-_AT_LEAST_ONE = [
-    "mesh.cpu_devices",
-    "data.num_threads",
-    "train.steps",
-    "train.batch_size",
-    "train.accumulation",
-    "distributed.join_limit",
-    "log.every",
-    "log.checkpoint_every",
-    "log.keep",
-    "sample.steps",
-    "sample.batch_size",
-    "sample.count",
-    "collect.pairs",
-    "evaluate.seeds",
-]
-_AT_LEAST_ZERO = [
-    "seed",
-    "data.prefetch",
-    "train.skip_limit",
-    "train.hang_limit",
-    "distributed.processes",
-    "lora.rank",
-    "optimizer.learning_rate",
-    "optimizer.warmup_steps",
-    "optimizer.eps",
-    "optimizer.weight_decay",
-    "optimizer.clip_norm",
-    "log.validate_every",
-    "log.sample_every",
-    "sample.guidance_scale",
-    "collect.tie_margin",
-]
-# path: (predicate, the range in words)
-_RANGES = {
-    "safeguard.mu": (lambda x: x is None or 0 <= x <= 1, "in [0, 1]"),
-    "timesteps.gamma": (lambda x: 0 < x < float("inf"), "above 0 and finite"),
-    "timesteps.low": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "timesteps.high": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "data.prompt_dropout": (lambda x: 0 <= x <= 1, "in [0, 1]"),
-    "data.validation_fraction": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "data.resolution": (lambda x: x is None or (x > 0 and x % 8 == 0), "a positive multiple of 8"),
-    "distributed.process_id": (lambda x: x >= -1, "-1, or a process's number"),
-    "distributed.heartbeat": (lambda x: x >= 10, "at least 10: heartbeats are sent every few s"),
-    "train.ema_decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "lora.alpha": (lambda x: x is None or x > 0, "above 0"),
-    "lora.dropout": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "optimizer.b1": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "optimizer.b2": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    **{
-        f"mesh.{axis}": (lambda x: x == -1 or x > 0, "a number of devices, or -1 for all left")
-        for axis in ("data", "fsdp", "tensor")
-    },
-    "collect.temperature": (lambda x: x > 0, "above 0"),
-    **{path: (lambda x: x >= 1, "at least 1") for path in _AT_LEAST_ONE},
-    **{path: (lambda x: 0 <= x < float("inf"), "at least 0 and finite") for path in _AT_LEAST_ZERO},
-}
-
-
-def _check_numbers(config: configs.Config):
-    flat = configs.leaves(config)
-    for path, (fits, words) in _RANGES.items():
-        if path in flat and not fits(flat[path]):
-            yield f"{path} must be {words}, but got {flat[path]}"
+def _check_train(config: Config) -> Iterator[str]:
     batch, parts = config.train.batch_size, config.train.accumulation
     if parts >= 1 and batch % parts:
         yield (
@@ -149,28 +75,18 @@ def _check_numbers(config: configs.Config):
             )
 
 
-def _check_jobs(config: configs.Config):
+def _check_jobs(config: Config) -> Iterator[str]:
     jobs = config.jobs
-    unknown = [job for job in jobs if job not in configs.JOBS]
+    unknown = [job for job in jobs if job not in JOBS]
     if unknown or not jobs:
-        yield f"jobs must be some of {', '.join(configs.JOBS)}, but got {jobs!r}"
-    elif [configs.JOBS.index(job) for job in jobs] != sorted(
-        {configs.JOBS.index(job) for job in jobs}
-    ):
-        yield f"jobs must come once each, in the order {', '.join(configs.JOBS)}, but got {jobs!r}"
-    if not config.lora.targets or not all(isinstance(t, str) for t in config.lora.targets):
-        yield f"lora.targets must be ends of layers' paths, but got {config.lora.targets!r}"
-    if not all(isinstance(judge, str) for judge in config.evaluate.judges or ()):
-        yield f"evaluate.judges must be names of scorers, but got {config.evaluate.judges!r}"
+        yield f"jobs must be some of {', '.join(JOBS)}, but got {jobs!r}"
+    elif [JOBS.index(job) for job in jobs] != sorted({JOBS.index(job) for job in jobs}):
+        yield f"jobs must come once each, in the order {', '.join(JOBS)}, but got {jobs!r}"
     if not config.model.folder and not config.debug.family:
         yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"
     if "collect" in jobs and not config.collect.scorer and not config.debug.family:
         yield "the collect job needs collect.scorer, but got '': set it, or drop collect from jobs"
-    if config.debug.family not in ("", *configs.FAMILIES):
-        yield (
-            f"debug.family must be one of {', '.join(configs.FAMILIES)}, or '', but got "
-            f"{config.debug.family!r}"
-        )
+    yield from _check_train(config)
     yield from _check_mix(config)
     yield from _check_profile(config)
     source = config.data.source
@@ -178,7 +94,7 @@ def _check_jobs(config: configs.Config):
         yield f"data.source must be KIND:PATH, but got {source!r}"
 
 
-def _check_mix(config: configs.Config):
+def _check_mix(config: Config) -> Iterator[str]:
     if not config.data.mix:
         return
     try:
@@ -213,7 +129,7 @@ def parse_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
     return found
 
 
-def _check_profile(config: configs.Config):
+def _check_profile(config: Config) -> Iterator[str]:
     try:
         steps = parse_profile(config.profile)
     except ValueError as error:

@@ -50,7 +50,7 @@ def convert(
             `merge` ask for what the run has not; verified and different.
     """
     workdir, out = epath.Path(workdir), epath.Path(out)
-    config = configs.from_leaves(diffusers_io.read_json(workdir / "config.json"))
+    config = configs.from_flat(diffusers_io.read_json(workdir / "config.json"))
     card = arguments.card(config, workdir)
     adapters = card.trained.adapters
     if merge and not adapters:

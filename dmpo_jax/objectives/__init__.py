@@ -1,17 +1,18 @@
 """Preference objectives: pure functions from predictions to one loss per pair.
 
-To add one, write a function in one of these files under `@objective`, a row in its test and
-its hyperparameters in `config.LEAVES`.
+To add one, write a function under `@objective`: in one of these files, with a row in its test, or
+in a config file of your own.
 """
 
 from dmpo_jax.objectives.choices import diffusion_kto, dspo, hinge, ipo, mapo, sft
 from dmpo_jax.objectives.divergences import alpha_divergence, diffusion_dpo, dmpo, jensen_shannon
 from dmpo_jax.objectives.margins import decided, errors, gains, implied_logit, margin
-from dmpo_jax.objectives.registry import OBJECTIVES, Objective, objective
+from dmpo_jax.objectives.registry import OBJECTIVES, Hyperparameter, Objective, objective
 from dmpo_jax.objectives.safeguard import winner_preserving
 
 __all__ = [
     "OBJECTIVES",
+    "Hyperparameter",
     "Objective",
     "alpha_divergence",
     "decided",

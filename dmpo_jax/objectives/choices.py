@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.objectives.margins import decided, errors, gains, implied_logit, margin
-from dmpo_jax.objectives.registry import Images, objective, positive, within
+from dmpo_jax.objectives.registry import Hyperparameter, Images, objective
 from dmpo_jax.types import Pair, PerPair
 
 
@@ -25,7 +25,11 @@ def sft(policy: Images, reference: Images | None, target: Images, preference: Pe
     return decided(preference) * errors(policy[:, :1], target[:, :1])[:, 0]
 
 
-@objective(needs_reference=True, needs_rejected=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    beta=Hyperparameter(2000.0, "the margin is drawn to 1 / (2 beta)", "(0, inf)"),
+)
 def ipo(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
 ) -> PerPair:
@@ -40,11 +44,14 @@ def ipo(
     Source: A General Theoretical Paradigm to Understand Learning from Human Preferences,
     arXiv 2310.12036; huggingface/diffusers, train_diffusion_dpo.py.
     """
-    positive("beta", beta, "the margin is drawn to 1/(2 beta)")
     return decided(preference) * jnp.square(margin(policy, reference, target) - 0.5 / beta)
 
 
-@objective(needs_reference=True, needs_rejected=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    beta=Hyperparameter(2000.0, "a margin of 1 / beta is wide enough", "(0, inf)"),
+)
 def hinge(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
 ) -> PerPair:
@@ -58,11 +65,15 @@ def hinge(
     Source: Statistical Rejection Sampling Improves Preference Optimization, arXiv
     2309.06657; huggingface/diffusers, train_diffusion_dpo.py.
     """
-    positive("beta", beta, "a margin of 1/beta is wide enough")
     return decided(preference) * jax.nn.relu(1 - beta * margin(policy, reference, target))
 
 
-@objective(needs_reference=True, needs_rejected=True, implied_logit=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    implied_logit=True,
+    beta=Hyperparameter(0.001, "of logit and discount; as published for SD1.5", "(0, inf)"),
+)
 def dspo(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
 ) -> PerPair:
@@ -85,7 +96,13 @@ def dspo(
     return decided(preference) * jnp.square(score).mean((1, 2, 3))
 
 
-@objective(needs_reference=True, needs_rejected=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    beta=Hyperparameter(1000.0, "of an image's gain, as in published code", "(0, inf)"),
+    chosen_weight=Hyperparameter(meaning="of chosen images", within="[0, inf)"),
+    rejected_weight=Hyperparameter(meaning="of rejected images", within="[0, inf)"),
+)
 def diffusion_kto(
     policy: Pair,
     reference: Pair,
@@ -113,9 +130,6 @@ def diffusion_kto(
 
     Source: Aligning Diffusion Models by Optimizing Human Utility, arXiv 2404.04465.
     """
-    positive("beta", beta, "1000 in published code")
-    for name, weight in (("chosen_weight", chosen_weight), ("rejected_weight", rejected_weight)):
-        within(name, weight, lambda x: x >= 0, "a finite Python number, at least 0", "1 is usual")
     gain = gains(policy, reference, target)
     base = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where the other has none left.
@@ -128,7 +142,13 @@ def diffusion_kto(
 _MAPO_SCALE, _MAPO_STEPS = 0.5, 1000.0
 
 
-@objective(needs_reference=False, needs_rejected=True)
+@objective(
+    needs_reference=False,
+    needs_rejected=True,
+    beta=Hyperparameter(
+        0.1, "of the margin beside the chosen image's error, as published", "(0, inf)"
+    ),
+)
 def mapo(
     policy: Pair,
     reference: Pair | None,
@@ -149,7 +169,6 @@ def mapo(
     Reference, arXiv 2406.06424; mapo-t2i/mapo, utils.py.
     """
     del reference
-    positive("beta", beta, "0.1 in published runs")
     policy, target = policy.astype(jnp.float32), target.astype(jnp.float32)
     error = errors(policy, target)
     e = policy - target

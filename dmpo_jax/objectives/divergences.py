@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.objectives.margins import implied_logit
-from dmpo_jax.objectives.registry import objective, within
+from dmpo_jax.objectives.registry import Hyperparameter, objective
 from dmpo_jax.types import Pair, PerPair
+
+# For a label of 1 - alpha, pass its complement.
+LABEL_NOISE = Hyperparameter(0.01, "label noise: preferences are clipped to 1 - alpha", "(0, 0.5]")
 
 
 class Outcome(NamedTuple):
@@ -31,14 +34,6 @@ class Outcome(NamedTuple):
 
 def _outcomes(u: PerPair, preference: PerPair, alpha: float | int) -> tuple[Outcome, Outcome]:
     """Of the chosen image, and of the rejected one."""
-    within(
-        "alpha",
-        alpha,
-        lambda a: 0 < a <= 0.5,
-        "a Python number in (0, 0.5]",
-        "it is the label's softening, 0.01 in published runs (for a label of 1 - alpha, pass "
-        "its complement)",
-    )
     # Both sides are clipped from below rather than 1 - q taken afterwards: in float32
     # 1 - (1 - alpha) is 0 for a small alpha, and its log infinite.
     q, not_q = jnp.clip(preference, alpha, 1 - alpha), jnp.clip(1 - preference, alpha, 1 - alpha)
@@ -80,7 +75,15 @@ def _kl(outcome: Outcome) -> PerPair:
     return _share(outcome.log_p, outcome.log_q, outcome.x)
 
 
-@objective(needs_reference=True, needs_rejected=True, implied_logit=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    implied_logit=True,
+    beta=Hyperparameter(
+        2000.0, "inverse temperature; as published for SD1.5 (SDXL: 6000)", "(0, inf)"
+    ),
+    alpha=LABEL_NOISE,
+)
 def dmpo(
     policy: Pair,
     reference: Pair,
@@ -109,7 +112,13 @@ def dmpo(
     return _kl(chosen) + _kl(rejected)
 
 
-@objective(needs_reference=True, needs_rejected=True, implied_logit=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    implied_logit=True,
+    beta=Hyperparameter(5000.0, "inverse temperature, as published", "(0, inf)"),
+    label_smoothing=Hyperparameter(meaning="probability that a label is wrong", within="[0, 0.5]"),
+)
 def diffusion_dpo(
     policy: Pair,
     reference: Pair,
@@ -136,19 +145,19 @@ def diffusion_dpo(
     Source: Diffusion Model Alignment Using Direct Preference Optimization, arXiv
     2311.12908; SalesforceAIResearch/DiffusionDPO, train.py.
     """
-    within(
-        "label_smoothing",
-        label_smoothing,
-        lambda x: 0 <= x <= 0.5,
-        "a Python number in [0, 0.5]",
-        "0 is no smoothing",
-    )
     u = implied_logit(policy, reference, target, beta)
     q = jnp.clip(preference, label_smoothing, 1 - label_smoothing)
     return -q * jax.nn.log_sigmoid(u) - (1 - q) * jax.nn.log_sigmoid(-u)
 
 
-@objective(needs_reference=True, needs_rejected=True, implied_logit=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    implied_logit=True,
+    beta=Hyperparameter(2000.0, "inverse temperature", "(0, inf)"),
+    alpha=LABEL_NOISE,
+    order=Hyperparameter(0.5, "1 is dmpo, 0 diffusion_dpo smoothed", "[0, 1]"),
+)
 def alpha_divergence(
     policy: Pair,
     reference: Pair,
@@ -175,7 +184,6 @@ def alpha_divergence(
     Source: Amari, Differential-Geometrical Methods in Statistics, 1985; for preferences of
     language models f-PO, arXiv 2410.21662.
     """
-    within("order", order, lambda x: 0 <= x <= 1, "a Python number in [0, 1]", "1 is dmpo")
     u = implied_logit(policy, reference, target, beta)
     chosen, rejected = _outcomes(u, preference, alpha)
     if order < 0.5:  # the same divergence with p and q exchanged is of order 1 - a
@@ -202,7 +210,13 @@ def _share_of_order(outcome: Outcome, c: float) -> PerPair:
     return jnp.where(jnp.abs(x) < 0.5, near, jnp.exp(log_b) - a - growth / c)
 
 
-@objective(needs_reference=True, needs_rejected=True, implied_logit=True)
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    implied_logit=True,
+    beta=Hyperparameter(2000.0, "inverse temperature", "(0, inf)"),
+    alpha=LABEL_NOISE,
+)
 def jensen_shannon(
     policy: Pair,
     reference: Pair,

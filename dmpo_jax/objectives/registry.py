@@ -6,16 +6,40 @@ policy's mean squared error over H, W, C, r the reference's; c chosen, x rejecte
 
 import dataclasses
 import inspect
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dmpo_jax.objectives.interval import Interval
 from dmpo_jax.types import PerPair
 
 Images = Float[Array, "B n H W C"]
+
+
+class Hyperparameter(NamedTuple):
+    """One keyword-only argument of an objective, as a config offers it.
+
+    default: of the config's leaf; None is the default in the function's signature.
+    meaning: a few words, in help and in errors. within: an `Interval`'s text.
+    """
+
+    default: float | int | None = None
+    meaning: str = ""
+    within: str = "(-inf, inf)"
+
+    def check(self, name: str, value: float | int) -> None:
+        """ValueError where `value` is no finite Python number in the interval."""
+        interval = Interval(self.within)
+        if not isinstance(value, int | float) or value not in interval:
+            # Traced values are refused too: what depends on them is chosen before compiling.
+            raise ValueError(
+                f"{name} must be a finite Python number {interval.words}".rstrip()
+                + f", got {name}={value}"
+                + (f"; {self.meaning}" if self.meaning else "")
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +54,7 @@ class Objective:
         needs_rejected: whether image 1 is used; where not, n may be 1.
         implied_logit: whether the loss is a function of u = beta/2 * margin, the logit of
             the preference that the policy implies.
-        hyperparameters: names of `fn`'s keyword-only arguments.
+        declared: `fn`'s keyword-only arguments by name, each with its default.
     """
 
     fn: Callable[..., PerPair]
@@ -38,7 +62,12 @@ class Objective:
     needs_reference: bool
     needs_rejected: bool
     implied_logit: bool
-    hyperparameters: tuple[str, ...]
+    declared: Mapping[str, Hyperparameter] = dataclasses.field(hash=False, compare=False)
+
+    @property
+    def hyperparameters(self) -> tuple[str, ...]:
+        """Names of `fn`'s keyword-only arguments."""
+        return tuple(self.declared)
 
     def __call__(
         self,
@@ -62,6 +91,9 @@ class Objective:
         Raises:
             ValueError: if what the objective needs is missing or out of range.
         """
+        for name, value in hyperparameters.items():
+            if name in self.declared:  # `fn` refuses the others
+                self.declared[name].check(name, value)
         if self.needs_reference and reference is None:
             raise ValueError(
                 f"objective {self.name!r} compares with a reference, got None; pass the frozen "
@@ -100,40 +132,63 @@ OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(
-    *, needs_reference: bool, needs_rejected: bool, implied_logit: bool = False
+    *,
+    needs_reference: bool,
+    needs_rejected: bool,
+    implied_logit: bool = False,
+    **hyperparameters: Hyperparameter,
 ) -> Callable[[Callable[..., PerPair]], Objective]:
     """Makes a function selectable in a config under its own name.
 
+    Args:
+        **hyperparameters: default, meaning and range of `fn`'s keyword-only arguments. From
+            these a config gets its leaves `objectives.NAME.ARGUMENT`. An argument with a default
+            in the signature needs none here.
+
     Raises:
-        ValueError: if the name is taken.
+        ValueError: another file's objective has that name, or an argument has no default, two
+            defaults, or none of that name is in the signature.
     """
 
     def register(fn: Callable[..., PerPair]) -> Objective:
         name = fn.__name__
-        if name in OBJECTIVES:
+        # The same file again is a config that is loaded again.
+        if name in OBJECTIVES and _file(OBJECTIVES[name].fn) != _file(fn):
             raise ValueError(f"objective {name!r} is already defined; give this one another name")
-        parameters = inspect.signature(fn).parameters.values()
-        keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        declared = _declare(fn, hyperparameters)
         OBJECTIVES[name] = Objective(
-            fn, name, needs_reference, needs_rejected, implied_logit, keywords
+            fn, name, needs_reference, needs_rejected, implied_logit, declared
         )
         return OBJECTIVES[name]
 
     return register
 
 
-def within(
-    name: str,
-    value: float | int,
-    fits: Callable[[float | int], bool],
-    words: str,
-    hint: str,
-) -> None:
-    """ValueError where a hyperparameter is no Python number, or not as `words` say."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
-        raise ValueError(f"{name} must be {words}, got {name}={value}; {hint}")
+def _declare(
+    fn: Callable[..., PerPair], given: Mapping[str, Hyperparameter]
+) -> dict[str, Hyperparameter]:
+    """Each keyword-only argument of `fn`, with the one default that it has."""
+    parameters = inspect.signature(fn).parameters.values()
+    arguments = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    if unknown := set(given) - set(arguments):
+        raise ValueError(
+            f"objective {fn.__name__!r} declares {sorted(unknown)}, but its keyword-only arguments "
+            f"are {sorted(arguments)}"
+        )
+    declared = {}
+    for name, default in arguments.items():
+        found = given.get(name, Hyperparameter())
+        in_signature = default is not inspect.Parameter.empty
+        if in_signature == (found.default is not None):
+            raise ValueError(
+                f"objective {fn.__name__!r} needs one default for {name}, got "
+                f"{'two' if in_signature else 'none'}: give it in the decorator, "
+                f"{name}=Hyperparameter(default, meaning, interval), or in the signature"
+            )
+        declared[name] = found._replace(default=default) if in_signature else found
+        declared[name].check(name, declared[name].default)
+    return declared
 
 
-def positive(name: str, value: float | int, hint: str) -> None:
-    """ValueError where a hyperparameter is not a finite Python number above 0."""
-    within(name, value, lambda x: x > 0, "a finite Python number above 0", hint)
+def _file(fn: Callable[..., PerPair]) -> str:
+    return inspect.unwrap(fn).__code__.co_filename

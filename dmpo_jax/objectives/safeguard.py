@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmpo_jax.objectives.registry import within
+from dmpo_jax.objectives.registry import Hyperparameter
 from dmpo_jax.types import Pair
+
+MU = Hyperparameter(
+    None, "what is left of the chosen branch's step; 0.9 for SD1.5's DMPO", "[0, 1]"
+)
 
 
 def winner_preserving(
@@ -32,7 +36,7 @@ def winner_preserving(
 
     Source: Diffusion-SDPO, arXiv 2511.03317; AIDC-AI/Diffusion-SDPO, train.py.
     """
-    within("mu", mu, lambda x: 0 <= x <= 1, "a Python number in [0, 1]", "0.9 for SD1.5's DMPO")
+    MU.check("mu", mu)
     error = jax.lax.stop_gradient(policy.astype(jnp.float32) - target.astype(jnp.float32))
     chosen, rejected = error[:, 0], error[:, 1]
     # Means, not sums: those of a large batch pass float32's range where errors are in the

@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
+LABELS = ("drawn", "probability")
+
 
 def win_probability(
     scores: Float[np.ndarray, "N 2"], temperature: float | int

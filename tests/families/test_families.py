@@ -184,7 +184,7 @@ def assert_same_conditioning(pipeline, encoded, row, monkeypatch):
     prompt = pairs.prompts[record.prompt]
     assert prompt.text == row["caption"]
     given = {"prompt": row["caption"]}
-    if kind := pairs.meta["image_kind"]:
+    if kind := pairs.meta.image_kind:
         given["image"] = Image.open(io.BytesIO(row["jpg_source"]))
     else:
         given |= {"height": SIDE, "width": SIDE}
@@ -371,7 +371,7 @@ def test_a_pair_without_its_source_is_left_out(inpainting, tmp_path):
     del made[2]["jpg_source"]
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", made)
     tiny.encode(f"pickapic:{tmp_path}/pairs.parquet", inpainting, tmp_path / "out")
-    assert records.open_pairs(tmp_path / "out").meta["skipped"] == {"no source": 1}
+    assert records.open_pairs(tmp_path / "out").meta.skipped == {"no source": 1}
 
 
 def test_pairs_of_another_kind_are_refused(inpainting):
@@ -380,7 +380,7 @@ def test_pairs_of_another_kind_are_refused(inpainting):
     pairs = records.EncodedPairs.__new__(records.EncodedPairs)
     pairs.meta = {"shapes": shapes, "image_kind": "inpaint"}
     train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
-    pairs.meta["image_kind"] = ""
+    pairs.meta.image_kind = ""
     with pytest.raises(ValueError, match="images of kind 'inpaint', the encoded pairs hold ''"):
         train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
 

@@ -27,15 +27,15 @@ def free_port() -> int:
 
 def write_config(file: pathlib.Path, made: tuple[str, str], **leaves) -> pathlib.Path:
     """A config file over the tiny model and pairs; `leaves` as in tiny.make_config."""
-    plain = configs.leaves(configs.defaults())
-    flat = configs.leaves(tiny.make_config(*made, **leaves))
+    plain = configs.flatten(configs.defaults())
+    flat = configs.flatten(tiny.make_config(*made, **leaves))
     changed = {k: v for k, v in flat.items() if v is not None and v != plain.get(k)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
         "from dmpo_jax.config import leaves as config\n"
         "def get_config():\n"
-        "    plain = config.leaves(config.defaults())\n"
-        f"    return config.from_leaves({{**plain, **{changed!r}}})\n"
+        "    plain = config.flatten(config.defaults())\n"
+        f"    return config.from_flat({{**plain, **{changed!r}}})\n"
     )
     return file
 

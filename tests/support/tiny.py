@@ -81,4 +81,4 @@ def make_config(model: str, encoded: str, **leaves):
         "log.checkpoint_every": 2,
         **{path.replace("__", "."): value for path, value in leaves.items()},
     }
-    return configs.from_leaves({**configs.leaves(config), **values})
+    return configs.from_flat({**configs.flatten(config), **values})

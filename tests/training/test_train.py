@@ -200,12 +200,12 @@ def test_an_objective_is_one_function_and_one_config_line(made, tmp_path, monkey
     monkeypatch.setattr(configs, "LEAVES", {**configs.LEAVES, **line})
     config = tiny.make_config(*made, objective="slic", train__steps=1, log__validate_every=0)
     assert "steepness" in configs.describe(config)
-    config_checks.validate(config, objectives=known)
+    config_checks.validate(config)
     run(config, tmp_path)
     assert lines(tmp_path)[-1]["loss"] == pytest.approx(np.log1p(np.e), rel=1e-5)  # margin 0
     config.objectives.slic.beta = -1.0
     with pytest.raises(ValueError, match=r"objectives\.slic: beta must be .* got beta=-1.0"):
-        config_checks.validate(config, objectives=known)
+        config_checks.validate(config)
 
 
 @pytest.fixture
@@ -283,14 +283,14 @@ def test_convert_any_step(uninterrupted, tmp_path):
 def start(made, workdir, **leaves) -> subprocess.Popen:
     """The run in a process of its own, one device."""
     given = tiny.make_config(*made, **leaves)
-    flags = {path: value for path, value in configs.leaves(given).items() if value is not None}
-    changed = {k: v for k, v in flags.items() if v != configs.leaves(configs.defaults()).get(k)}
+    flags = {path: value for path, value in configs.flatten(given).items() if value is not None}
+    changed = {k: v for k, v in flags.items() if v != configs.flatten(configs.defaults()).get(k)}
     file = workdir.parent / "config.py"
     file.write_text(
         "from dmpo_jax import config\n"
         "def get_config():\n"
-        "    plain = config.leaves(config.defaults())\n"
-        f"    return config.from_leaves({{**plain, **{changed!r}}})\n"
+        "    plain = config.flatten(config.defaults())\n"
+        f"    return config.from_flat({{**plain, **{changed!r}}})\n"
     )
     cache = str(workdir.parent / "cache")
     return subprocess.Popen(

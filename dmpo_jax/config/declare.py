@@ -1,0 +1,147 @@
+"""`Leaf`: one option, declared once. Help, checks, identity, flags and docs are derived from it."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dmpo_jax.objectives.interval import Interval
+
+ITSELF = "."
+
+
+class Check(NamedTuple):
+    """A range that is no interval: the test, and words to follow "must be"."""
+
+    fits: Callable[[Any], bool]
+    words: str
+
+
+class OneOf:
+    """Choices. A table that grows, or a function, is asked anew at each use."""
+
+    def __init__(self, choices: Iterable[str] | Callable[[], Iterable[str]]):
+        self._choices = choices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choices() if callable(self._choices) else self._choices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One option of a config.
+
+    Attributes:
+        default: None where unset; its type is then `kind`.
+        meaning: a few words, for help and the reference page.
+        check: an interval as text ("[0, 1)"), `OneOf` or `Check`; None takes every value.
+            An unset value passes.
+        affects: "run" (what checkpoints may not outlive a change of), "program" (the compiled
+            step), both with a space between, or "nothing".
+        counts_with: with "run": paths of leaves, one of which must differ from its default for
+            this one to count. `ITSELF` is this leaf: a leaf added later counts with itself, so
+            that runs from before it keep their identity.
+        kind: bool, int, float, str or tuple.
+    """
+
+    default: Any
+    meaning: str
+    check: str | OneOf | Check | None = None
+    affects: str = "nothing"
+    counts_with: str = ""
+    kind: type = str
+
+    def __post_init__(self):
+        if isinstance(self.check, str):
+            Interval(self.check)  # ValueError where it is none
+        if unknown := set(self.affects.split()) - {"run", "program", "nothing"}:
+            raise ValueError(f"a leaf affects run, program or nothing, got {sorted(unknown)}")
+        if self.default is not None:
+            object.__setattr__(self, "kind", type(self.default))
+
+    @property
+    def words(self) -> str:
+        """The values it takes, to follow "must be"; '' where it takes all of its type."""
+        if isinstance(self.check, OneOf):
+            return f"one of {', '.join(name or repr('') for name in self.check)}"
+        if isinstance(self.check, Check):
+            return self.check.words
+        if self.check is None:
+            return ""
+        words = Interval(self.check).words
+        return f"{words} and finite" if self.kind is float and "inf" in self.check else words
+
+    def fits(self, value: Any) -> bool:
+        if value is None:
+            return True
+        if isinstance(self.check, OneOf):
+            return value in tuple(self.check)
+        if isinstance(self.check, Check):
+            return self.check.fits(value)
+        return self.check is None or value in Interval(self.check)
+
+
+def leaf(
+    default: Any,
+    meaning: str,
+    check: str | OneOf | Check | None = None,
+    *,
+    affects: str = "nothing",
+    counts_with: str = "",
+) -> Any:
+    """A `Leaf`, in a section's body; the annotation beside it is its type."""
+    return Leaf(default, meaning, check, affects, counts_with)
+
+
+class Section:
+    """Base of the classes that declare leaves.
+
+    At run time a section is a `ConfigDict`: these classes only say what is in it, to
+    `read_leaves` and to a type checker, which refuses a leaf that is not declared.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, name: str) -> Any: ...
+        def __setitem__(self, name: str, value: Any) -> None: ...
+        def __contains__(self, name: str) -> bool: ...
+        def __iter__(self) -> Iterator[str]: ...
+        def __len__(self) -> int: ...
+        def keys(self) -> Iterable[str]: ...
+        def values(self) -> Iterable[Any]: ...
+        def items(self) -> Iterable[tuple[str, Any]]: ...
+        def get(self, name: str, default: Any = None) -> Any: ...
+        def get_type(self, name: str) -> type: ...
+        def to_dict(self) -> dict[str, Any]: ...
+
+
+class Root(Section):
+    """The same for a whole config."""
+
+    if TYPE_CHECKING:
+
+        def lock(self) -> Any: ...
+        def unlocked(self) -> Any: ...
+        def copy_and_resolve_references(self) -> Any: ...
+        def update_from_flattened_dict(self, values: dict[str, Any]) -> None: ...
+
+
+def read_leaves(section: type[Section], prefix: str = "") -> dict[str, Leaf]:
+    """{dotted path: leaf} of what a class and the sections that it names declare."""
+    found = {}
+    for name, annotation in typing.get_type_hints(section).items():
+        path = f"{prefix}{name}"
+        declared = vars(section).get(name)
+        if isinstance(declared, Leaf):
+            found[path] = dataclasses.replace(declared, kind=_kind(annotation))
+        elif isinstance(annotation, type) and issubclass(annotation, Section):
+            found |= read_leaves(annotation, f"{path}.")
+    return found
+
+
+def _kind(annotation: Any) -> type:
+    """`int` of `int | None`, `tuple` of `tuple[str, ...]`."""
+    if isinstance(annotation, types.UnionType):
+        (annotation,) = (a for a in typing.get_args(annotation) if a is not type(None))
+    return typing.get_origin(annotation) or annotation
