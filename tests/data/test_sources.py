@@ -98,7 +98,7 @@ def test_wrong_labels_are_skipped(tmp_path):
     (unit,) = source.units()
     pair, *skipped = source.read(unit)
     assert pair.id == "x.parquet:0"
-    assert [(s.id, s.reason, s.fault) for s in skipped] == [
+    assert [(s.id, s.reason, s.bad) for s in skipped] == [
         (f"x.parquet:{i}", "bad label", True) for i in range(1, 5)
     ]
     assert "is 2.0" in skipped[0].detail

@@ -46,9 +46,7 @@ def test_images_are_read_undecoded(datasets, tmp_path):
     for i, item in enumerate(found):
         assert item.id == f"data:{i}"
         if i % 5 > 2:
-            assert (item.reason, item.fault) == [("bad label", True), ("no label", False)][
-                i % 5 - 3
-            ]
+            assert (item.reason, item.bad) == [("bad label", True), ("no label", False)][i % 5 - 3]
         else:
             second = paths[1] if i == 69 else image(2 * i + 1)
             assert item[1:4] == (f"prompt {i}", (image(2 * i), second), rows["label_0"][i])

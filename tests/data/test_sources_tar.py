@@ -138,7 +138,7 @@ def test_bad_samples_are_skipped_by_reason(tmp_path, monkeypatch):
     first, *skipped, last = check_units(sources.open_source(f"webdataset:{tmp_path}"), len(samples))
     assert (first.prompt, last.prompt) == ("prompt 0", "prompt 2")
     assert [s.reason for s in skipped] == [reason for reason, _ in bad]
-    assert [s.fault for s in skipped] == [reason != "no label" for reason, _ in bad]
+    assert [s.bad for s in skipped] == [reason != "no label" for reason, _ in bad]
 
 
 def damage(data, kind):

@@ -19,7 +19,7 @@ from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded.pair import flip_sizes
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import TooManyBadError
 from dmpo_jax.encoding import encode as job
 from dmpo_jax.encoding import pairs as encode_pairs
 from dmpo_jax.encoding import parts as encode_parts
@@ -444,7 +444,7 @@ def test_bad_records_are_counted_and_left_out(made, tmp_path):
     for row in rows[15:]:
         row["jpg_0"] = b"no image"
     sources.write_pick_a_pic(tmp_path / "bad.parquet", rows)
-    with pytest.raises(faults.TooManyBadError):
+    with pytest.raises(TooManyBadError):
         encode((f"pickapic:{tmp_path / 'bad.parquet'}", made[1]), tmp_path / "bad")
     assert not list((tmp_path / "bad").glob("encoded*"))
     assert not list((tmp_path / "bad").glob(".*"))

@@ -11,7 +11,7 @@ from etils import epath
 from dmpo_jax import storage
 from dmpo_jax.data.raw.columns import Layout
 from dmpo_jax.data.raw.parquet import ROWS_AT_ONCE, ParquetSource
-from dmpo_jax.data.raw.source import Unfit
+from dmpo_jax.data.raw.source import SkipError
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
 FLAGS = ("has_label", "are_different", "label_1")
@@ -81,12 +81,12 @@ class PickAPic(ParquetSource):
 
     def _admit(self, row: Mapping[str, Any]) -> None:
         if row.get("has_label") is False:
-            raise Unfit("no label", fault=False)
+            raise SkipError("no label", bad=False)
         if row.get("are_different") is False:
-            raise Unfit("equal images", fault=False)
+            raise SkipError("equal images", bad=False)
         first, second = row["label_0"], row.get("label_1")
         if first is not None and second is not None and not abs(first + second - 1) < 1e-3:
-            raise Unfit("bad label", f"label_0 is {first}, but label_1 is {second}")
+            raise SkipError("bad label", f"label_0 is {first}, but label_1 is {second}")
 
 
 # (columns, Arrow types, in words)

@@ -12,9 +12,9 @@ from dmpo_jax.data.raw.parquet import ParquetSource
 from dmpo_jax.data.raw.source import (
     UNIT_PAIRS,
     RawPair,
+    SkipError,
     Skipped,
     Source,
-    Unfit,
     Unit,
     cut,
     load_bytes,
@@ -79,7 +79,7 @@ class TableSource(Source):
         folder = self._file.parent
         for number in range(unit.start, unit.stop):
             name, row = f"{self._file.name}:{number}", self._rows[number]
-            if isinstance(row, Unfit):
+            if isinstance(row, SkipError):
                 yield row.at(name)
                 continue
             yield from self.layout.pairs(
@@ -88,14 +88,14 @@ class TableSource(Source):
 
     def prompts(self, unit: Unit) -> Iterator[str]:
         for row in self._rows[unit.start : unit.stop]:
-            if not isinstance(row, Unfit):
+            if not isinstance(row, SkipError):
                 yield from self.layout.prompts(row, self.ties)
 
     def __len__(self) -> int:
         return sum(map(self._most_pairs, self._rows))
 
-    def _most_pairs(self, row: Mapping[str, Any] | Unfit) -> int:
-        return 1 if isinstance(row, Unfit) else self.layout.most_pairs(row)
+    def _most_pairs(self, row: Mapping[str, Any] | SkipError) -> int:
+        return 1 if isinstance(row, SkipError) else self.layout.most_pairs(row)
 
 
 class _Cells(Sequence):
@@ -116,21 +116,21 @@ class _Cells(Sequence):
         return {n: column[index].as_py() or None for n, column in zip(names, cells, strict=True)}
 
 
-def _read_json_lines(content: bytes) -> list[dict[str, Any] | Unfit]:
+def _read_json_lines(content: bytes) -> list[dict[str, Any] | SkipError]:
     return [_read_line(line) for line in tables.split_lines(content)]
 
 
-def _read_line(line: bytes) -> dict[str, Any] | Unfit:
+def _read_line(line: bytes) -> dict[str, Any] | SkipError:
     try:
         return _as_row(tables.read_line(line))
     except UnicodeDecodeError as error:
-        return Unfit("not UTF-8", str(error))
+        return SkipError("not UTF-8", str(error))
     except (ValueError, RecursionError) as error:
-        return Unfit("not JSON", str(error))
+        return SkipError("not JSON", str(error))
 
 
-def _as_row(row: Any) -> dict[str, Any] | Unfit:
-    return row if isinstance(row, dict) else Unfit("not JSON", f"not an object: {row!r:.80}")
+def _as_row(row: Any) -> dict[str, Any] | SkipError:
+    return row if isinstance(row, dict) else SkipError("not JSON", f"not an object: {row!r:.80}")
 
 
 _READERS = {

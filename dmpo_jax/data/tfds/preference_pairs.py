@@ -24,7 +24,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import Tally
 from dmpo_jax.data.raw.built import STATISTICS
 from dmpo_jax.data.tfds import build
 from dmpo_jax.progress import Progress
@@ -136,7 +136,7 @@ def _write_all(
     runner, options = download_config.beam_runner, download_config.beam_options
     reports: list[build.Report] = []
     if runner is None and options is None:
-        tally = faults.Tally(job.max_bad, total=build.count_rows(job))
+        tally = Tally(job.max_bad, total=build.count_rows(job))
         with Progress(len(shards), description="shards") as progress:
             for shard in shards:
                 build.write_shard(job, shard)
