@@ -31,7 +31,8 @@ from dmpo_jax.jobs import train
 from dmpo_jax.jobs.run import run
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
-from tests.support import launched, tiny, torch_pipelines
+from tests.support import tiny, torch_pipelines
+from tests.support.quick import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDE = torch_pipelines.SIDE
@@ -76,9 +77,7 @@ def leaves(model, source) -> dict:
 
 
 def train_here(model, source, workdir, monkeypatch):
-    monkeypatch.setattr(
-        train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **launched.QUICK}
-    )
+    monkeypatch.setattr(train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **QUICK})
     run(tiny.make_config("", "", **leaves(model, source)), workdir)
 
 
@@ -225,9 +224,7 @@ def assert_same_unet(pipeline, folder):
         wanted = pipeline.unet(sample, times, context, added_cond_kwargs=added).sample
     arrays = (sample.permute(0, 2, 3, 1), times, context, pooled, ids)
     structure, params = parameters.split(unet)
-    call = jax.jit(
-        lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=launched.QUICK
-    )
+    call = jax.jit(lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=QUICK)
     found = call(params, *[None if x is None else jnp.asarray(x.numpy()) for x in arrays])
     np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1), atol=2e-4, rtol=2e-4)
 
