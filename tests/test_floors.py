@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "errors", "storage", "progress"},
+    {"types", "errors", "extras", "storage", "progress"},
     {"objectives", "diffusion", "parallel"},
     {"models"},
     {"families"},
@@ -22,6 +22,8 @@ FLOORS = [
     {"evaluation", "planning"},
     {"config"},
     {"jobs"},
+    {"commands"},
+    {"python", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {"torch", "tensorflow", "diffusers"}

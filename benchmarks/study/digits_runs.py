@@ -16,8 +16,8 @@ from etils import epath
 
 from benchmarks.study.digits_plan import HELD_OUT_IMAGES, TUNING_IMAGES, Budget, Trial
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.config.files import load_config
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.prompt_files import load_texts
@@ -39,7 +39,7 @@ HEALTH = ("implicit_accuracy", "margin", "chosen_gain", "rejected_gain")
 
 def base_config(budget: Budget) -> configs.Config:
     """The digits job's own, at this budget."""
-    config: configs.Config = flags.load(str(CONFIG))
+    config: configs.Config = load_config(str(CONFIG))
     config.train.steps, config.train.batch_size = budget.steps, budget.batch_size
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, budget.steps // 2)
     config.collect.pairs = budget.pairs

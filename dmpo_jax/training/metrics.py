@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from dmpo_jax import storage
+from dmpo_jax.extras import install_hint
 
 _OBJECT_STORAGE = ("gs://", "s3://", "az://")
 
@@ -132,7 +133,7 @@ def _start_wandb(project: str, workdir: epath.PathLike) -> Any:
     except ImportError as error:
         raise ImportError(
             f"logging to the W&B project {project!r} needs wandb, which is not installed: "
-            'pip install "dmpo_jax[wandb]", or set log.wandb to ""'
+            f"{install_hint('wandb')}, or set log.wandb to ''"
         ) from error
     path = epath.Path(workdir)
     if "://" not in os.fspath(path):  # absolute() makes a local folder of a URL

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dmpo_jax.config import command_line as command
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.config.files import load_config
 from dmpo_jax.families import PUBLISHED
 from dmpo_jax.jobs import train
 from dmpo_jax.parallel import mesh as meshes
@@ -219,4 +219,4 @@ def test_the_command(tmp_path):
     assert run.returncode == 1
     assert "a topology is one of v4" in run.stderr
     assert "Traceback" not in run.stderr
-    assert command.load(str(ROOT / "configs" / "sd15_dmpo.py")).train.compiled == ""
+    assert load_config(str(ROOT / "configs" / "sd15_dmpo.py")).train.compiled == ""
