@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/parallel/processes.py and jobs/stopping.py: what needs no training run."""
+"""Tests for dmpo_jax/parallel/processes.py and training/stopping.py: what needs no training run."""
 
 import os
 import subprocess
@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from dmpo_jax.parallel import processes
-from dmpo_jax.training import stopping
 from tests.support import launched
 
 ADDRESS = "10.0.0.1:8476"
@@ -89,57 +88,40 @@ def test_a_task_alone_on_its_node_takes_every_gpu():
     assert processes.local_devices(gpus) is None
 
 
-class Clock:
-    """Time that passes only in waiting, and what is done meanwhile."""
+WATCHED = """
+import time
+from dmpo_jax.training import stopping
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda: None)
-        monkeypatch.setattr(processes, "abort", lambda *ending: self.ended.append(ending))
-        self.ended = []
-        self.script = []  # (second, call), in order; a call that returns True ends the waiting
-
-    def wait(self, seconds):
-        until = self.now + seconds
-        while self.script and self.script[0][0] <= until:
-            self.now, call = self.script.pop(0)
-            if call():
-                return True
-        self.now = until
-        return False
-
-
-def test_the_watchdog_ends_what_hangs_and_spares_what_moves(monkeypatch):
-    clock = Clock(monkeypatch)
-    watchdog = stopping.Watchdog(10)
-    watchdog._done = clock
-    clock.script = [
-        (29, lambda: watchdog.alive("update 2")),  # the first may compile: thrice as long
-        (38, lambda: watchdog.alive("update 3")),
-        (47, lambda: watchdog.alive("a checkpoint", slow=True)),
-        (76, lambda: watchdog.alive("update 4")),
-    ]
-    watchdog._watch()
-    assert clock.now == 86
-    ((status, words),) = clock.ended
-    assert status == processes.RESTART
-    assert words.startswith("update 4 has not come to an end within 10 s (train.hang_limit)")
+with stopping.Watchdog(0):  # no limit
+    time.sleep(0.2)
+with stopping.Watchdog(0.1):
+    pass
+time.sleep(0.5)  # training has ended: nothing is watched
+with stopping.Watchdog(1) as watchdog:
+    time.sleep(1.5)  # the first update may compile: thrice as long
+    for i in range(2, 17):
+        watchdog.alive(f"update {i}")
+        time.sleep(0.1)
+    watchdog.alive("a checkpoint", slow=True)
+    time.sleep(1.5)
+    print("spared", flush=True)
+    watchdog.alive("update 17")
+    time.sleep(60)
+"""
 
 
-def test_the_watchdog_stops_when_training_does(monkeypatch):
-    clock = Clock(monkeypatch)
-    watchdog = stopping.Watchdog(10)
-    watchdog._done = clock
-    clock.script = [(5, lambda: True)]
-    watchdog._watch()
-    assert not clock.ended
-
-
-def test_no_limit_starts_no_watch(monkeypatch):
-    monkeypatch.setattr(stopping.threading, "Thread", None)
-    with stopping.Watchdog(0) as watchdog:
-        watchdog.alive("update 1")
+def test_the_watchdog_ends_what_hangs_and_spares_what_moves():
+    run = subprocess.run(
+        [sys.executable, "-c", WATCHED],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.stdout == "spared\n", run.stderr
+    assert run.returncode == processes.RESTART
+    assert "update 17 has not come to an end within 1 s (train.hang_limit)" in run.stderr
+    assert 'File "<string>", line 20 in <module>' in run.stderr  # where it stands
 
 
 JOIN = """
