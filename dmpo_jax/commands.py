@@ -117,10 +117,11 @@ def _check_convert(config: Config, options: dict[str, Any]) -> None:
 
 
 def _plan(config: Config, options: dict[str, Any]) -> Any:
-    from dmpo_jax.planning.plan import plan
+    from dmpo_jax.jobs.plan import plan, prepare_process
     from dmpo_jax.planning.report import printed
 
-    rest = {name: options[name] for name in ("save", "out", "cache")}
+    prepare_process(options["topology"])
+    rest = {name: options[name] for name in ("out", "cache")}
     plans = plan(config, options["topology"], published=options["model"], **rest)
     print(printed(plans))
     return plans
@@ -292,17 +293,15 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
         """Compiles a config's training step for chips that may be absent: does it fit, how fast.
 
     {me} --config=sdxl_dmpo --model=sdxl --topology=v5e:4x4,v5p:2x2x1
-    {me} --config=... --topology=v5p:4x4x4 --save=step.compiled --out=plan.json
+    {me} --config=... --topology=v5p:4x4x4 --out=plan.json
 
 TPU slices need their compiler alone (pip install libtpu); gpu:N and cpu:N are this machine's.
-Full-size models compile for minutes. Plans are remembered: the same one again is instant. A step
-that --save wrote starts a run without compiling: --config.train.compiled=step.compiled.""",
+Full-size models compile for minutes. Plans are remembered: the same one again is instant.""",
         Interface(
             {},
             {
                 "topology": Leaf(None, "v5p:4x4x4,v5e:4x4,gpu:8,...", kind=tuple),
                 "model": Leaf("", "shapes of this, not of model.folder", OneOf(("", *PUBLISHED))),
-                "save": Leaf("", "file for the compiled step, of one topology"),
                 "out": Leaf("", "file for the plans, as JSON"),
                 "cache": Leaf("", "folder of plans made before; '' is the user's cache"),
             },

@@ -348,10 +348,11 @@ def profile(args: argparse.Namespace) -> dict[str, float]:
     from dmpo_jax.data.encoded.examples import read_example
 
     pairs = open_pairs(args)
-    source, prompts, shapes = pairs.split("train"), pairs.prompts, pairs.meta["shapes"]
+    source, prompts = pairs.split("train"), pairs.prompts
+    arrays = pairs.meta.arrays._asdict()
     size, count = MODELS[args.model][5], 0
     out = {
-        name: np.empty((size, *shapes[name]["shape"]), shapes[name]["dtype"])
+        name: np.empty((size, *arrays[name].shape), arrays[name].dtype)
         for name in ("moments", "context")
     }
     picked, start = elements(pairs), time.perf_counter()
@@ -371,14 +372,14 @@ def profile(args: argparse.Namespace) -> dict[str, float]:
         done("order and draws")
         data = source._source[record]
         done("read pair")
-        pair = read_example(data, shapes)
+        pair = read_example(data, arrays)
         done("parse pair")
         out["moments"][row] = pair["moments"]
         done("copy into batch")
         if not dropped:
             data = prompts._source[pair["prompt"][0]]
             done("read prompt")
-            prompt = read_example(data, shapes)
+            prompt = read_example(data, arrays)
             done("parse prompt")
             out["context"][row] = prompt["context"]
             done("copy into batch")

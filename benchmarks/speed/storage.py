@@ -22,6 +22,7 @@ import numpy as np
 
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.data.encoded.pair import EncodedPair
 from dmpo_jax.data.encoded.prompts import PromptEmbedding
 
@@ -81,7 +82,7 @@ def measure_option(model: dict[str, Any], option: dict[str, Any], pairs: int) ->
         )
         found = records.open_pairs(folder).meta
         return {
-            "array_bytes": records.pair_bytes(found["shapes"]),
+            "array_bytes": records.pair_bytes(found.to_json()["shapes"]),
             "disk_bytes": disk_bytes(found, records.NAME) / pairs,
         }
 
@@ -96,8 +97,8 @@ def measure_prompts(model: dict[str, Any], prompts: int) -> float:
         return disk_bytes(records.open_pairs(folder).meta, "prompts") / prompts
 
 
-def disk_bytes(meta: dict[str, Any], begins: str) -> int:
-    return sum(size for name, size in meta["files"].items() if name.startswith(begins))
+def disk_bytes(meta: EncodedMeta, begins: str) -> int:
+    return sum(size for name, size in meta.files.items() if name.startswith(begins))
 
 
 def measure_jpegs(side: int, count: int = 8) -> float:

@@ -96,8 +96,8 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
         splits["train"][i] = splits["train"][i]._replace(
             preference=1 - splits["train"][i].preference
         )
-    prompts = [pairs.prompts[i] for i in range(pairs.meta["counts"]["prompts"])]
-    meta = {k: v for k, v in pairs.meta.items() if k not in records.RESERVED_META}
+    prompts = [pairs.prompts[i] for i in range(pairs.meta.counts["prompts"])]
+    meta = {k: v for k, v in pairs.meta.to_json().items() if k not in records.WRITTEN_META}
     records.write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
 
 
@@ -206,7 +206,7 @@ class Bench:
         """
         pairs: Any = run.pairs
         shares = mesh.batch_shares(run.devices)
-        size = pairs.meta["counts"]["validation"] // shares * shares
+        size = pairs.meta.counts["validation"] // shares * shares
         sharding = mesh.batch_sharding(run.devices)
         rows = mesh.local_rows(sharding, size)
         local, _ = next(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict, config_dict
 
 from dmpo_jax.config.declare import ITSELF, Leaf, read_leaves
-from dmpo_jax.config.sections import BOTH, PROGRAM, RUN, Settings
+from dmpo_jax.config.sections import BOTH, RUN, Settings
 from dmpo_jax.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 else:
     Config = ConfigDict
 
+# Leaves of earlier versions that changed nothing of what a run is: their values are not read.
+RETIRED = frozenset({"train.compiled"})
 # {dotted path: leaf}, less the objectives' hyperparameters.
 LEAVES: dict[str, Leaf] = read_leaves(Settings)
 
@@ -90,7 +92,7 @@ def from_flat(values: dict[str, Any]) -> Config:
                 set_leaf(config, path, value)
         elif path in known:
             set_leaf(config, path, value)
-        else:
+        elif path not in RETIRED:
             raise ValueError(f"config leaf {path!r} is unknown to this version")
     return config
 
@@ -133,11 +135,6 @@ def identity(config: Config) -> dict[str, Any]:
             section = section.setdefault(part, {})
         section[name] = value
     return nested
-
-
-def program_leaves(config: Config) -> dict[str, Any]:
-    """{dotted path: value} of the leaves that a compiled step depends on, JSON-serialisable."""
-    return _affected(config, PROGRAM)
 
 
 def _affected(config: Config, what: str) -> dict[str, Any]:

@@ -184,7 +184,6 @@ class Train(Section):
         affects=BOTH,
         counts_with=ITSELF,
     )
-    compiled: str = leaf("", "file of launch/plan.py --save: the step, compiled; '' compiles it")
 
 
 class Lora(Section):

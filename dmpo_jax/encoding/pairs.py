@@ -13,7 +13,7 @@ from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded import shards
-from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer
+from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer, chosen_first
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 from dmpo_jax.data.raw import bad_records as faults
 from dmpo_jax.encoding.parts import Part, Table, Work, found_sidecar, whole_sidecars
@@ -187,7 +187,7 @@ class _Files:
         for pair, held_out in self._pairs(batch, future):
             self._serialize = self._serialize or self._make_serializer(pair)
             split = "validation" if held_out else "train"
-            self._writers[split].write(self._serialize(pair))
+            self._writers[split].write(self._serialize(chosen_first(pair)))
             self._tally.ok(pair.preference)
         if batch.last:
             shapes = self._serialize.shapes if self._serialize else None

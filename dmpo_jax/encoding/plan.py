@@ -14,6 +14,7 @@ from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded import shards
+from dmpo_jax.data.encoded.meta import differences
 from dmpo_jax.encoding.parts import PARTS, Work
 from dmpo_jax.families import Family
 
@@ -96,6 +97,8 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
         "scaling_factor": vae.scaling_factor,
         "shift_factor": vae.shift_factor or 0.0,
         "image_kind": family.given_kind,
+        "pack": family.pack,
+        "told_sizes": family.told_sizes,
         "moments": settings.moments,
         "moments_dtype": settings.moments_dtype,
         "crop": settings.crop,
@@ -147,20 +150,15 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
         meta = records.load_meta(out)
     except records.NotWholeError:
         return False
-    # What encodings were before they could be told otherwise.
-    dtype = meta["shapes"]["moments"]["dtype"]
-    if said := _differences(
-        {"crop": "center", "ties": "keep", "moments_dtype": dtype} | meta, about
-    ):
+    if said := _differences(meta.to_json(), about):
         raise ValueError(f"{out} holds another encoding ({said}): choose another folder")
     return True
 
 
 def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
     """In words, where `want` differs from `have`; '' where it does not."""
-    return ", ".join(
-        f"{k}: {have.get(k)!r} there, {v!r} asked" for k, v in want.items() if have.get(k) != v
-    )
+    found = differences(have, want)
+    return ", ".join(f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in found.items())
 
 
 def check_columns(raw: sources.Source, name: str, family: Family) -> None:

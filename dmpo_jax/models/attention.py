@@ -1,4 +1,4 @@
-"""Attention over tokens: queries and keys meet in float32, whatever the compute dtype.
+"""Attention over tokens. Query-key products are accumulated in float32 in any compute dtype.
 
 One function, three kernels. "plain" is XLA's own and the reference for the others; "cudnn"
 (NVIDIA GPUs) and "splash" (TPUs, jax.experimental.pallas) never write the T x S scores to
@@ -36,7 +36,7 @@ RESIDUALS = "attention_residuals"
 
 
 def best_kernel(platform: str) -> str:
-    """The kernel for a mesh's devices: their `platform`, such as "tpu", "gpu" or "cpu"."""
+    """The fastest kernel for a platform: "tpu", "gpu" or "cpu"."""
     return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "plain")
 
 
@@ -48,7 +48,7 @@ def attention(
     *,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v over N heads; where mask is False nothing is seen.
+    """softmax(q k / sqrt(H)) v over N heads; positions where mask is False are excluded.
 
     cuDNN and splash run a device at a time over the mesh set at trace time (`jax.set_mesh`),
     which also says what they are compiled for: batch over "data" and "fsdp", heads over
@@ -151,7 +151,7 @@ def _splash(platform, query, key, value):
 
 
 def _splash_kernel(heads: int, tokens: int, *, interpret: bool) -> Callable[..., Any]:
-    """The kernel over [N T H]; every token sees every token."""
+    """The kernel over [N T H], without a mask."""
     block, backward = _block(tokens, BLOCK), _block(tokens, BLOCK_BACKWARD)
     # Tokens in the lanes: heads of 40 or 64 in them would be padded to 128, in HBM too.
     minor = splash.QKVLayout.SEQ_MINOR
@@ -199,7 +199,8 @@ def _check_gpu(platform: str) -> None:
 
 
 def _split(mesh: AbstractMesh, batch: int, heads: int) -> PartitionSpec | None:
-    """Of `[B T N H]`: batch over "data" and "fsdp", heads over "tensor"; None if it cannot be.
+    """The sharding of `[B T N H]`: batch over "data" and "fsdp", heads over "tensor"; None if
+    the sizes do not divide.
 
     Every axis of the mesh must have its share: over one that has none the devices would all do
     the same work, and add up their gradients to divide them again. Axes that a caller's own

@@ -1,4 +1,4 @@
-"""CLIP's text towers: CLIP-L of SD1.x, OpenCLIP H of SD2.x, both encoders of SDXL.
+"""CLIP's text encoders: CLIP-L of SD1.x, OpenCLIP H of SD2.x, both encoders of SDXL.
 
 Reference: transformers `CLIPTextModel`, `CLIPTextModelWithProjection`.
 """
@@ -45,7 +45,8 @@ DEAD = frozenset(
 
 
 class TextOutput(NamedTuple):
-    """hidden_states: embeddings first, one a layer after it, final layer norm not applied.
+    """Outputs of a text encoder; `hidden_states`: embeddings first, then one a layer, without the
+    final layer norm.
     pooled: `text_embeds` of a tower with a projection, else `pooler_output`."""
 
     last_hidden_state: Float[Array, "N S D"]
@@ -116,7 +117,7 @@ class TextTransformer(nnx.Module):
 
 
 class CLIPTextModel(nnx.Module):
-    """A text tower; `projection=True` is CLIPTextModelWithProjection.
+    """A text encoder; `projection=True` is CLIPTextModelWithProjection.
 
     Raises:
         ValueError: naming each config key that asks for something unsupported; on
@@ -145,7 +146,7 @@ class CLIPTextModel(nnx.Module):
         self.projects = projection
 
     def __call__(self, ids: Int[Array, "N S"]) -> TextOutput:
-        """Token ids, padded as the folder's tokenizer pads, to hidden states and pooled."""
+        """Encodes token ids, padded as the folder's tokenizer pads them."""
         limit = self.config.max_position_embeddings
         if ids.shape[1] > limit:
             raise ValueError(f"prompts have {ids.shape[1]} tokens, this encoder takes {limit}")

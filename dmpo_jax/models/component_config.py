@@ -1,4 +1,4 @@
-"""Architectures as config.json states them: every key is honoured or refused by name."""
+"""A component's config.json: every key is honoured or refused by name."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ BOOKKEEPING = frozenset(
 
 
 class Only:
-    """A key that our code does not implement: its default, and other values that mean the same."""
+    """A key supported at its default alone, or at values that mean the same."""
 
     def __init__(self, *values: Any):
         self.values = values
@@ -76,12 +76,12 @@ class ModelConfig(Mapping[str, Any]):
 
 
 def _same(a: Any, b: Any) -> bool:
-    """1 and 1.0 are the same setting; True and 1 are not."""
+    """Whether two values are the same setting: 1 and 1.0 are, True and 1 are not."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def per_block(value: Any, blocks: int, key: str) -> list[Any]:
-    """A setting given once or once a block, as one value a block."""
+    """Expands a setting given once, or once a block, to one value a block."""
     values = list(value) if isinstance(value, list | tuple) else [value] * blocks
     if len(values) != blocks:
         raise ValueError(f"{key} needs one value or {blocks} (one a block), got {value!r}")
@@ -89,7 +89,7 @@ def per_block(value: Any, blocks: int, key: str) -> list[Any]:
 
 
 def _kind_fits(value: Any, default: Any) -> bool:
-    """Whether a value is of its default's kind; a number may also be given once a block."""
+    """Whether a value has its default's type; a number may also be a list, one a block."""
     if value is None or default is None or isinstance(default, Only):
         return True  # unset, or judged by value
     if isinstance(default, bool | str):

@@ -1,4 +1,4 @@
-"""Convolutions by whatever is quickest where the program will run.
+"""Convolutions, by the fastest method for the platform.
 
 Letters: N images, H x W pixels in, h x w out, C channels in, D out, I x J the kernel's taps.
 """
@@ -22,7 +22,7 @@ def convolution(
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = "VALID",
 ) -> Float[Array, "N h w D"]:
-    """`x` convolved by `kernel`, no bias.
+    """Convolves `x` by `kernel`, without a bias.
 
     On a CPU, where few pixels come out, as a product of the pixels under the kernel with it;
     elsewhere as XLA's convolution. The mesh set at trace time says which: a program may be
@@ -45,7 +45,7 @@ def convolution(
 
 
 class _Axis:
-    """How the kernel's taps meet the pixels along one axis."""
+    """Which input pixels each tap of the kernel reads, along one axis."""
 
     def __init__(self, size: int, taps: int, stride: int, pad: tuple[int, int]):
         self.pad, self.stride = pad, stride
@@ -57,7 +57,7 @@ class _Axis:
         self.taps = [tap for tap in range(taps) if meets[tap]]
 
     def under(self, tap: int) -> slice:
-        """Of the padded pixels, those that `tap` meets, one for each that comes out."""
+        """Indices of the padded pixels that `tap` reads, one for each output pixel."""
         return slice(tap, tap + (self.out - 1) * self.stride + 1, self.stride)
 
 

@@ -1,4 +1,4 @@
-"""How a UNet's forward is carried out. No choice here changes what it computes."""
+"""Execution choices of a forward: kernel, rematerialisation, scan. Results do not change."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ _INPUT = "block_input"
 
 
 class Execution(NamedTuple):
-    """Static: one compiled program each.
+    """Execution choices; static, so each value compiles its own program.
 
     attention: a name in `attention.KERNELS`.
     remat: what a backward computes again instead of keeping it from the forward.
@@ -39,7 +39,7 @@ DEFAULT = Execution()
 def rematerialised(
     function: Callable[..., jax.Array], remat: str, *, in_scan: bool = False
 ) -> Callable[..., jax.Array]:
-    """`function(x, ...)`, whose insides a backward computes again as `remat` says.
+    """Wraps `function(x, ...)` so that its backward recomputes what `remat` names.
 
     in_scan: the loop keeps XLA from merging the two computations; barriers would only cost.
     """
@@ -68,7 +68,7 @@ def apply_blocks(
     context: Float[Array, "N S E"],
     execution: Execution,
 ) -> Float[Array, "N T D"]:
-    """Equal transformer blocks, one after another; as a loop over them where `scan` says so.
+    """Applies equal transformer blocks in order; with `scan`, as one compiled loop.
 
     A loop's parameters are stacked here, not in the state: that costs a copy of the blocks'
     kernels in the compute dtype, and leaves every other part (files, adapters, checkpoints)

@@ -1,4 +1,4 @@
-"""Layers that UNet and VAE share. Attribute names are those of PyTorch's state dicts.
+"""Layers shared by the models. Attribute names are those of PyTorch's state dicts.
 
 Every constructor takes `**kw`: dtype (compute), param_dtype and rngs.
 """
@@ -26,7 +26,7 @@ ACTIVATIONS = {
 
 
 def _gelu(x: Array) -> Array:
-    """PyTorch's, the exact one; jax.nn.gelu approximates unless told not to."""
+    """Exact GELU, as PyTorch's default; jax.nn.gelu approximates by default."""
     if x.dtype != jnp.float32:
         return jax.nn.gelu(x, approximate=False)
     # By erf, as PyTorch: jax.nn.gelu's erfc, needed in bfloat16, costs a CPU a fifth more.
@@ -34,21 +34,21 @@ def _gelu(x: Array) -> Array:
 
 
 def activation(name: str):
-    """The function that config.json calls `name`; ValueError lists what there is."""
+    """Returns the activation function that config.json names; ValueError lists those supported."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is not supported: use one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
 def _adapted(module: Any, x: Array, y: Array) -> Array:
-    """`y`, and on top what the module's low-rank adapter makes of `x`, if `lora` gave it one."""
+    """Adds the output of the module's low-rank adapter for `x` to `y`, if it has one."""
     if not hasattr(module, "lora_A"):
         return y
     return y + module.lora_scale * module.lora_B(module.lora_A(x))
 
 
 class Linear(nnx.Linear):
-    """split: how the layer shares its features over the mesh's "tensor" axis (`mesh.RULES`)."""
+    """A linear layer. split: how its features are sharded over the "tensor" axis (`mesh.RULES`)."""
 
     def __init__(self, features_in: int, features_out: int, *, split: str = "whole", **kw: Any):
         super().__init__(features_in, features_out, **kw)
@@ -68,7 +68,7 @@ class Linear(nnx.Linear):
 
 
 class Conv(nnx.Conv):
-    """`split` as in Linear."""
+    """A convolution; `split` as in Linear."""
 
     def __init__(self, *shape: Any, split: str = "whole", **kw: Any):
         super().__init__(*shape, **kw)
@@ -87,7 +87,7 @@ class Conv(nnx.Conv):
 
 
 def _features(layer: Any, split: str, x: Array) -> Array:
-    """Features shared over "tensor" where the layer splits its `split` there."""
+    """Shards features over "tensor" where the layer's `split` says so."""
     return split_over_tensor(x, -1) if layer.split == split else x
 
 
@@ -204,7 +204,8 @@ class ResnetBlock2D(nnx.Module):
 
 
 class Downsample2D(nnx.Module):
-    """Stride 2. `pad` (1, 1) is the UNet's; the VAE encoder pads (0, 1)."""
+    """Halves the size by a convolution of stride 2. `pad` is (1, 1) in the UNet, (0, 1) in the
+    VAE's encoder."""
 
     def __init__(self, channels: int, pad: tuple[int, int], **kw: Any):
         self.conv = conv(channels, channels, stride=2, pad=pad, **kw)
@@ -214,7 +215,7 @@ class Downsample2D(nnx.Module):
 
 
 class Upsample2D(nnx.Module):
-    """Nearest, then a convolution. `size` cuts the doubled map where a skip was odd."""
+    """Doubles the size, nearest neighbour, then a convolution. `size` crops to an odd skip."""
 
     def __init__(self, channels: int, **kw: Any):
         self.conv = conv(channels, channels, **kw)

@@ -24,7 +24,7 @@ from dmpo_jax.models.parameters import Params
 def attach(
     model: nnx.Module, *, rank: int, alpha: float | int, targets: Sequence[str], seed: int
 ) -> Any:
-    """The model with adapters on the layers that `targets` names.
+    """Adds adapters to the layers that `targets` names; returns the model.
 
     Args:
         model: left as it is, its arrays shared; it may hold shapes instead of arrays.
@@ -61,13 +61,13 @@ def attach(
 
 
 def partition(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(base, adapters) of an adapted model's parameters."""
+    """Splits an adapted model's parameters into (base, adapters)."""
     adapters = {path: x for path, x in params.items() if is_adapter(path)}
     return {path: x for path, x in params.items() if path not in adapters}, adapters
 
 
 def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
-    """A down to `rank`, of the layer's own kind, and B up again; neither has a bias."""
+    """The pair (A, B) of an adapter: down to `rank` by the layer's own kind, and up; no biases."""
     kw: Any = {"use_bias": False, "dtype": layer.dtype, "rngs": nnx.Rngs(0)}
     # Each shares over "tensor" what the layer itself does: its input features or its output.
     into: Any = {"split": "rows" if layer.split == "rows" else "whole", **kw}
@@ -81,7 +81,7 @@ def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
 
 
 def _last_parts(name: str) -> str:
-    """The part of a path that says what a layer is: `to_out.0`, `conv1`, `ff.net.2`."""
+    """The end of a path that names a layer's kind: `to_out.0`, `conv1`, `ff.net.2`."""
     parts = name.split(".")
     if not parts[-1].isdigit():
         return parts[-1]
@@ -93,7 +93,7 @@ def is_adapter(path: str) -> bool:
 
 
 def switched_off(adapters: Params) -> Params:
-    """The adapters with every B zero: the base's values, by the adapted model's own program.
+    """Zeroes every B: the adapted model's program then computes the base's values.
 
     The same program, because XLA would fuse the base's own otherwise, and beta turns last
     bits into margins. The barrier keeps it from seeing the zeros and taking the adapters out.
@@ -103,7 +103,7 @@ def switched_off(adapters: Params) -> Params:
 
 
 def drop(key: Key[Array, ""], adapters: Params, rate: float) -> Params:
-    """Dropout on the input features of every A; expectations stay as they were.
+    """Applies dropout to the input features of every A, scaled to keep expectations.
 
     peft drops single numbers; here a feature is dropped for all tokens and images of
     the call, so that the two images of a pair are compared under one and the same network.
@@ -120,7 +120,7 @@ def drop(key: Key[Array, ""], adapters: Params, rate: float) -> Params:
 
 
 def fold_in(params: Params, adapters: Params, scale: float | int) -> None:
-    """Changes every adapted kernel of `params`, in place, to W + scale * A B, in W's dtype.
+    """Merges adapters into `params`, in place: W becomes W + scale * A B, in W's dtype.
 
     In place, so that a full-size model is never held twice. `scale` is alpha / rank;
     computed in float32, at the highest precision.

@@ -1,4 +1,4 @@
-"""A model as (structure, parameters): the functional form that a jitted step takes."""
+"""Models as (structure, parameters), the functional form of a jitted step."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ Params = dict[str, jax.Array]  # "down_blocks.0.resnets.0.conv1.kernel" -> array
 
 
 def split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
-    """The model's static structure, and its arrays, or their shapes, by dotted attribute path."""
+    """Splits a model into its static structure and {dotted path: array or shape}."""
     structure, state = nnx.split(model)
     flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     return structure, flat
@@ -27,7 +27,7 @@ def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def merge(structure: Any, params: Mapping[str, Any]) -> Any:
-    """The inverse of `split`; of ShapeDtypeStructs, a model that holds no arrays."""
+    """Builds the model again: the inverse of `split`. ShapeDtypeStructs give an abstract model."""
     keyed: Any = {
         tuple(int(part) if part.isdigit() else part for part in path.split(".")): leaf
         for path, leaf in params.items()
@@ -36,7 +36,7 @@ def merge(structure: Any, params: Mapping[str, Any]) -> Any:
 
 
 def frozen_dtype(path: str, dtype: Any) -> Any:
-    """The smallest dtype to hold a frozen parameter in, for a model that computes in `dtype`.
+    """The smallest dtype that holds a frozen parameter exactly as a model in `dtype` reads it.
 
     Kernels, embeddings and their biases are cast to `dtype` before use and may as well be
     held in it; norms compute in float32. The same values then meet the same program.
@@ -46,7 +46,7 @@ def frozen_dtype(path: str, dtype: Any) -> Any:
 
 
 def without_arrays(model: nnx.Module) -> Any:
-    """The model with shapes and dtypes in place of its arrays, which it lets go of."""
+    """Replaces the model's arrays by their shapes and dtypes, which frees them."""
     structure, _ = nnx.split(model)
     return merge(structure, shapes(model))
 
@@ -65,12 +65,12 @@ class _ConstantKeys(nnx.Rngs):
 
 
 def abstract(make: Callable[..., Any], config: Any, **kw: Any) -> Any:
-    """`make(config, ...)` holding ShapeDtypeStructs: nothing is computed or compiled."""
+    """Makes the model abstractly: ShapeDtypeStructs, nothing computed or compiled."""
     return nnx.eval_shape(lambda: make(config, rngs=_ConstantKeys(), **kw))
 
 
 def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> Any:
-    """`make(config, ...)` with random parameters, float32, drawn by NumPy.
+    """Makes the model with random float32 parameters, drawn by NumPy.
 
     Kernels are normal with deviation 1/sqrt(fan in), embeddings 0.02; norms start at
     one, biases at zero. Drawing on the host compiles nothing, where a module's own

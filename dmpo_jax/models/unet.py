@@ -122,7 +122,8 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """SD1.x projects in and out by 1x1 convolutions, SD2 and SDXL by linear layers."""
+    """Transformer blocks over positions. SD1.x projects in and out by 1x1 convolutions, SD2 and
+    SDXL by linear layers."""
 
     def __init__(
         self, width: int, context: int, heads: int, layers: int, *, linear: bool, groups: int, **kw
@@ -316,7 +317,7 @@ class UNet2DConditionModel(nnx.Module):
         pooled: Float[Array, "N P"] | None = None,
         time_ids: Float[Array, "N 6"] | None = None,
     ) -> Float[Array, "N H W D"]:
-        """The prediction, in the compute dtype. pooled and time_ids: SDXL's, in pixels."""
+        """Predicts, in the compute dtype. pooled and time_ids (pixels) are SDXL's."""
         config = self.config
         timesteps = jnp.broadcast_to(timesteps, sample.shape[:1])
         time = self.time_embedding(self._sinusoid(timesteps, config.block_out_channels[0]))
@@ -345,7 +346,7 @@ class UNet2DConditionModel(nnx.Module):
 
 
 def _check(config: ModelConfig, blocks: int) -> None:
-    """What the key table cannot see: lists that must fit one another."""
+    """Checks that the config's lists have lengths that fit one another."""
     for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         types = config[key]
         if len(types) != blocks:

@@ -47,7 +47,7 @@ DEAD = frozenset({"force_upcast"})
 
 
 class SpatialAttention(Attention):
-    """One head over all positions, with its own norm and residual."""
+    """Attention with one head over all positions, with its own norm and residual."""
 
     def __init__(self, channels: int, groups: int, **kw: Any):
         super().__init__(channels, channels, 1, bias=True, **kw)
@@ -59,7 +59,7 @@ class SpatialAttention(Attention):
 
 
 class Stage(nnx.Module):
-    """Resnets, then a step down or up in size where asked."""
+    """Resnets, then down- or upsampling where asked."""
 
     def __init__(self, config, channels, *, downsample=False, upsample=False, **kw: Any):
         self.resnets = nnx.List(_resnet(config, i, o, **kw) for i, o in channels)
@@ -167,12 +167,12 @@ class AutoencoderKL(nnx.Module):
             self.post_quant_conv = conv(latent, latent, 1, **kw)
 
     def encode(self, images: Float[Array, "N H W C"]) -> Float[Array, "N h w M"]:
-        """Mean and log-variance (not clipped), concatenated on the last axis."""
+        """Encodes images to mean and log-variance (not clipped), concatenated on the last axis."""
         moments = self.encoder(images.astype(self.dtype))
         return self.quant_conv(moments) if self.config.use_quant_conv else moments
 
     def decode(self, latents: Float[Array, "N h w C"]) -> Float[Array, "N H W D"]:
-        """Images, about in [-1, 1] and not clipped, from unscaled latents."""
+        """Decodes unscaled latents to images, about in [-1, 1], not clipped."""
         latents = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)

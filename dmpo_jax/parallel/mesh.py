@@ -1,4 +1,4 @@
-"""The device mesh, how arrays lie on it, and the one way in for a batch.
+"""The device mesh, the sharding of arrays, and the transfer of batches to it.
 
 Axes: "data" splits the batch alone; "fsdp" splits the batch and, on top, the large
 parameters; "tensor" splits the features of attention, feed-forward and resnets, as in
@@ -33,7 +33,7 @@ RULES = (
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A `[data, fsdp, tensor]` mesh over all devices.
+    """Makes a `[data, fsdp, tensor]` mesh over all devices.
 
     Args:
         data, fsdp, tensor: devices along each axis; one may be -1 and takes what the others
@@ -77,7 +77,7 @@ def make_mesh(
 
 
 def _refusal(count: int, slices: int, asked: Mapping[str, int]) -> str:
-    """What was asked for and what would do."""
+    """The error message: the mesh asked for, and the legal ones."""
     got = ", ".join(f"{axis}={size}" for axis, size in asked.items())
     tensor = asked["tensor"] if asked["tensor"] > 0 and count % asked["tensor"] == 0 else 1
     rest = count // tensor
@@ -91,22 +91,22 @@ def _refusal(count: int, slices: int, asked: Mapping[str, int]) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows (axis 0) split over "data" and "fsdp"; other axes whole."""
+    """The sharding of a batch: rows (axis 0) over "data" and "fsdp"."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shares(mesh: Mesh) -> int:
-    """Into how many parts a batch is cut: data * fsdp."""
+    """The number of shards of a batch: data * fsdp."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Everything on every device."""
+    """The replicated sharding."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def parameter_sharding(mesh: Mesh, params: Any) -> Any:
-    """One NamedSharding a leaf, as `RULES` and `stored_spec` have it.
+    """Returns one NamedSharding a leaf, by `RULES` and `stored_spec`.
 
     Args:
         params: any pytree of arrays or ShapeDtypeStructs, its leaves under the dotted
@@ -123,12 +123,12 @@ def parameter_sharding(mesh: Mesh, params: Any) -> Any:
 
 
 def split_of(path: str) -> str:
-    """The first of `RULES` that the path's end fits."""
+    """Returns the first of `RULES` that matches the end of the path."""
     return next(split for pattern, split in RULES if re.search(f"{pattern}$", path))
 
 
 def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
-    """How a leaf of this shape is kept: large ones in parts, the rest on every device.
+    """The PartitionSpec of a stored leaf: large ones are sharded, small ones replicated.
 
     A leaf of two axes or more and at least 262,144 elements is split on its last axis where
     the devices divide it: the output features of every kernel. "rows" are split
@@ -151,7 +151,7 @@ def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> P
 
 
 def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
-    """The rows of a global batch that this process holds: int64, ascending, each once.
+    """Returns this process's rows of a global batch: int64, ascending, distinct.
 
     Asked of the sharding, since meshes reorder devices: a process may hold rows 0-3, 12,
     13, 30 and 31. Ascending is the order in which `shard_batch` takes them.
@@ -165,7 +165,7 @@ def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
 
 
 def shard_batch(batch: Any, sharding: Sharding, global_batch: int) -> Any:
-    """This process's rows -> global arrays. The only way in for data.
+    """Makes global arrays of this process's rows. All data enters the mesh here.
 
     Args:
         batch: pytree of numpy arrays whose row k is global row
@@ -203,7 +203,7 @@ def shard_batch(batch: Any, sharding: Sharding, global_batch: int) -> Any:
 
 
 def check_batch(global_batch: int, accumulation: int, mesh: Mesh) -> None:
-    """Refuses a batch that devices and microbatches cannot share evenly.
+    """Raises ValueError at a batch that devices and microbatches do not divide.
 
     Raises:
         ValueError: if global_batch is not a positive multiple of data * fsdp *

@@ -1,4 +1,4 @@
-"""Where a model's kernels and activations lie on the mesh, said outright.
+"""Explicit sharding of a model's kernels and activations.
 
 The compiler left alone moves activations to the parameters: it compiles a UNet with
 sharded kernels to hundreds of all-to-alls and permutes. Here each device runs the model on
@@ -18,7 +18,7 @@ from dmpo_jax.parallel import mesh as meshes
 
 
 def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`predict(params, *rows)`, each device with its own rows of every array after the first.
+    """Wraps `predict(params, *rows)`: each device computes its own rows.
 
     "data" and "fsdp" are manual inside, so that collectives are those of the layers and no
     others; "tensor" is the compiler's, within what the layers say of it (`split_over_tensor`).
@@ -54,7 +54,7 @@ def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
 
 
 def _with_mesh(predict: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Nothing to share: only `platform` looks at it."""
+    """Sets the mesh on one device: nothing is sharded, but `platform` needs it."""
 
     def placed(*args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -64,7 +64,7 @@ def _with_mesh(predict: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def platform() -> str:
-    """Of the devices that the program being traced will run on: "cpu", "gpu" or "tpu".
+    """The platform that the traced program will run on: "cpu", "gpu" or "tpu".
 
     Those of the mesh in force; a program may be compiled on a CPU for a TPU.
     """
@@ -73,7 +73,7 @@ def platform() -> str:
 
 
 def gathered(kernel: Array, features: int, split: str) -> Array:
-    """A kernel as its layer uses it: whole, or its share over "tensor".
+    """Gathers a kernel over "fsdp" for its layer; over "tensor" it stays sharded.
 
     Args:
         kernel: this device's part of it, cut on the last axis, or all of it.
@@ -87,7 +87,7 @@ def gathered(kernel: Array, features: int, split: str) -> Array:
 
 
 def split_over_tensor(x: Array, axis: int) -> Array:
-    """`x`, with an axis shared over "tensor" where that is an axis of devices."""
+    """Shards an axis of `x` over "tensor" where that axis has devices."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     size = mesh.shape["tensor"] if types.get("tensor") == AxisType.Auto else 1

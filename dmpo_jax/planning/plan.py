@@ -1,26 +1,29 @@
-"""Compiles a config's step for chips that need not be there, and says what it would take."""
+"""Compiles a training step for chips that need not be there, and says what it would take."""
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import pathlib
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from dmpo_jax.config import leaves as configs
 from dmpo_jax.extras import install_hint
 from dmpo_jax.planning import chips, flops, hlo
-from dmpo_jax.planning import compiled as compiled_steps
 from dmpo_jax.planning import report as plan_report
-from dmpo_jax.planning.planned_step import Model, Planned, load_model, make_planned
+from dmpo_jax.planning.step import Model, Planned, make_planned
+from dmpo_jax.training.build import StepSettings
 
 LOG = logging.getLogger(__name__)
 TPUS = tuple(name for name in chips.CHIPS if name.startswith("v"))
@@ -28,51 +31,44 @@ EVERY = 30.0  # seconds between two lines while compiling
 
 
 def plan(
-    config: configs.Config,
+    model: Model,
+    settings: StepSettings,
+    axes: Mapping[str, int],
     topologies: Sequence[str],
     *,
-    published: str = "",
-    save: epath.PathLike = "",
-    out: epath.PathLike = "",
+    steps: int,
     cache: epath.PathLike = "",
 ) -> list[dict[str, Any]]:
     """A plan for each topology: memory a chip, FLOPs, collectives, a model of the time.
 
     Args:
-        config: of a run; nothing of its weights or data is read but their shapes.
+        model: shapes, from `step.of_published` or `step.of_folder`. axes: of the mesh.
         topologies: "v5p:4x4x4" and the like, compiled by libtpu, which needs no TPU; "gpu:8" or
-            "cpu:8", that many of this machine's own.
-        published: a model's name instead of model.folder: sd15, sd21, sdxl.
-        save: a file for the compiled step, for `train.compiled`; one topology only.
-        out: a file for the plans, as JSON.
-        cache: a folder that remembers plans by config, topology, versions and source; "" the
+            "cpu:8", that many of this machine's own. Which platforms JAX may look for is the
+            caller's to set (`jobs.plan.prepare_process`).
+        steps: updates of the run.
+        cache: a folder that remembers plans by settings, topology, versions and source; "" the
             user's cache.
 
     Raises:
-        ValueError: a topology that cannot be had here, a config that does not fit it.
+        ValueError: a topology that cannot be had here, settings that do not fit it.
     """
-    if save and len(topologies) != 1:
-        raise ValueError(f"--save takes one topology, but got {', '.join(topologies)}")
     if not topologies:
         raise ValueError("--topology must name at least one: v5p:2x2x1, v5e:4x4, gpu:8, cpu:8")
     for topology in topologies:
         check_topology(topology)
-    _without_tpus(topologies)
-    model = load_model(config, published)
     folder = epath.Path(cache) if cache else _cache_folder()
     plans = []
     for topology in topologies:
-        remembered = folder / f"{_plan_hash(config, topology, model)}.json"
-        if remembered.exists() and not save:
+        known = plan_identity(model, settings, axes, topology, steps)
+        remembered = folder / f"{_hash(known)}.json"
+        if remembered.exists():
             LOG.info("%s: planned before, %s", topology, remembered)
             plans.append(json.loads(remembered.read_text()))
             continue
-        plans.append(plan_one(config, topology, model, save=save))
+        plans.append(plan_one(model, settings, axes, topology, steps=steps))
         remembered.parent.mkdir(parents=True, exist_ok=True)
         remembered.write_text(json.dumps(plans[-1], indent=1))
-    if out:
-        epath.Path(out).parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(out).write_text(json.dumps(plans, indent=1) + "\n")
     return plans
 
 
@@ -92,16 +88,6 @@ def check_topology(topology: str) -> None:
         )
 
 
-def _without_tpus(topologies: Sequence[str]) -> None:
-    """Keeps JAX from looking for TPUs where only their compiler is wanted."""
-    kinds = {topology.partition(":")[0] for topology in topologies}
-    if kinds & set(TPUS):
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    if "gpu" not in kinds and not jax.config.values["jax_platforms"]:
-        jax.config.update("jax_platforms", "cpu")
-
-
 def open_devices(topology: str) -> list[Any]:
     """The devices of a topology, there or not.
 
@@ -118,10 +104,6 @@ def open_devices(topology: str) -> list[Any]:
             raise ValueError(f"the TPU compiler has no {topology}: {error}") from error
         return list(found.devices)
     count = int(shape)
-    if kind == "cpu":
-        # Without effect where JAX has begun already; then there are as many as there are.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
     try:
         devices = jax.devices(kind)
     except RuntimeError:
@@ -136,49 +118,44 @@ def open_devices(topology: str) -> list[Any]:
 
 
 def plan_one(
-    config: configs.Config, topology: str, model: Model, *, save: epath.PathLike = ""
+    model: Model, settings: StepSettings, axes: Mapping[str, int], topology: str, *, steps: int
 ) -> dict[str, Any]:
     """The plan of one topology, compiled now."""
-    planned = make_planned(config, model, open_devices(topology))
-    began = time.monotonic()
-    with jax.set_mesh(planned.devices), reported(f"{topology}: tracing"):
+    planned = make_planned(model, settings, axes, open_devices(topology))
+    grid, began = planned.built.mesh, time.monotonic()
+    with jax.set_mesh(grid), reported(f"{topology}: tracing"):
         traced = planned.update.trace(*planned.arguments)
         lowered = traced.lower()
     executed = flops.jaxpr_flops(traced.jaxpr)
     lowering, began = time.monotonic() - began, time.monotonic()
     program, needed = None, None
-    with jax.set_mesh(planned.devices), reported(f"{topology}: compiling"):
+    with jax.set_mesh(grid), reported(f"{topology}: compiling"):
         try:
-            with compiled_steps.never_cached() if save else contextlib.nullcontext():
-                program = lowered.compile()
+            program = lowered.compile()
         except Exception as error:
             needed = _out_of_memory(error)
             if needed is None:
                 raise
-    seconds = {"lower_seconds": lowering, "compile_seconds": time.monotonic() - began}
-    if save and program is not None:
-        setup = planned.setup
-        identified = compiled_steps.identity(config, setup, planned.arguments, planned.devices)
-        compiled_steps.save(save, program, identified)
-    elif save:
-        raise ValueError(f"{topology}: nothing is saved, the step does not fit the chip's memory")
     return {
         "topology": topology,
         "model": model.name,
-        **describe(config, planned, program, executed, needed),
-        **seconds,
-        "versions": compiled_steps.versions(),
+        **describe(planned, program, executed, needed, steps=steps),
+        "lower_seconds": lowering,
+        "compile_seconds": time.monotonic() - began,
+        "versions": versions(),
     }
 
 
 def describe(
-    config: configs.Config, planned: Planned, program: Any, executed: int, needed: int | None
+    planned: Planned, program: Any, executed: int, needed: int | None, *, steps: int
 ) -> dict[str, Any]:
     """What a compiled program says, or, where it did not fit, what is known without it.
 
     executed: FLOPs of the traced step. needed: bytes a chip of a program that did not fit.
+    steps: updates of the run.
     """
-    first, count = planned.devices.devices.flat[0], planned.devices.size
+    settings, grid = planned.built.settings, planned.built.mesh
+    first, count = grid.devices.flat[0], grid.size
     chip = chips.lookup(first.device_kind)
     parts = plan_report.count_parts(planned.arguments)
     memory = plan_report.Memory(sum(parts[:5]), 0, 0, 0)
@@ -197,13 +174,12 @@ def describe(
         )
         xla = _xla(program) | {"traffic_with_loops": traffic}
     limit = None if chip is None else chip.memory
-    mesh = {axis: int(size) for axis, size in planned.devices.shape.items()}
-    pairs = config.train.batch_size
+    mesh = {axis: int(size) for axis, size in grid.shape.items()}
+    pairs = settings.batch_size
     useful = planned.pair_flops * pairs / count
     advice = []
     if limit is not None:
-        advice = plan_report.suggest(config, memory=memory, parts=parts, limit=limit, mesh=mesh)
-    steps = config.train.steps
+        advice = plan_report.suggest(settings, memory=memory, parts=parts, limit=limit, mesh=mesh)
     times = {end: modelled[end] for end in ("low", "high")} if modelled else {}
     return {
         "device_kind": first.device_kind,
@@ -273,14 +249,44 @@ def reported(what: str) -> Iterator[None]:
         thread.join()
 
 
-def _plan_hash(config: configs.Config, topology: str, model: Model) -> str:
-    known = {
+def plan_identity(
+    model: Model, settings: StepSettings, axes: Mapping[str, int], topology: str, steps: int
+) -> dict[str, Any]:
+    """Everything that a plan depends on, as JSON can hold it."""
+    chosen = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return {
         "topology": topology,
-        "model": [model.name, dict(model.unet), model.meta, model.schedule.prediction_type],
-        "config": compiled_steps.program_leaves(config) | {"steps": config.train.steps},
-        "versions": compiled_steps.versions(),
+        "model": [model.name, dict(model.config), model.meta.to_json(), repr(model.noise)],
+        "settings": {**chosen, "objective": settings.objective.name},
+        "mesh": dict(axes),
+        "steps": steps,
+        "versions": versions(),
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _hash(known: Mapping[str, Any]) -> str:
+    text = json.dumps(known, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of what compiles, and a hash of this package's source."""
+    found = {"source": source_hash()}
+    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def source_hash() -> str:
+    """Of every Python file of the package: a plan is of one source only."""
+    root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _cache_folder() -> epath.Path:

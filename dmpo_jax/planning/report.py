@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dmpo_jax.config import leaves as configs
 from dmpo_jax.planning import chips, hlo
+from dmpo_jax.training.build import StepSettings
 
 GB = 1e9
 ASSUMPTIONS = (
@@ -118,7 +118,7 @@ def model_time(
 
 
 def suggest(
-    config: configs.Config,
+    settings: StepSettings,
     *,
     memory: Memory,
     parts: Parts,
@@ -134,19 +134,19 @@ def suggest(
     if over <= 0:
         return []
     lines = [f"{over / GB:.1f} GB too much a chip. Estimated, each change alone:"]
-    for change, saved in _changes(config, memory=memory, parts=parts, over=over, mesh=mesh):
+    for change, saved in _changes(settings, memory=memory, parts=parts, over=over, mesh=mesh):
         if saved <= 0:
             continue
         left = memory.total - saved
         verdict = "fits" if left <= limit else "not enough alone"
         lines.append(f"  {change}: saves {saved / GB:.1f} GB, {left / GB:.1f} GB: {verdict}")
-    if config.model.remat == "none":
+    if settings.execution.remat == "none":
         lines.append("  model.remat=transformer: temporaries shrink; how far, only a plan tells")
     return lines
 
 
 def _changes(
-    config: configs.Config,
+    settings: StepSettings,
     *,
     memory: Memory,
     parts: Parts,
@@ -165,24 +165,24 @@ def _changes(
         enough = [one for one in savings if one[1] >= over]
         size, saved = min(enough) if enough else savings[-1]
         yield f"mesh.fsdp={size}", saved
-    rows = config.train.batch_size // (data * fsdp)
-    cuts = [n for n in range(2, rows + 1) if rows % n == 0 and n > config.train.accumulation]
+    rows = settings.batch_size // (data * fsdp)
+    cuts = [n for n in range(2, rows + 1) if rows % n == 0 and n > settings.accumulation]
     if cuts:
-        fixed = min(parts.params * (2 if config.train.accumulation > 1 else 1), memory.temporaries)
+        fixed = min(parts.params * (2 if settings.accumulation > 1 else 1), memory.temporaries)
         moving = memory.temporaries - fixed
 
         def saving(n: int) -> float:
-            return moving * (1 - config.train.accumulation / n) - (
-                parts.params if config.train.accumulation == 1 else 0
+            return moving * (1 - settings.accumulation / n) - (
+                parts.params if settings.accumulation == 1 else 0
             )
 
         enough = [n for n in cuts if saving(n) >= over]
         cut = enough[0] if enough else cuts[-1]
         yield f"train.accumulation={cut}", saving(cut)
-    if config.train.ema_decay:
+    if settings.ema_decay:
         yield "train.ema_decay=0", parts.ema
-    if not config.lora.rank:
-        if config.optimizer.name == "adamw":
+    if settings.lora is None:
+        if settings.optimizer.get("name", "adamw") == "adamw":
             yield "optimizer.name=adafactor", 0.98 * parts.optimizer
         # The frozen base stays, in the compute dtype; adapters are a few percent of it.
         gone = parts.params + parts.optimizer + parts.ema

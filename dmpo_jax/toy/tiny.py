@@ -10,7 +10,7 @@ from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data import raw as sources
-from dmpo_jax.families import Family
+from dmpo_jax.families import Family, Published
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.parallel import processes
@@ -18,6 +18,9 @@ from dmpo_jax.toy import digits
 from dmpo_jax.toy import make as make_digits
 
 LOG = logging.getLogger(__name__)
+SMALL_VAE = {**make_digits.VAE, "block_out_channels": [8, 8, 16]}
+# What `noise.make_noise_schedule` takes of a scheduler_config.json.
+SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, epath.Path]:
@@ -47,6 +50,20 @@ def model_config(family: Family) -> dict[str, Any]:
     return {**make_digits.UNET, "sample_size": 8, **family.tiny.model}
 
 
+def published(family: Family) -> Published:
+    """The shapes of the family's tiny pipeline, as of a published model's."""
+    scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
+    return Published(
+        family,
+        model_config(family),
+        scaling_factor=0.18215,  # of a VAE that names none
+        scheduler={name: scheduler[name] for name in SCHEDULE if name in scheduler},
+        latent_channels=SMALL_VAE["latent_channels"],
+        factor=2 ** (len(SMALL_VAE["block_out_channels"]) - 1),
+        tokens=make_digits.TOKENS,
+    )
+
+
 def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
     """A pipeline folder of the family's own parts, a few hundred thousand random parameters."""
     out.mkdir(parents=True, exist_ok=True)
@@ -73,8 +90,7 @@ def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
             part.name: ("transformers", kind),
             part.tokenizer: ("transformers", "CLIPTokenizer"),
         }
-    small = {**make_digits.VAE, "block_out_channels": [8, 8, 16]}
-    vae = parameters.initialise(family.vae, small, 2)
+    vae = parameters.initialise(family.vae, SMALL_VAE, 2)
     diffusers_io.save_vae(vae, out / "vae")
     model = parameters.initialise(family.model, model_config(family), 3)
     diffusers_io.save_unet(model, out / family.component)

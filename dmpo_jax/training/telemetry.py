@@ -5,15 +5,13 @@ import logging
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from dmpo_jax.config import leaves as configs
-from dmpo_jax.planning import chips, flops
 from dmpo_jax.progress import Progress
-from dmpo_jax.training import health, step
+from dmpo_jax.training import health
 from dmpo_jax.training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
@@ -44,33 +42,6 @@ class Cost(NamedTuple):
     peak_flops: float | None = None
 
 
-def make_cost(
-    config: configs.Config,
-    unet: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    setup: step.Setup,
-    devices: jax.sharding.Mesh,
-) -> Cost:
-    """The cost of a run's pairs; unet: its config; meta: of the encoded pairs."""
-    height, width, _ = meta["shapes"]["moments"]["shape"][-3:]
-    forward = flops.unet_forward(
-        unet,
-        height=height,
-        width=width,
-        tokens=meta["shapes"]["context"]["shape"][-2],
-        rank=config.lora.rank,
-        targets=config.lora.targets,
-    )
-    pair = flops.step_flops(
-        forward,
-        needs_reference=setup.needs_reference,
-        needs_rejected=setup.needs_rejected,
-        lora=setup.adapters,
-    )
-    chip = chips.lookup(devices.devices.flat[0].device_kind)
-    return Cost(pair, devices.size, chip.flops if chip else None)
-
-
 class Watch:
     """Turns a step's metrics into a line, a bar and, where it went wrong, an end.
 
@@ -78,22 +49,28 @@ class Watch:
     is dispatched, as `report` is called, and the moment they are there is the step's end.
 
     Args:
-        config: the run's. start: the step that it goes on from.
+        start: the update that the run goes on from. total: the last one.
+        batch_size: pairs an update. every: updates between two lines of metrics.
+        skip_limit: updates that may have a loss or gradient that is not finite.
         learning_rate: by step. cost: of a pair. curves: of the run's objective.
         clock: seconds, for tests.
     """
 
     def __init__(
         self,
-        config: configs.Config,
         start: int,
         *,
+        total: int,
+        batch_size: int,
+        every: int,
+        skip_limit: int,
         learning_rate: Callable[[Any], jax.Array],
         cost: Cost,
         curves: health.Curves,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._config, self._learning_rate, self._cost = config, learning_rate, cost
+        self._total, self._batch_size, self._every = total, batch_size, every
+        self._skip_limit, self._learning_rate, self._cost = skip_limit, learning_rate, cost
         self._curves = curves
         self._clock = clock
         self._last: int | None = start
@@ -122,12 +99,7 @@ class Watch:
                 self._restart()
 
     def compile(self, jitted: Any, *arguments: Any) -> Any:
-        """`jitted` compiled for its arguments, ahead of its first call; says how long it took.
-
-        A step that was read compiled from a file comes back as it is.
-        """
-        if not hasattr(jitted, "lower"):
-            return jitted
+        """`jitted` compiled for its arguments, ahead of its first call; says how long it took."""
         hits: list[str] = []
 
         def listen(event: str, **details: Any) -> None:
@@ -154,18 +126,17 @@ class Watch:
         progress: Progress,
     ) -> None:
         """Reads the metrics of update `number`; NonFiniteError past the limit."""
-        config = self._config
         fetched = dict(jax.device_get(metrics))
         pairs = fetched.pop("pairs")
         values = {name: float(x) for name, x in fetched.items()}
         values |= self._curves.add(pairs)
         now = self._clock()
-        check_finite(number, values, config.train.skip_limit)
+        check_finite(number, values, self._skip_limit)
         if self._last is None:  # the first after a pause
             self._last = number - 1
         self._note_first_step()
         pace = self._pace(number - self._last, now)
-        if number % config.log.every == 0 or number in (1, config.train.steps):
+        if number % self._every == 0 or number in (1, self._total):
             values["learning_rate"] = float(self._learning_rate(number - 1))
             line = {**values, **pace, **memory(), **self._once}
             writer.write(number, line, detail=self._curves.take())
@@ -200,7 +171,7 @@ class Watch:
         batches, waited = self._input
         # A batch is taken ahead of its step, so there may be one more of them.
         waiting = min(waited / max(batches, 1), seconds)
-        speed = self._config.train.batch_size / seconds
+        speed = self._batch_size / seconds
         flops = speed * self._cost.pair_flops / self._cost.chips
         pace = {
             "pairs_per_second": speed,

@@ -62,8 +62,10 @@ def test_shapes_and_dtypes(pairs):
     assert batch.moments.dtype == np.float16
     np.testing.assert_array_equal(batch.preference, np.full(BATCH, 0.75, np.float32))
     assert batch.preference.dtype == np.float32
-    context, pooled, time_ids, image = batch.condition
-    assert image is None
+    given = batch.condition
+    context, pooled, time_ids = given.context, given.pooled, given.time_ids
+    assert given.image is None
+    assert given.lengths is None
     assert context.shape == (BATCH, 3, 2)
     assert pooled.shape == (BATCH, 4)
     assert time_ids.shape == (BATCH, 2, 6)

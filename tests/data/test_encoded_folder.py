@@ -15,6 +15,7 @@ from etils import epath
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded import shards
+from dmpo_jax.data.encoded.pair import chosen_first
 from tests.support.encoded import META, make_imaged, make_pair, make_prompts, write
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -43,9 +44,9 @@ def test_round_trip(tmp_path, dtype, pooled, monkeypatch):
     assert len(pairs.prompts) == 3
     for got, want in zip(pairs.prompts, prompts, strict=True):
         assert_same(got, want)
-    assert pairs.meta["model"] == "tiny-sd"
-    assert pairs.meta["counts"] == {"train": 40, "validation": 3, "prompts": 3}
-    assert pairs.meta["shapes"]["moments"] == {"shape": [2, 4, 6, 8], "dtype": np.dtype(dtype).name}
+    assert pairs.meta.model == "tiny-sd"
+    assert pairs.meta.counts == {"train": 40, "validation": 3, "prompts": 3}
+    assert pairs.meta.arrays.moments == ((2, 4, 6, 8), np.dtype(dtype).name)
     with pytest.raises(IndexError):
         pairs.split("train")[40]
     with pytest.raises(ValueError, match=r"no split 'test', only \['train', 'validation'\]"):
@@ -61,18 +62,21 @@ def test_images_round_trip(tmp_path):
     pairs = records.open_pairs(tmp_path)
     assert_same(pairs.split("train")[0], train[0])
     np.testing.assert_array_equal(pairs.split("train")[1].image, train[1].image)
-    assert pairs.meta["image_kind"] == "inpaint"
-    assert pairs.meta["shapes"]["image"] == {"shape": [4, 6, 5], "dtype": "float16"}
+    assert pairs.meta.image_kind == "inpaint"
+    assert pairs.meta.arrays.image == ((4, 6, 5), "float16")
 
 
-def test_folders_made_before_there_were_images_open(tmp_path):
+def test_folders_of_format_2_open(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / records.MARKER).read_text())
     del meta["image_kind"], meta["shapes"]["image"]
+    for name in ("pack", "told_sizes", "content"):
+        del meta[name]
+    meta["format"] = 2
     (tmp_path / records.MARKER).write_text(json.dumps(meta))
     pairs = records.open_pairs(tmp_path)
-    assert pairs.meta["image_kind"] == ""
-    assert pairs.meta["shapes"]["image"] is None
+    assert pairs.meta.image_kind == ""
+    assert pairs.meta.arrays.image is None
     assert_same(pairs.split("train")[3], make_pair(3))
     assert pairs.split("train")[3].image is None
 
@@ -119,7 +123,7 @@ def test_index_0_is_chosen(tmp_path):
     np.testing.assert_array_equal(swapped.sizes, stored[0].sizes[::-1])
     assert_same(source[1], stored[1])  # a tie keeps its order
     assert_same(source[2], stored[2])
-    assert_same(stored[0].swap_to_chosen().swap_to_chosen(), stored[0].swap_to_chosen())
+    assert_same(chosen_first(chosen_first(stored[0])), chosen_first(stored[0]))
 
 
 NAN = np.full((2, 4, 6, 8), np.nan, np.float16)
@@ -263,7 +267,7 @@ def test_readable_errors(tmp_path):
     write(tmp_path)
     meta = json.loads((tmp_path / records.MARKER).read_text())
     (tmp_path / records.MARKER).write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(ValueError, match="has format 99, but this version reads 1 and 2"):
+    with pytest.raises(ValueError, match="has format 99, but this version reads 2 and 3"):
         records.open_pairs(tmp_path)
     with pytest.raises(ValueError, match="already holds"):
         write(tmp_path)

@@ -91,7 +91,7 @@ def test_a_mixture_of_one_is_that_one(sets):
 
 def test_validation_is_that_of_every_set_once(sets):
     mixture = Mixture(sets, [1, 1, 2])
-    assert mixture.meta["counts"] == {"train": 36, "validation": 5, "prompts": 6}
+    assert mixture.meta.counts == {"train": 36, "validation": 5, "prompts": 6}
     epoch = pipeline.make_epoch(mixture, "validation", global_batch=4, rows=range(4))
     seen = [ids([batch])[weights == 1] for batch, weights in epoch]
     assert np.concatenate(seen).tolist() == [110, 111, 112, 321, 322]

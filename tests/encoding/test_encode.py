@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/encoding/encode.py and what it is made of."""
+"""Tests for dmpo_jax/encoding: raw pairs in, the same files out however it was run."""
 
 import itertools
 import os
@@ -71,7 +71,7 @@ SETTINGS = {"validation_fraction": 0.3, "batch_size": 8, "pairs_per_shard": 6, "
 
 def encode(made, out, **changes):
     source, model = made
-    job.encode(**{"source": source, "model": model, "out": out, **SETTINGS, **changes})
+    tiny.encode(source, model, out, **{**SETTINGS, **changes})
     return records.open_pairs(out)
 
 
@@ -102,7 +102,7 @@ def stored(pairs):
     return {
         pair.id: (split, pair)
         for split in records.SPLITS
-        if split in pairs.meta["counts"]
+        if split in pairs.meta.counts
         for pair in pairs.split(split)
     }
 
@@ -116,7 +116,7 @@ def test_every_pair_is_there_once(made, whole):
     found = stored(pairs)
     assert len(raw) == sum(ROWS)
     assert set(found) == set(raw)
-    assert pairs.meta["counts"]["train"] + pairs.meta["counts"]["validation"] == sum(ROWS)
+    assert pairs.meta.counts["train"] + pairs.meta.counts["validation"] == sum(ROWS)
     for name, (_, pair) in found.items():
         assert pairs.prompts[pair.prompt].text == raw[name].prompt
         assert pair.preference == max(raw[name].preference, 1 - raw[name].preference)
@@ -155,7 +155,7 @@ def test_held_out_prompts():
 def test_tfds_opens_it(whole):
     builder = tfds.builder_from_directory(whole)
     source = builder.as_data_source("train")
-    assert len(source) == records.open_pairs(whole).meta["counts"]["train"]
+    assert len(source) == records.open_pairs(whole).meta.counts["train"]
     first = records.open_pairs(whole).split("train")[0]
     np.testing.assert_array_equal(source[0]["moments"], first.moments)
 
@@ -200,8 +200,8 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", sys.argv[4])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-from dmpo_jax.encoding.encode import encode
-encode(source=sys.argv[1], model=sys.argv[2], out=sys.argv[3], validation_fraction=0.3,
+from tests.support.tiny import encode
+encode(*sys.argv[1:4], validation_fraction=0.3,
        batch_size=8, pairs_per_shard=6, num_threads=2)
 """
 
@@ -311,8 +311,8 @@ import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from dmpo_jax.encoding.encode import encode
-encode(source=sys.argv[3], model=sys.argv[4], out=sys.argv[5], validation_fraction=0.3,
+from tests.support.tiny import encode
+encode(*sys.argv[3:6], validation_fraction=0.3,
        batch_size=8, pairs_per_shard=6, num_threads=2)
 """
 
@@ -369,8 +369,8 @@ def check_moments(made, pairs, moments, dtype):
         assert got.dtype == np.dtype(dtype)
         own = own[::-1] if pair.preference < 0.5 else own
         np.testing.assert_allclose(got.astype(np.float32), own, rtol=ROUNDING[dtype], atol=1e-5)
-    assert pairs.meta["moments"] == moments
-    assert pairs.meta["shapes"]["moments"]["dtype"] == dtype
+    assert pairs.meta.moments == moments
+    assert pairs.meta.moments_dtype == dtype
 
 
 def test_moments_are_the_vaes_but_for_rounding(made, whole, mirrored, tmp_path):
@@ -390,7 +390,7 @@ def test_other_moments_are_the_vaes_but_for_rounding(moments, dtype, made, tmp_p
 
 
 def test_flips_are_of_both_images(made, mirrored):
-    assert mirrored.meta["flipped"] is True
+    assert mirrored.meta.flipped
     raw = list(itertools.islice(sources.open_source(made[0]), 8))
     loaded = [pixels.load_pixels(pair, (), SIDE) for pair in raw]
     want = expected(made, [x._replace(images=x.images[:, :, ::-1]) for x in loaded])
@@ -416,7 +416,7 @@ def test_what_was_not_stored_is_not_flipped(whole):
 
 def test_source_and_mask_are_flipped_too(tmp_path):
     debug.write_tiny_pipeline(epath.Path(tmp_path / "model"), SD_INPAINT)
-    rows = debug.synthetic_pairs(4, image="inpaint")
+    rows = debug.synthetic_pairs(4, given=SD_INPAINT.given_fields)
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", rows)
     made = f"pickapic:{tmp_path / 'pairs.parquet'}", str(tmp_path / "model")
     pairs = encode(made, tmp_path / "out", flip=True)
@@ -438,7 +438,7 @@ def test_bad_records_are_counted_and_left_out(made, tmp_path):
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", rows)
     source = f"pickapic:{tmp_path / 'pairs.parquet'}"
     pairs = encode((source, made[1]), tmp_path / "out", max_bad=0.1)
-    assert sum(pairs.meta["skipped"].values()) == 2
+    assert sum(pairs.meta.skipped.values()) == 2
     found = stored(pairs)
     assert len(found) == 28
     assert not {"pairs.parquet:3", "pairs.parquet:11"} & set(found)

@@ -25,7 +25,6 @@ from PIL import Image
 from dmpo_jax import diffusers_io, families
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.encoding.encode import encode
 from dmpo_jax.encoding.pixels import load_pixels
 from dmpo_jax.families import editing
 from dmpo_jax.jobs import train
@@ -53,7 +52,7 @@ def png(array) -> bytes:
 def rows(count=24, side=SIDE):
     """Pairs of noise with all that any family asks for, at the models' resolution."""
     rng = np.random.default_rng(0)
-    made = debug.synthetic_pairs(count, image="inpaint")
+    made = debug.synthetic_pairs(count, given=("source", "mask"))
     for row in made:
         for name in ("jpg_0", "jpg_1", "jpg_source"):
             row[name] = png(rng.integers(0, 256, (side, side, 3), np.uint8))
@@ -185,7 +184,7 @@ def assert_same_conditioning(pipeline, encoded, row, monkeypatch):
     prompt = pairs.prompts[record.prompt]
     assert prompt.text == row["caption"]
     given = {"prompt": row["caption"]}
-    if kind := pairs.meta["image_kind"]:
+    if kind := pairs.meta.image_kind:
         given["image"] = Image.open(io.BytesIO(row["jpg_source"]))
     else:
         given |= {"height": SIDE, "width": SIDE}
@@ -364,15 +363,15 @@ def test_a_missing_column_is_named_before_encoding(inpainting, column, tmp_path)
     table = pq.read_table(tmp_path / "all.parquet").drop_columns([column])
     pq.write_table(table, tmp_path / "pairs.parquet")
     with pytest.raises(ValueError, match=rf"sd_inpaint .* column '{column}' .*pairs.parquet"):
-        encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
+        tiny.encode(f"pickapic:{tmp_path}/pairs.parquet", inpainting, tmp_path / "out")
 
 
 def test_a_pair_without_its_source_is_left_out(inpainting, tmp_path):
     made = rows(3)
     del made[2]["jpg_source"]
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", made)
-    encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
-    assert records.open_pairs(tmp_path / "out").meta["skipped"] == {"no source": 1}
+    tiny.encode(f"pickapic:{tmp_path}/pairs.parquet", inpainting, tmp_path / "out")
+    assert records.open_pairs(tmp_path / "out").meta.skipped == {"no source": 1}
 
 
 def test_pairs_of_another_kind_are_refused(inpainting):
@@ -381,7 +380,7 @@ def test_pairs_of_another_kind_are_refused(inpainting):
     pairs = records.EncodedPairs.__new__(records.EncodedPairs)
     pairs.meta = {"shapes": shapes, "image_kind": "inpaint"}
     train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
-    pairs.meta["image_kind"] = ""
+    pairs.meta.image_kind = ""
     with pytest.raises(ValueError, match="images of kind 'inpaint', the encoded pairs hold ''"):
         train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
 

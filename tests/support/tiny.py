@@ -4,9 +4,11 @@ import dataclasses
 
 from etils import epath
 
+from dmpo_jax import diffusers_io
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.data import raw as sources
-from dmpo_jax.encoding.encode import encode
+from dmpo_jax.encoding import encode as encoding
+from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.families import SD
 from dmpo_jax.families.family import Tiny
 from dmpo_jax.toy import tiny as debug
@@ -34,13 +36,31 @@ def write(folder) -> tuple[str, str]:
     model, encoded = folder / "model", folder / "encoded"
     debug.write_tiny_pipeline(model, FAMILY)
     sources.write_pick_a_pic(folder / "pairs.parquet", debug.synthetic_pairs(64))
-    encode(
-        source=f"pickapic:{folder / 'pairs.parquet'}",
-        model=str(model),
-        out=encoded,
-        validation_fraction=0.25,
-    )
+    source = f"pickapic:{folder / 'pairs.parquet'}"
+    encode(source, model, encoded, validation_fraction=0.25)
     return str(model), str(encoded)
+
+
+def encode(source: str, model, out, **changes) -> None:
+    """Encodes in float32; `changes` of the settings that tests start from."""
+    settings = {
+        "source": source,
+        "model": str(model),
+        "vae": "",
+        "variant": None,
+        "dtype": "float32",
+        "resolution": None,
+        "validation_fraction": 0.01,
+        "moments": "sample",
+        "moments_dtype": "bfloat16",
+        "flip": False,
+        "crop": "center",
+        "ties": "keep",
+        "max_bad": 0.01,
+        "batch_size": 32,
+        "num_threads": 4,
+    }
+    encoding.encode(Settings(**{**settings, **changes}), diffusers_io.load_pipeline(model), out)
 
 
 def make_config(model: str, encoded: str, **leaves):

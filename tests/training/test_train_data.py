@@ -77,7 +77,7 @@ def test_a_mixture_trains_and_validates_on_every_folder(model, tmp_path):
     batches = train.make_batches(run, 0)
     values = np.concatenate([next(batches).moments[:, 0, 0, 0, 0] for _ in range(128)])
     assert (values == 1).mean() == pytest.approx(0.25, abs=0.01)
-    assert run.pairs.meta["counts"]["validation"] == 8
+    assert run.pairs.meta.counts["validation"] == 8
 
 
 def test_flips_are_drawn_where_asked_for(model, tmp_path):

@@ -7,19 +7,17 @@ the step, resuming is O(1), and the batches do not depend on how many processes 
 
 import concurrent.futures
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
-import jax
-import ml_dtypes  # noqa: F401  makes "bfloat16" a NumPy dtype
 import numpy as np
 from jaxtyping import Float
 
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.batches.order import Draws, Element, Order
 from dmpo_jax.data.encoded.folder import EncodedPairs
-from dmpo_jax.types import Condition, PairBatch
+from dmpo_jax.types import PairBatch
 
 CACHED_PROMPTS = 512  # 160 MB at SDXL's [77, 2048] in float16
 LAST_STEP = 2**40  # stands for "endless" where Grain wants a length
@@ -64,7 +62,7 @@ class Batches:
     ):
         if not 0 <= prompt_dropout <= 1:
             raise ValueError(f"prompt_dropout must lie in [0, 1], but got {prompt_dropout}")
-        drops_images = pairs.meta["image_kind"] == "edit"
+        drops_images = pairs.meta.image_optional
         if drops_images and prompt_dropout > 2 / 3:
             raise ValueError(
                 "prompt_dropout must be at most 2/3 for pairs with images to edit, of which it "
@@ -114,8 +112,7 @@ def make_batches(
 
     Returns:
         An iterator of numpy PairBatches, dtypes as stored: moments `[len(rows), 2, h, w, 2C]`,
-        or C where only means are stored. pooled and time_ids (float32) are None unless the
-        prompts carry pooled embeddings, and image `[len(rows), h, w, E]` unless the pairs do.
+        or C where only means are stored; of the condition, what `EncodedMeta.map_batch` says.
     """
     batches = Batches(
         pairs,
@@ -153,7 +150,7 @@ def make_epoch(
     rows = _checked_rows(rows, global_batch)
     sets = _sets(pairs)
     if isinstance(pairs, Mixture):
-        sets = [one for one in sets if split in one.meta["counts"]]
+        sets = [one for one in sets if split in one.meta.counts]
     reader = _Reader(sets, split)
     places = [Element(s, i) for s, length in enumerate(reader.lengths) for i in range(length)]
 
@@ -167,46 +164,6 @@ def make_epoch(
     return batches()  # rows are checked now, not at the first batch
 
 
-def is_mean_only(meta: Mapping[str, Any]) -> bool:
-    """Whether the moments of a folder (its encoded.json) are means without log-variances.
-
-    Raises:
-        ValueError: the folder says neither "sample" nor "mean".
-    """
-    kind = meta.get("moments", "sample")
-    if kind not in ("sample", "mean"):
-        raise ValueError(
-            f'the encoded pairs\' moments should be "sample" or "mean", but are {kind!r}: encode '
-            "them with this version"
-        )
-    return kind == "mean"
-
-
-def latent_channels(meta: Mapping[str, Any]) -> int:
-    """C, of the moments that a folder holds: 2C with log-variances, C without."""
-    return meta["shapes"]["moments"]["shape"][-1] // (1 if is_mean_only(meta) else 2)
-
-
-def abstract_batch(meta: Mapping[str, Any], rows: int, sharding: Any) -> Any:
-    """Shapes of the batches of a folder with this `meta`, as `mesh.shard_batch` lays them out."""
-
-    def array(*shape: int, dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=sharding)
-
-    arrays: dict[str, Any] = dict.fromkeys(("moments", "context", "pooled", "image"))
-    for name in arrays:
-        if described := meta["shapes"].get(name):
-            arrays[name] = array(*described["shape"], dtype=described["dtype"])
-    time_ids = None if arrays["pooled"] is None else array(2, 6, dtype=np.float32)
-    condition = Condition(
-        context=arrays["context"],
-        pooled=arrays["pooled"],
-        time_ids=time_ids,
-        image=arrays["image"],
-    )
-    return PairBatch(arrays["moments"], array(dtype=np.float32), condition)
-
-
 class _Reader:
     """Fills batches with the pairs and prompts of some data sets of one shape."""
 
@@ -216,7 +173,7 @@ class _Reader:
         # Prompts recur (the empty one above all): a bounded cache, shared by the threads.
         cached = functools.lru_cache(maxsize=max(CACHED_PROMPTS // len(sets), 1))
         self._prompts = [cached(pairs.prompts.__getitem__) for pairs in sets]
-        self._shapes = sets[0].meta["shapes"]
+        self._empty = sets[0].meta.empty
         self._num_threads = num_threads
         self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
 
@@ -236,21 +193,6 @@ class _Reader:
                 pass  # an error comes up here
         return batch
 
-    def _empty(self, rows: int) -> PairBatch:
-        def array(name: str) -> Any:
-            described = self._shapes.get(name)
-            if described is None:
-                return None
-            return np.empty((rows, *described["shape"]), np.dtype(described["dtype"]))
-
-        pooled = array("pooled")
-        time_ids: Any = None if pooled is None else np.empty((rows, 2, 6), np.float32)
-        preference: Any = np.empty(rows, np.float32)
-        condition = Condition(
-            context=array("context"), pooled=pooled, time_ids=time_ids, image=array("image")
-        )
-        return PairBatch(array("moments"), preference, condition)
-
     def _fill(self, batch: PairBatch, row: int, element: Element) -> None:
         # Each record is copied and let go before the next is read: its memory is then used
         # again, still in the cache, where a batch of them would be cleared by the kernel.
@@ -264,7 +206,11 @@ class _Reader:
         told = arrays.condition
         told.context[row] = prompt.context
         if told.pooled is not None:
-            told.pooled[row], told.time_ids[row] = prompt.pooled, pair.sizes
+            told.pooled[row] = prompt.pooled
+        if told.lengths is not None:
+            told.lengths[row] = prompt.length
+        if told.time_ids is not None:
+            told.time_ids[row] = pair.sizes
         if told.image is not None:
             told.image[row] = 0 if element.drops_image else pair.image
 
@@ -276,7 +222,7 @@ def _sets(pairs: EncodedPairs | Mixture) -> Sequence[EncodedPairs]:
 def _check_flipped(sets: Sequence[EncodedPairs]) -> None:
     for number, pairs in enumerate(sets):
         which = f"folder {number} of the mixture" if len(sets) > 1 else "the folder"
-        if not pairs.meta.get("flipped", False):
+        if not pairs.meta.flipped:
             raise ValueError(
                 f"flips were asked for, but {which} of encoded pairs does not hold them: encode "
                 "with flips, or train without"

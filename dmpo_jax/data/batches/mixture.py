@@ -1,21 +1,26 @@
 """Several folders of encoded pairs, trained on together by weight."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from dmpo_jax.data.batches.order import whole_parts
-from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore
+from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore, open_pairs
+from dmpo_jax.data.encoded.meta import EncodedMeta, differences
 
-# What the step takes for granted of every pair: entries of encoded.json, old folders' defaults.
-SAME = {
-    "model": None,
-    "vae": "",
-    "scaling_factor": None,
-    "shift_factor": 0.0,
-    "image_kind": "",
-    "moments": "sample",
-}
+# What the step takes for granted of every pair: keys of encoded.json.
+SAME = (
+    "model",
+    "vae",
+    "content",
+    "scaling_factor",
+    "shift_factor",
+    "image_kind",
+    "moments",
+    "pack",
+    "told_sizes",
+)
+SAME_ARRAYS = ("moments", "context", "pooled", "length", "image")
 
 
 class Mixture:
@@ -34,7 +39,7 @@ class Mixture:
         if not sets:
             raise ValueError("a mixture needs at least one folder of encoded pairs, but got none")
         if weights is None:
-            weights = [pairs.meta["counts"]["train"] for pairs in sets]
+            weights = [pairs.meta.counts["train"] for pairs in sets]
         if len(weights) != len(sets):
             raise ValueError(f"{len(sets)} folders need as many weights, but got {list(weights)}")
         whole_parts(weights)  # refuses what is no weight
@@ -43,25 +48,34 @@ class Mixture:
         self.sets, self.weights = tuple(sets), tuple(weights)
         counts: collections.Counter[str] = collections.Counter()
         for pairs in sets:
-            counts.update(pairs.meta["counts"])
-        self.meta: dict[str, Any] = {**sets[0].meta, "counts": dict(counts)}
+            counts.update(pairs.meta.counts)
+        self.meta = dataclasses.replace(sets[0].meta, counts=dict(counts))
 
     @property
     def prompts(self) -> PromptStore:
         return self.sets[0].prompts
 
+    def first_texts(self, count: int) -> list[str]:
+        """The first prompts of the first set, as of `EncodedPairs.first_texts`."""
+        return self.sets[0].first_texts(count)
 
-def _check_alike(first: dict[str, Any], other: dict[str, Any], number: int) -> None:
-    differing = {
-        name: (first.get(name, default), other.get(name, default))
-        for name, default in SAME.items()
-        if first.get(name, default) != other.get(name, default)
-    }
-    shapes, others = first["shapes"], other["shapes"]
+
+def open_mixture(parts: Sequence[tuple[str, float]]) -> Mixture:
+    """A mixture of (folder, weight) each; raises as `open_pairs` and `Mixture`."""
+    folders, weights = zip(*parts, strict=True)
+    return Mixture([open_pairs(folder) for folder in folders], weights)
+
+
+def _check_alike(first: EncodedMeta, other: EncodedMeta, number: int) -> None:
+    mine, theirs = first.to_json(), other.to_json()
+    differing = differences(
+        {name: mine[name] for name in SAME}, {name: theirs[name] for name in SAME}
+    )
+    shapes, others = mine["shapes"], theirs["shapes"]
     differing |= {
-        f"shape of {name}": (shapes.get(name), others.get(name))
-        for name in ("moments", "context", "pooled", "image")
-        if shapes.get(name) != others.get(name)
+        f"shape of {name}": (shapes[name], others[name])
+        for name in SAME_ARRAYS
+        if shapes[name] != others[name]
     }
     if differing:
         said = "; ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in differing.items())

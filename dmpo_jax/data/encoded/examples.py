@@ -15,12 +15,12 @@ _EXAMPLE: Any = tf_example_pb2  # protobuf makes the modules' classes at import
 _FEATURE: Any = tf_feature_pb2
 
 
-def read_example(record: bytes, shapes: Mapping[str, Any]) -> dict[str, Any]:
+def read_example(record: bytes, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a record by name.
 
     Args:
-        shapes: `{"shape", "dtype"}` of each array that is stored as bytes; None, or absent,
-            for what is none.
+        arrays: the `ArraySpec` of each array that is stored as bytes; None, or absent, for
+            what is none.
 
     Returns:
         Arrays (read-only views, little endian as stored); bytes of other byte features; and
@@ -32,10 +32,10 @@ def read_example(record: bytes, shapes: Mapping[str, Any]) -> dict[str, Any]:
         value = getattr(feature, kind).value
         if kind == "bytes_list":
             value = value[0]
-            if described := shapes.get(name):
+            if described := arrays.get(name):
                 # Never a view of the proto itself: `value` is bytes of its own.
-                value = np.frombuffer(value, np.dtype(described["dtype"]))
-                value = value.reshape(described["shape"])
+                value = np.frombuffer(value, np.dtype(described.dtype))
+                value = value.reshape(described.shape)
         values[name] = value
     return values
 

@@ -29,25 +29,30 @@ from tensorflow_datasets.core.splits import SplitDict
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded import shards
 from dmpo_jax.data.encoded.examples import read_example
+from dmpo_jax.data.encoded.meta import FORMAT, MARKER, REQUIRED, Arrays, EncodedMeta
 from dmpo_jax.data.encoded.pair import (
     ARRAYS,
     EncodedPair,
     PairSerializer,
+    chosen_first,
     make_features,
     pair_bytes,
 )
 from dmpo_jax.data.encoded.prompts import PromptEmbedding, PromptStore
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 
-# Format 1 had one file of prompts; flipped variants and means alone came with 2.
-FORMAT, READABLE = 2, (1, 2)
-MARKER = "encoded.json"
 FEATURES = "features.json"
 NAME = "encoded_pairs"
 SPLITS = ("train", "validation")
-REQUIRED_META = ("model", "scaling_factor")
-RESERVED_META = {"format", "counts", "shapes", "prompt_shards", "files"}
-DEFAULT_META = {"image_kind": "", "moments": "sample", "skipped": {}}
+# Keys of encoded.json that the writer fills in.
+WRITTEN_META = {
+    "format",
+    "counts",
+    "shapes",
+    "prompt_shards",
+    "files",
+    "flipped",
+}
 OURS = re.compile(
     rf"\.?({NAME}-.*\.array_record-\d+|{prompt_store.FILE.pattern})(\.partial)?"
     r"|(dataset_info|features)\.json"
@@ -104,7 +109,7 @@ def write_pairs(
             most = max(1, SHARD_BYTES // max(pair_bytes(serialize.shapes), 1))
             with ShardWriter(folder, shard_name(split, len(written[split]))) as writer:
                 for each in itertools.chain([pair], itertools.islice(pairs, most - 1)):
-                    writer.write(serialize(each))
+                    writer.write(serialize(chosen_first(each)))
                 written[split].append(writer.close())
         if serialize is None or not written[split]:
             raise ValueError(f"split {split!r} needs at least one pair, but got none")
@@ -150,23 +155,20 @@ def finish(
     files = {shard.name: shard.size for shard in written}
     files |= {name: (folder / name).stat().length for name in ("dataset_info.json", FEATURES)}
     counts = {split: sum(s.records for s in of_split) for split, of_split in splits.items()}
-    whole = {
-        **DEFAULT_META,
-        **meta,
-        "flipped": bool(shapes["flipped"]),
+    added = {
         "format": FORMAT,
         "counts": {"prompts": sum(shard.records for shard in prompts), **counts},
         "shapes": shapes,
         "prompt_shards": [shard.records for shard in prompts],
         "files": files,
     }
-    shards.save_json(folder / MARKER, whole)
+    EncodedMeta.from_json({**meta, **added}).save(folder)
 
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
-    if missing := set(REQUIRED_META) - set(meta):
-        raise ValueError(f"meta needs {REQUIRED_META}, but {sorted(missing)} is missing")
-    if reserved := RESERVED_META & set(meta):
+    if missing := set(REQUIRED) - set(meta):
+        raise ValueError(f"meta needs {REQUIRED}, but {sorted(missing)} is missing")
+    if reserved := WRITTEN_META & set(meta):
         raise ValueError(f"meta may not set {sorted(reserved)}: the writer adds them")
     json.dumps(dict(meta))  # fails here rather than after hours of encoding
 
@@ -214,9 +216,11 @@ def clear(folder: epath.Path) -> None:
     """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        _whole_meta(folder)
+        load_meta(folder)
     except NotWholeError:
         pass
+    except ValueError as error:  # of another format, or not ours
+        raise ValueError(f"{folder} already holds encoded pairs: {error}") from error
     else:
         raise ValueError(f"{folder} already holds encoded pairs: delete it or choose another")
     (folder / MARKER).unlink(missing_ok=True)
@@ -239,50 +243,37 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
     folder = epath.Path(folder)
     meta = load_meta(folder)
     if shards.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
-        folder = shards.stage(folder, meta["files"], NAME)
+        folder = shards.stage(folder, meta.files, NAME)
     return EncodedPairs(folder, meta)
 
 
-def load_meta(folder: epath.PathLike) -> dict[str, Any]:
-    """encoded.json of a folder that is whole; raises as `open_pairs`."""
+def load_meta(folder: epath.PathLike) -> EncodedMeta:
+    """encoded.json of a complete folder; raises as `open_pairs`."""
     folder = epath.Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"no encoded pairs at {folder}: run encode first")
-    meta = _whole_meta(folder)
-    if meta["format"] not in READABLE:
-        raise ValueError(
-            f"{folder} has format {meta['format']}, but this version reads "
-            f"{' and '.join(map(str, READABLE))}: delete it and run encode again"
-        )
-    # Folders of format 1, some made before there were images.
-    meta = {**DEFAULT_META, "flipped": False, "prompt_shards": [], **meta}
-    meta["shapes"] = {**dict.fromkeys(ARRAYS), **meta["shapes"]}
-    return meta
-
-
-def _whole_meta(folder: epath.Path) -> dict[str, Any]:
-    """encoded.json of a folder that is whole; NotWholeError otherwise."""
     unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
-    meta = shards.load_json(folder / MARKER)
+    meta = EncodedMeta.load(folder)
     if meta is None:
         raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)")
-    if name := shards.first_not_whole(folder, meta["files"]):
+    if name := shards.first_not_whole(folder, meta.files):
         raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
     return meta
 
 
 class EncodedPairs:
-    """An opened folder. `meta`: encoded.json. `prompts`: the store, `[j]` -> PromptEmbedding."""
+    """An opened folder. `meta`: what it holds. `prompts`: the store, `[j]` -> PromptEmbedding."""
 
-    def __init__(self, folder: epath.Path, meta: dict[str, Any]):
+    def __init__(self, folder: epath.Path, meta: EncodedMeta):
         self.meta = meta
         self.prompts = PromptStore(
-            folder,
-            meta["prompt_shards"],
-            total=meta["counts"]["prompts"],
-            shapes=meta["shapes"],
+            folder, meta.prompt_shards, total=meta.counts["prompts"], arrays=meta.arrays
         )
         self._builder: Any = tfds.builder_from_directory(folder)
+
+    def first_texts(self, count: int) -> list[str]:
+        """At most so many prompts, from the first after the empty one on."""
+        return [self.prompts[i].text for i in range(1, min(count + 1, len(self.prompts)))]
 
     def split(self, name: str) -> "PairSource":
         """The pairs of a split, by random access: len and `[i]` -> EncodedPair.
@@ -295,22 +286,22 @@ class EncodedPairs:
             raise ValueError(f"there is no split {name!r}, only {names}")
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = self._builder.as_data_source(name, deserialize_method=raw)
-        return PairSource(source, self.meta["shapes"])
+        return PairSource(source, self.meta.arrays)
 
 
 class PairSource:
     """Random access to the pairs of one split; nothing is kept in memory."""
 
-    def __init__(self, source: Any, shapes: Mapping[str, Any]):
-        """source: of records as bytes. shapes: of their arrays, as in encoded.json."""
-        self._source, self._shapes = source, shapes
+    def __init__(self, source: Any, arrays: Arrays):
+        """source: of records as bytes. arrays: that they hold."""
+        self._source, self._arrays = source, arrays._asdict()
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, i: int) -> EncodedPair:
         record = self._source[prompt_store.checked_index(i, len(self))]
-        values = read_example(record, self._shapes)
+        values = read_example(record, self._arrays)
         return EncodedPair(
             id=values["id"].decode(),
             prompt=values["prompt"][0],

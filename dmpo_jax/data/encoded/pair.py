@@ -21,7 +21,7 @@ class EncodedPair(NamedTuple):
     id: where the pair came from. prompt: index into the prompt store. preference: the
     probability that image 0 is preferred. moments: of the VAE, unscaled: mean, then
     log-variance, on the last axis (M = 2C), or the mean alone (M = C) where the folder's
-    `meta["moments"]` is "mean"; bfloat16, float16 or float32. sizes: original height and
+    `meta.moments` is "mean"; bfloat16, float16 or float32. sizes: original height and
     width, crop top and left, target height and width, in pixels. image: what the UNet sees of
     a given image (`Condition.image`), of all pairs of a folder or of none. flipped,
     flipped_image: moments and image of the same pair mirrored left to right, each of all
@@ -36,17 +36,6 @@ class EncodedPair(NamedTuple):
     image: Float[np.ndarray, "h w E"] | None = None
     flipped: Float[np.ndarray, "2 h w M"] | None = None
     flipped_image: Float[np.ndarray, "h w E"] | None = None
-
-    def swap_to_chosen(self) -> "EncodedPair":
-        """The same pair with index 0 preferred: preference in [0.5, 1]."""
-        if self.preference >= 0.5:
-            return self
-        return self._replace(
-            preference=1 - self.preference,
-            moments=self.moments[::-1],
-            sizes=self.sizes[::-1],
-            flipped=None if self.flipped is None else self.flipped[::-1],
-        )
 
     def flip(self) -> "EncodedPair":
         """The pair mirrored: both images, what goes beside them, and SDXL's crop with them.
@@ -65,6 +54,28 @@ class EncodedPair(NamedTuple):
             image=self.flipped_image,
             flipped_image=self.image,
         )
+
+
+def chosen_first(pair: EncodedPair) -> EncodedPair:
+    """The same pair, swapped where need be so that index 0 is the preferred image.
+
+    Its preference is then in [0.5, 1]; a tie keeps its order.
+
+    Raises:
+        ValueError: the preference is no probability, naming the pair.
+    """
+    if not 0 <= pair.preference <= 1:  # also refuses nan
+        raise ValueError(
+            f"pair {pair.id!r}: preference must lie in [0, 1], but got {pair.preference}"
+        )
+    if pair.preference >= 0.5:
+        return pair
+    return pair._replace(
+        preference=1 - pair.preference,
+        moments=pair.moments[::-1],
+        sizes=pair.sizes[::-1],
+        flipped=None if pair.flipped is None else pair.flipped[::-1],
+    )
 
 
 def flip_sizes(sizes: Int[np.ndarray, "*n 6"]) -> Int[np.ndarray, "*n 6"]:
@@ -88,7 +99,7 @@ def resized_size(
 
 
 class PairSerializer:
-    """Checks pairs, swaps them so that index 0 is chosen, and makes records of them.
+    """Checks pairs, index 0 chosen (`chosen_first`), and makes records of them.
 
     Args:
         first: a pair that all others must be like in shapes and dtypes.
@@ -117,10 +128,13 @@ class PairSerializer:
         return example.SerializeToString(deterministic=True)
 
     def _checked(self, pair: EncodedPair) -> EncodedPair:
-        """The pair with index 0 chosen and the stored dtypes, or a ValueError naming it."""
+        """The pair in the stored dtypes, or a ValueError naming it."""
         what = f"pair {pair.id!r}"
-        if not 0 <= pair.preference <= 1:  # also refuses nan
-            raise ValueError(f"{what}: preference must lie in [0, 1], but got {pair.preference}")
+        if not 0.5 <= pair.preference <= 1:  # also refuses nan
+            raise ValueError(
+                f"{what}: preference must lie in [0.5, 1], index 0 preferred, but got "
+                f"{pair.preference}: swap it first (chosen_first)"
+            )
         if not 0 <= pair.prompt < self._prompts:
             raise ValueError(
                 f"{what}: prompt must lie in [0, {self._prompts}), but got {pair.prompt}"
@@ -132,7 +146,7 @@ class PairSerializer:
             prompt=int(pair.prompt),
             preference=float(pair.preference),
             sizes=pair.sizes.astype(np.int32),
-        ).swap_to_chosen()
+        )
 
     def _check_arrays(self, what: str, pair: EncodedPair) -> None:
         got, shapes, shape = _shapes(pair), self.shapes, pair.moments.shape

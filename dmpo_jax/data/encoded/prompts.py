@@ -1,59 +1,54 @@
 """The store of prompt embeddings: each distinct prompt once, by random access.
 
 Prompt j is record j of the files `prompts.array_record-NNNNN` in their order; prompt 0 is the
-empty prompt. Folders of format 1 have one file, `prompts.array_record`.
+empty prompt.
 """
 
-import io
 import operator
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dmpo_jax.data.encoded.examples import read_example, write_example
+from dmpo_jax.data.encoded.meta import Arrays
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 
 PROMPTS = "prompts.array_record"
 FILE = re.compile(rf"{re.escape(PROMPTS)}(-\d+)?")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
-NPZ = b"PK"  # how records of format 1 begin: npz, which takes ten times as long to open
+ARRAYS = ("context", "pooled", "length")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 class PromptEmbedding(NamedTuple):
-    """A prompt and what the text encoders made of it; bfloat16, float16 or float32."""
+    """A prompt and what the text encoders made of it; bfloat16, float16 or float32.
+
+    length: how many positions of the context are text, where the model is told so; int32.
+    """
 
     text: str
     context: Float[np.ndarray, "S D"]
     pooled: Float[np.ndarray, " P"] | None = None
+    length: Int[np.ndarray, ""] | None = None
 
 
 class PromptStore:
     """Random access to prompt embeddings; nothing is kept in memory."""
 
-    def __init__(
-        self,
-        folder: epath.Path,
-        counts: Sequence[int],
-        *,
-        total: int,
-        shapes: Mapping[str, Any],
-    ):
+    def __init__(self, folder: epath.Path, counts: Sequence[int], *, total: int, arrays: Arrays):
         """counts: records of each file, so that none is opened before it is read.
 
-        shapes: of `context` and `pooled`, as in encoded.json.
+        arrays: that the records hold.
         """
-        self._shapes = {name: shapes.get(name) for name in ("context", "pooled")}
-        names = [shard_name(k) for k in range(len(counts))] if counts else [PROMPTS]
-        files: list[Any] = [os.fspath(folder / name) for name in names]
-        if counts:
-            files = [_Whole(f, 0, n, n) for f, n in zip(files, counts, strict=True)]
+        self._arrays = {name: getattr(arrays, name) for name in ARRAYS}
+        names = [os.fspath(folder / shard_name(k)) for k in range(len(counts))]
+        files: Any = [_Whole(f, 0, n, n) for f, n in zip(names, counts, strict=True)]
         self._source = ArrayRecordDataSource(files)
         if len(self._source) != total:
             raise ValueError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
@@ -63,12 +58,9 @@ class PromptStore:
 
     def __getitem__(self, j: int) -> PromptEmbedding:
         record = self._source[checked_index(j, len(self))]
-        if not record.startswith(NPZ):
-            values = read_example(record, self._shapes)
-            return PromptEmbedding(values["text"].decode(), values["context"], values.get("pooled"))
-        with np.load(io.BytesIO(record), allow_pickle=False) as arrays:
-            text = arrays["text"].tobytes().decode()
-            return PromptEmbedding(text, arrays["context"], arrays.get("pooled"))
+        values = read_example(record, self._arrays)
+        text = values.pop("text").decode()
+        return PromptEmbedding(text, **values)
 
 
 class _Whole(NamedTuple):
@@ -91,7 +83,7 @@ def write_prompts(
     """Writes one file of the store: prompts `shard * PER_SHARD` and following.
 
     Returns:
-        The file, and the shapes and dtypes of `context` and `pooled`.
+        The file, and the shapes and dtypes of ARRAYS.
 
     Raises:
         ValueError: if there is no prompt, or one is malformed, not finite or unlike the
@@ -135,12 +127,20 @@ def checked_index(i: int, length: int) -> int:
 
 
 def _shapes(prompt: PromptEmbedding) -> dict[str, Any]:
-    pooled = None if prompt.pooled is None else described(prompt.pooled)
-    return {"context": described(prompt.context), "pooled": pooled}
+    arrays = {name: getattr(prompt, name) for name in ARRAYS}
+    return {name: None if x is None else described(x) for name, x in arrays.items()}
 
 
 def _serialized(what: str, prompt: PromptEmbedding) -> bytes:
     arrays = {name: x for name, x in prompt._asdict().items() if x is not None and name != "text"}
-    for name, array in arrays.items():
-        check_floats(f"{what}: {name}", array)
+    for name in ("context", "pooled"):
+        if name in arrays:
+            check_floats(f"{what}: {name}", arrays[name])
+    length = arrays.get("length")
+    if length is not None and not (
+        length.dtype == np.int32 and length.shape == () and 0 < length <= len(prompt.context)
+    ):
+        raise ValueError(
+            f"{what}: length should be an int32 in [1, {len(prompt.context)}], but got {length!r}"
+        )
     return write_example({**arrays, "text": prompt.text.encode()})

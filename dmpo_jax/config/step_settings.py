@@ -1,0 +1,76 @@
+"""A config, read into the plain arguments of training: `StepSettings` and `LoopSettings`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dmpo_jax.config import checks
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.models.execution import Execution
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.registry import Objective
+from dmpo_jax.training.build import Lora, Rate, StepSettings
+from dmpo_jax.training.loop import LoopSettings
+
+OPTIMIZER = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
+
+
+def read_step(config: Config, objectives: Mapping[str, Objective] = OBJECTIVES) -> StepSettings:
+    """What a config says of its training step."""
+    optimizer = config.optimizer
+    return StepSettings(
+        objective=objectives[config.objective],
+        hyperparameters=config.objectives[config.objective].to_dict(),
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        compute_dtype=config.model.compute_dtype,
+        execution=Execution(config.model.attention, config.model.remat, config.model.scan),
+        lora=read_lora(config),
+        ema_decay=config.train.ema_decay,
+        rate=Rate(
+            peak=optimizer.learning_rate,
+            warmup_steps=optimizer.warmup_steps,
+            total_steps=config.train.steps,
+            schedule=optimizer.schedule,
+        ),
+        optimizer={name: optimizer[name] for name in OPTIMIZER},
+        timesteps=config.timesteps.to_dict(),
+        safeguard=config.safeguard.mu,
+    )
+
+
+def read_lora(config: Config) -> Lora | None:
+    """The adapters that a config asks for; None where it trains every parameter."""
+    if not config.lora.rank:
+        return None
+    return Lora(
+        rank=config.lora.rank,
+        targets=tuple(config.lora.targets),
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        seed=config.seed,
+    )
+
+
+def read_loop(config: Config) -> LoopSettings:
+    """What a config says of how long and how chattily a run goes on."""
+    return LoopSettings(
+        steps=config.train.steps,
+        every=config.log.every,
+        skip_limit=config.train.skip_limit,
+        hang_limit=config.train.hang_limit,
+        profile=checks.parse_profile(config.profile),
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        title=config.objective,
+    )
+
+
+def mesh_axes(config: Config) -> dict[str, int]:
+    """Arguments of `mesh.make_mesh`."""
+    return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """Arguments of `hooks.make_batches` that a config names."""
+    names = ("prompt_dropout", "flip", "num_threads", "prefetch")
+    return {"seed": config.seed, **{name: config.data[name] for name in names}}

@@ -1,0 +1,351 @@
+"""`encoded.json`: what a folder of encoded pairs holds and what made it, as one typed record."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
+import numpy as np
+from etils import epath
+
+from dmpo_jax.data.encoded import shards
+from dmpo_jax.families import FAMILIES, Family
+from dmpo_jax.families.family import Facts
+from dmpo_jax.types import Condition, PairBatch
+
+# Format 3 says how latents are packed, whether sizes and lengths are told, and the content that
+# the pairs were made from. Folders of format 2 open, with the values they could only have had.
+FORMAT, READABLE = 3, (2, 3)
+MARKER = "encoded.json"
+MOMENTS = ("sample", "mean")
+HASH_AT_ONCE = 2**22
+
+
+class ArraySpec(NamedTuple):
+    """Shape and dtype of an array of one pair, or of one prompt."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "dtype": self.dtype}
+
+
+class Arrays(NamedTuple):
+    """The arrays of a pair and of its prompt; None for what they do not have.
+
+    moments: `[2, h, w, M]`. context: `[S, D]`. pooled: `[P]`. length: a scalar, how many
+    positions of the context are text. image: `[h, w, E]`. flipped, flipped_image: moments and
+    image of the mirrored pair.
+    """
+
+    moments: ArraySpec
+    context: ArraySpec
+    pooled: ArraySpec | None = None
+    length: ArraySpec | None = None
+    image: ArraySpec | None = None
+    flipped: ArraySpec | None = None
+    flipped_image: ArraySpec | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedMeta:
+    """What encoded pairs are. Field names are the keys of encoded.json, `arrays` as "shapes".
+
+    model, vae: folders or hub ids of what encoded them; vae is "" for the model's own.
+    scaling_factor, shift_factor: `(latent - shift) * scale`; a number, or one a channel.
+    moments: "sample" (mean and log-variance) or "mean".
+    image_kind: `Given.kind` of the image beside the prompt, or "".
+    pack: latents are packed pack x pack before they are scaled and noised.
+    told_sizes: whether the model is told the images' sizes (`Condition.time_ids`).
+    content: part of the pipeline -> hash of its weights; empty where it is not known.
+    source, resolution, validation_fraction, crop, ties: as `encode` was asked.
+    skipped: reason -> records left out. tied_pairs, split_by: of the pairs and their splits.
+    counts: split -> pairs, and "prompts". prompt_shards: prompts in each file of the store.
+    files: name -> bytes. other: further keys, kept as they are.
+    """
+
+    model: str
+    scaling_factor: float | tuple[float, ...]
+    arrays: Arrays
+    shift_factor: float | tuple[float, ...] = 0.0
+    moments: str = "sample"
+    image_kind: str = ""
+    pack: int = 1
+    told_sizes: bool = False
+    vae: str = ""
+    content: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: str = ""
+    resolution: int | None = None
+    validation_fraction: float | None = None
+    crop: str = "center"
+    ties: str = "keep"
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    tied_pairs: int | None = None
+    split_by: str = ""
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    prompt_shards: tuple[int, ...] = ()
+    files: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    format: int = FORMAT
+    other: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mean_only(self) -> bool:
+        """Whether the moments are means without log-variances."""
+        return self.moments == "mean"
+
+    @property
+    def moments_dtype(self) -> str:
+        return self.arrays.moments.dtype
+
+    @property
+    def flipped(self) -> bool:
+        """Whether each pair is stored mirrored too."""
+        return self.arrays.flipped is not None
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the VAE's latents: half of the moments' channels, or all of a mean's."""
+        return self.arrays.moments.shape[-1] // (1 if self.mean_only else 2)
+
+    @property
+    def latents(self) -> tuple[int, int, int]:
+        """Height, width and channels of the latents that the model is given."""
+        _, height, width, _ = self.arrays.moments.shape
+        channels = self.latent_channels * self.pack**2
+        return height // self.pack, width // self.pack, channels
+
+    @property
+    def image_optional(self) -> bool:
+        """Whether training drops the image as it drops prompts: `Given.optional`."""
+        kinds = {f.given.kind: f.given for f in FAMILIES.values() if f.given is not None}
+        return bool(self.image_kind) and kinds[self.image_kind].optional
+
+    def map_batch(self, make: Callable[[tuple[int, ...], str], Any]) -> PairBatch:
+        """What a batch looks like: its arrays are `make(shape of one pair's, dtype)`."""
+
+        def array(spec: ArraySpec | None) -> Any:
+            return None if spec is None else make(spec.shape, spec.dtype)
+
+        arrays = self.arrays
+        condition = Condition(
+            context=array(arrays.context),
+            pooled=array(arrays.pooled),
+            time_ids=make((2, 6), "float32") if self.told_sizes else None,
+            image=array(arrays.image),
+            lengths=array(arrays.length),
+        )
+        preference: Any = make((), "float32")
+        return PairBatch(array(arrays.moments), preference, condition)
+
+    def empty(self, rows: int) -> PairBatch:
+        """A NumPy batch of so many rows, not filled."""
+        return self.map_batch(lambda shape, dtype: np.empty((rows, *shape), np.dtype(dtype)))
+
+    def zeros(self, rows: int) -> PairBatch:
+        """A NumPy batch of so many rows of zeros."""
+        return self.map_batch(lambda shape, dtype: np.zeros((rows, *shape), np.dtype(dtype)))
+
+    def abstract_batch(self, rows: int, sharding: Any = None) -> PairBatch:
+        """Shapes of a batch, as `mesh.shard_batch` lays it out."""
+
+        def array(shape: tuple[int, ...], dtype: str) -> Any:
+            return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=sharding)
+
+        return self.map_batch(array)
+
+    def to_json(self) -> dict[str, Any]:
+        """As encoded.json holds it; what is not known is left out."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        specs = values.pop("arrays")._asdict()
+        shapes = {name: spec and spec.to_json() for name, spec in specs.items()}
+        other = values.pop("other")
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        derived = {"moments_dtype": self.moments_dtype, "flipped": self.flipped, "shapes": shapes}
+        return {**{k: v for k, v in plain.items() if v is not None}, **derived, **other}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "EncodedMeta":
+        """Inverse of `to_json`; also takes what format 2 wrote.
+
+        Raises:
+            ValueError: a key is missing, or its value is of another kind, naming it.
+        """
+        values = dict(values)
+        arrays = _read_arrays(values.pop("shapes", None))
+        for derived in ("moments_dtype", "flipped"):
+            values.pop(derived, None)
+        values.setdefault("told_sizes", arrays.pooled is not None)
+        known = {f.name for f in dataclasses.fields(cls)} - {"arrays", "other"}
+        found = {name: _read(name, values[name]) for name in known & set(values)}
+        if missing := sorted(set(REQUIRED) - set(found)):
+            raise ValueError(f"{MARKER} needs {', '.join(REQUIRED)}, but {missing} is missing")
+        other = {name: value for name, value in values.items() if name not in known}
+        return cls(arrays=arrays, other=other, **found)
+
+    @classmethod
+    def load(cls, folder: epath.PathLike) -> "EncodedMeta | None":
+        """encoded.json of a folder; None where it is absent or cut short.
+
+        Raises:
+            ValueError: it has another format, or is damaged, naming the folder and the key.
+        """
+        path = epath.Path(folder) / MARKER
+        values = shards.load_json(path)
+        if values is None:
+            return None
+        if not isinstance(values, dict) or values.get("format") not in READABLE:
+            found = values.get("format") if isinstance(values, dict) else None
+            raise ValueError(
+                f"{folder} has format {found}, but this version reads "
+                f"{' and '.join(map(str, READABLE))}: delete it and run encode again"
+            )
+        try:
+            return cls.from_json(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}: run encode again") from error
+
+    def save(self, folder: epath.PathLike) -> None:
+        """Writes encoded.json."""
+        shards.save_json(epath.Path(folder) / MARKER, self.to_json())
+
+    @classmethod
+    def expected(
+        cls,
+        family: Family,
+        facts: Facts,
+        *,
+        size: tuple[int, int],
+        latent_channels: int,
+        tokens: int,
+        scaling_factor: float | int | tuple[float, ...],
+        shift_factor: float | int | tuple[float, ...] = 0.0,
+        moments: str = "sample",
+        moments_dtype: str = "bfloat16",
+    ) -> "EncodedMeta":
+        """What encode would say of pairs for a model of this family.
+
+        Args:
+            size: height and width of the VAE's latents. tokens: of a prompt.
+        """
+        beside = family.given.width(latent_channels) if family.given else 0
+        channels = latent_channels * (1 if moments == "mean" else 2)
+        pooled = ArraySpec((facts.pooled_width,), family.stored) if facts.pooled_width else None
+        return cls(
+            model="",
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            arrays=Arrays(
+                moments=ArraySpec((2, *size, channels), moments_dtype),
+                context=ArraySpec((tokens, facts.context_width), family.stored),
+                pooled=pooled,
+                image=ArraySpec((*size, beside), moments_dtype) if beside else None,
+            ),
+            moments=moments,
+            image_kind=family.given_kind,
+            pack=family.pack,
+            told_sizes=family.told_sizes,
+        )
+
+
+REQUIRED = ("model", "scaling_factor")
+_KINDS: dict[str, tuple[type, ...]] = {
+    "model": (str,),
+    "scaling_factor": (float, int, list, tuple),
+    "shift_factor": (float, int, list, tuple),
+    "moments": (str,),
+    "image_kind": (str,),
+    "pack": (int,),
+    "told_sizes": (bool,),
+    "vae": (str,),
+    "content": (dict,),
+    "source": (str,),
+    "resolution": (int, type(None)),
+    "validation_fraction": (float, int, type(None)),
+    "crop": (str,),
+    "ties": (str,),
+    "skipped": (dict,),
+    "tied_pairs": (int, type(None)),
+    "split_by": (str,),
+    "counts": (dict,),
+    "prompt_shards": (list, tuple),
+    "files": (dict,),
+    "format": (int,),
+}
+
+
+def _read(name: str, value: Any) -> Any:
+    kinds = _KINDS[name]
+    if not isinstance(value, kinds):
+        words = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} should be {words}, but is {value!r}")
+    if name == "moments" and value not in MOMENTS:
+        raise ValueError(
+            f'the encoded pairs\' moments should be "sample" or "mean", but are {value!r}'
+        )
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if name in ("scaling_factor", "shift_factor") else value
+
+
+def _read_arrays(shapes: Any) -> Arrays:
+    """`shapes` of encoded.json, typed; ValueError in words where it is damaged."""
+
+    def spec(name: str) -> ArraySpec | None:
+        given = shapes.get(name)
+        if given is None and name not in ("moments", "context"):
+            return None
+        try:
+            shape, dtype = tuple(given["shape"]), given["dtype"]
+            np.dtype(dtype)
+            if not all(isinstance(n, int) and n > 0 for n in shape):
+                raise ValueError(shape)
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(
+                f"shapes.{name} should be a shape and a dtype, but is {given!r}"
+            ) from None
+        return ArraySpec(shape, dtype)
+
+    if not isinstance(shapes, Mapping):
+        raise ValueError(f"shapes should say what each array is, but is {shapes!r}")
+    arrays = Arrays(*[spec(name) for name in Arrays._fields])
+    if len(arrays.moments.shape) != 4 or len(arrays.context.shape) != 2:
+        raise ValueError(
+            "moments should be [2, h, w, M] and context [S, D], but are "
+            f"{list(arrays.moments.shape)} and {list(arrays.context.shape)}"
+        )
+    return arrays
+
+
+def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: (had, wanted)} of what is wanted otherwise, by the keys of encoded.json.
+
+    Pairs made from the same content are the same whatever its folder is called; where either
+    does not know its content, the names have to do.
+    """
+    contents = have.get("content"), want.get("content")
+    left_out: tuple[str, ...] = ()
+    if all(contents):
+        left_out = ("model", "vae") if contents[0] == contents[1] else ()
+    else:
+        left_out = ("content",)
+    found = {name: (have.get(name), value) for name, value in want.items() if name not in left_out}
+    return {name: (a, b) for name, (a, b) in found.items() if a != b}
+
+
+def hash_files(files: Iterable[epath.PathLike]) -> str:
+    """sha256 over the bytes of files, in the order given: the content that weights are."""
+    digest = hashlib.sha256()
+    for file in files:
+        with epath.Path(file).open("rb") as stream:
+            while block := stream.read(HASH_AT_ONCE):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def check_json(meta: Mapping[str, Any]) -> None:
+    """Fails before hours of encoding rather than after them, at what JSON cannot hold."""
+    json.dumps(dict(meta))

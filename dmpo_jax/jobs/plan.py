@@ -1,0 +1,76 @@
+"""Plans a config's training step for chips that need not be there."""
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from dmpo_jax.config import step_settings
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.families import PUBLISHED, family_named
+from dmpo_jax.planning import plan as planning
+from dmpo_jax.planning import step
+from dmpo_jax.toy import tiny
+
+
+def plan(
+    config: Config,
+    topologies: Sequence[str],
+    *,
+    published: str = "",
+    out: epath.PathLike = "",
+    cache: epath.PathLike = "",
+) -> list[dict[str, Any]]:
+    """A plan for each topology, as `planning.plan.plan` makes it.
+
+    Args:
+        config: of a run; nothing of its weights or data is read but their shapes.
+        published: a name in PUBLISHED instead of model.folder.
+        out: a file for the plans, as JSON. cache: see `planning.plan.plan`.
+
+    Raises:
+        ValueError: a topology that cannot be had here, a config that does not fit it.
+    """
+    plans = planning.plan(
+        load_model(config, published),
+        step_settings.read_step(config),
+        step_settings.mesh_axes(config),
+        topologies,
+        steps=config.train.steps,
+        cache=cache,
+    )
+    if out:
+        epath.Path(out).parent.mkdir(parents=True, exist_ok=True)
+        epath.Path(out).write_text(json.dumps(plans, indent=1) + "\n")
+    return plans
+
+
+def load_model(config: Config, published: str = "") -> step.Model:
+    """The model that a config names, or a published one's shapes."""
+    pairs = {name: config.data[name] for name in ("resolution", "moments", "moments_dtype")}
+    if published:
+        return step.of_published(PUBLISHED[published], published, **pairs)
+    if name := config.debug.family:
+        return step.of_published(tiny.published(family_named(name)), f"debug {name}", **pairs)
+    return step.of_folder(config.model.folder, encoded=config.data.encoded, **pairs)
+
+
+def prepare_process(topologies: Sequence[str]) -> None:
+    """Sets this process up for planning alone; to be called before JAX has begun.
+
+    JAX then looks for no TPU where only its compiler is wanted, for no GPU where none is
+    planned for, and has as many CPU devices as are asked for.
+    """
+    counts = dict(topology.partition(":")[::2] for topology in topologies)
+    if set(counts) & set(planning.TPUS):
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    if "gpu" not in counts and not jax.config.values["jax_platforms"]:
+        jax.config.update("jax_platforms", "cpu")
+    if counts.get("cpu", "").isdigit():
+        with contextlib.suppress(RuntimeError):  # JAX has begun, with as many as it has
+            jax.config.update("jax_num_cpu_devices", int(counts["cpu"]))

@@ -1,0 +1,156 @@
+"""A training step in shapes alone: no weights, no data, any devices."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded.meta import EncodedMeta
+from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.families import PUBLISHED, Family, Published
+from dmpo_jax.models import parameters
+from dmpo_jax.parallel import mesh
+from dmpo_jax.planning import flops
+from dmpo_jax.training.build import StepSettings, TrainingStep, build
+
+LOG = logging.getLogger(__name__)
+TOKENS = 77  # of a prompt, where the tokenizer does not say
+
+
+class Model(NamedTuple):
+    """What a plan needs of a pipeline. config: config.json of the trained component."""
+
+    name: str
+    family: Family
+    config: Mapping[str, Any]
+    noise: noising.NoiseSchedule
+    meta: EncodedMeta
+
+
+class Planned(NamedTuple):
+    """A step to compile.
+
+    update: jitted. arguments: its state, reference, batch and key: shapes with shardings.
+    pair_flops: that one pair needs, recomputation apart.
+    """
+
+    built: TrainingStep
+    update: Any
+    arguments: tuple[Any, ...]
+    model: Model
+    pair_flops: int
+
+
+def of_published(
+    one: Published,
+    name: str,
+    *,
+    resolution: int | None = None,
+    moments: str = "sample",
+    moments_dtype: str = "bfloat16",
+) -> Model:
+    """A published model, or a tiny one (`toy.tiny.published`), and pairs as encode makes them.
+
+    Args:
+        resolution: side of the images in pixels; None is what the model was trained at.
+        moments, moments_dtype: as of `encode`.
+    """
+    facts = one.family.facts(one.model)
+    size = facts.latent_size or (64, 64)
+    if resolution:
+        size = (resolution // one.factor,) * 2
+    meta = EncodedMeta.expected(
+        one.family,
+        facts,
+        size=size,
+        latent_channels=one.latent_channels,
+        tokens=one.tokens,
+        scaling_factor=one.scaling_factor,
+        moments=moments,
+        moments_dtype=moments_dtype,
+    )
+    noise = noising.make_noise_schedule(**one.scheduler)
+    return Model(name, one.family, one.model, noise, meta)
+
+
+def of_folder(
+    folder: epath.PathLike,
+    *,
+    encoded: epath.PathLike = "",
+    resolution: int | None = None,
+    moments: str = "sample",
+    moments_dtype: str = "bfloat16",
+) -> Model:
+    """The model of a pipeline folder, by its config.json files alone.
+
+    Args:
+        encoded: folder of encoded pairs; "" takes them to be as encode would make them.
+        others: see `of_published`.
+
+    Raises:
+        ValueError: the folder is not there: a hub id is not downloaded for its shapes.
+    """
+    if not (epath.Path(folder) / "model_index.json").exists():
+        raise ValueError(
+            f"a plan reads model_index.json and the parts' config.json, and {str(folder)!r} is no "
+            "folder that holds them (a hub id is not downloaded): give "
+            f"--model={'|'.join(PUBLISHED)}, or a folder"
+        )
+    path, family = diffusers_io.load_family(folder)
+    config = diffusers_io.read_json(path / family.component / "config.json")
+    noise, _ = diffusers_io.load_schedule(path)
+    if encoded:
+        return Model(str(folder), family, config, noise, records.load_meta(encoded))
+    LOG.info("data.encoded is not set: the pairs are taken to be as encode would make them")
+    # Of shapes: a config with its class's defaults.
+    vae = parameters.abstract(family.vae, diffusers_io.read_json(path / "vae" / "config.json"))
+    size = family.trained_latents(config, vae.config)
+    if resolution:
+        size = (resolution // family.factor(vae.config),) * 2
+    meta = EncodedMeta.expected(
+        family,
+        family.facts(config),
+        size=size,
+        latent_channels=vae.config.latent_channels,
+        tokens=_tokens(path, family),
+        scaling_factor=float(vae.config.scaling_factor),
+        shift_factor=float(vae.config.shift_factor or 0.0),
+        moments=moments,
+        moments_dtype=moments_dtype,
+    )
+    return Model(str(folder), family, config, noise, meta)
+
+
+def _tokens(path: epath.Path, family: Family) -> int:
+    """To how many tokens prompts are padded."""
+    part = family.text[0]
+    if part.tokens:
+        return part.tokens
+    tokenizer = path / part.tokenizer / "tokenizer_config.json"
+    found = diffusers_io.read_json(tokenizer).get("model_max_length", TOKENS)
+    return int(found) if found < 10**6 else TOKENS  # a huge number stands for none
+
+
+def make_planned(
+    model: Model, settings: StepSettings, axes: Mapping[str, int], devices: Sequence[Any]
+) -> Planned:
+    """The step that `train` would compile on these devices, which need not be there.
+
+    Args:
+        axes: sizes of the mesh's axes, as of `mesh.make_mesh`.
+
+    Raises:
+        ValueError: mesh, batch or model do not fit, as training itself would say.
+    """
+    grid = mesh.make_mesh(**axes, devices=devices)
+    mesh.check_batch(settings.batch_size, settings.accumulation, grid)
+    abstract = parameters.abstract(
+        model.family.model, dict(model.config), dtype=settings.compute_dtype
+    )
+    built, params = build(model.family, abstract, model.noise, model.meta, grid, settings)
+    arguments = built.abstract_arguments(params)
+    update = built.make_update(arguments[0])
+    return Planned(built, update, arguments, model, flops.pair_flops(built))

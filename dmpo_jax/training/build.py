@@ -1,0 +1,351 @@
+"""From shapes to a training step: no files, no config.
+
+`build` takes a family, a model, the noise it is trained with, what the encoded pairs are, the
+mesh and `StepSettings`, and returns a `TrainingStep`. The model holds arrays, or only shapes:
+then nothing is computed, and the step is the same program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmpo_jax.data.encoded.meta import EncodedMeta
+from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.families.family import Facts, Family
+from dmpo_jax.models import lora, parameters
+from dmpo_jax.models.attention import best_kernel
+from dmpo_jax.models.execution import Execution
+from dmpo_jax.objectives.registry import Objective
+from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.training import health, optim, step
+
+Params = dict[str, Any]
+AUTO = "auto"  # of Execution.attention: the best kernel of the mesh's devices
+BEST = Execution(attention=AUTO)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters, as `lora.attach` takes them. alpha: None is rank. seed: of their start."""
+
+    rank: int
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    alpha: float | int | None = None
+    dropout: float | int = 0.0
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha or self.rank) / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """Arguments of `optim.make_learning_rate`."""
+
+    peak: float | int
+    warmup_steps: int = 0
+    total_steps: int = 1
+    schedule: str = "constant"
+
+
+NO_RATE = Rate(peak=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """Everything about a step that is chosen rather than given.
+
+    objective: with its `hyperparameters`. batch_size: pairs an update, over all devices.
+    accumulation: microbatches. compute_dtype: of activations, and of what is frozen.
+    execution: how the forward is carried out; its attention may be AUTO.
+    lora: None trains every parameter. ema_decay: 0 keeps no average.
+    rate, optimizer: arguments of `optim.make_learning_rate` and `optim.make_optimizer`.
+    timesteps: arguments of `noise.make_timesteps`. safeguard: `Setup.safeguard`.
+    """
+
+    objective: Objective
+    hyperparameters: Mapping[str, float | int]
+    batch_size: int
+    accumulation: int = 1
+    compute_dtype: Any = "float32"
+    execution: Execution = BEST
+    lora: Lora | None = None
+    ema_decay: float | int = 0.0
+    rate: Rate = NO_RATE
+    optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    timesteps: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    safeguard: float | int | None = None
+
+    def frozen_dtype(self, path: str) -> Any:
+        """What a frozen parameter is held in."""
+        return parameters.frozen_dtype(path, dtype=self.compute_dtype)
+
+    def describe_rate(self) -> str:
+        """The rate that updates are made with, and how scripts with --scale_lr give the same."""
+        rate, pairs = self.rate, self.batch_size
+        return (
+            f"learning rate {rate.peak:.4g} ({rate.peak / pairs:.4g} a pair x {pairs} pairs an "
+            f"update, as --scale_lr counts), after {rate.warmup_steps} updates of warmup, "
+            f"{rate.schedule}"
+        )
+
+
+class TrainingStep(NamedTuple):
+    """A step and everything of a run that does not change, but for the data.
+
+    model: the policy's structure, with shapes in place of arrays.
+    reference: frozen parameters; with LoRA those that the adapters sit on. None where
+        neither adapters nor the objective need any. Arrays, or shapes with shardings.
+    learning_rate: by update.
+    """
+
+    settings: StepSettings
+    family: Family
+    meta: EncodedMeta
+    mesh: jax.sharding.Mesh
+    model: Any
+    reference: Params | None
+    setup: step.Setup
+    learning_rate: Callable[[Any], jax.Array]
+
+    def policy(self, params: Params) -> Params:
+        """All parameters of the model that a state's parameters, or adapters, make."""
+        return {**self.reference, **params} if self.setup.adapters and self.reference else params
+
+    def batch_sharding(self) -> jax.sharding.NamedSharding:
+        return meshes.batch_sharding(self.mesh)
+
+    def abstract_state(self, params: Params) -> step.TrainState:
+        """Shapes and shardings of the state that trains `params` (arrays or shapes)."""
+        shapes = jax.eval_shape(self._first_state(), params)
+        return place(shapes, meshes.parameter_sharding(self.mesh, shapes))
+
+    def make_state(self, params: Params) -> step.TrainState:
+        """The first state, laid out on the mesh. It takes the parameters over: they are donated."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
+        params = jax.device_put(params, meshes.parameter_sharding(self.mesh, params))
+        return jax.jit(self._first_state(), out_shardings=shardings, donate_argnums=0)(params)
+
+    def _first_state(self) -> Callable[..., step.TrainState]:
+        return functools.partial(step.make_state, tx=self.setup.tx, ema=self.setup.ema_decay > 0)
+
+    def make_update(self, state: step.TrainState) -> Any:
+        """(state, reference, batch, key) -> (state, metrics), jitted for this state's shardings."""
+        return step.jit_train_step(self.setup, jax.tree.map(lambda x: x.sharding, state))
+
+    def make_validate(self) -> Any:
+        """`step.validate_batch`, jitted: (params, reference, batch, weights, key) -> sums."""
+        return jax.jit(
+            functools.partial(step.validate_batch, setup=step.on_mesh(self.setup, self.mesh)),
+            compiler_options=step.COMPILER_OPTIONS,
+        )
+
+    def make_key(self, seed: int) -> jax.Array:
+        """The run's random key, on every device of the mesh."""
+        # Not by device_put, which sends no keys to the devices of other processes.
+        return jax.jit(jax.random.key, out_shardings=meshes.replicated(self.mesh))(seed)
+
+    def abstract_arguments(self, params: Params) -> tuple[Any, ...]:
+        """Shapes and shardings of what the update takes: state, reference, batch, key."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        batch = self.meta.abstract_batch(self.settings.batch_size, self.batch_sharding())
+        reference: Any = self.reference
+        if reference is not None:
+            reference = place(reference, meshes.parameter_sharding(self.mesh, reference))
+        key = place(key, meshes.replicated(self.mesh))
+        return self.abstract_state(params), reference, batch, key
+
+
+def build(
+    family: Family,
+    model: Any,
+    noise: noising.NoiseSchedule,
+    meta: EncodedMeta,
+    mesh: jax.sharding.Mesh,
+    settings: StepSettings,
+    *,
+    tx: Any = None,
+) -> tuple[TrainingStep, Params]:
+    """A training step, and the parameters that it trains: the model's, or its adapters.
+
+    Args:
+        model: of `family.model`; with arrays, or with shapes alone (`parameters.abstract`), which
+            computes nothing. Its arrays are taken over. Its `execution` is set.
+        noise: of the folder's scheduler. meta: of the encoded pairs.
+        tx: an optimizer in place of the one that the settings describe.
+
+    Raises:
+        ValueError: mesh, batch, model and pairs do not fit, saying what would.
+    """
+    meshes.check_batch(settings.batch_size, settings.accumulation, mesh)
+    facts = family.facts(model.config)
+    check_fits(family, facts, meta)
+    check_splits(facts, mesh.shape["tensor"])
+    model.execution = make_execution(settings.execution, mesh)
+    abstract = _is_abstract(model)
+    model = attach_adapters(model, settings.lora)
+    if abstract:  # adapters are drawn also for a model of shapes
+        model = parameters.without_arrays(model)
+    structure, params = parameters.split(model)
+    model = parameters.without_arrays(model)  # or it would hold the arrays for ever
+    reference, params = make_reference(params, settings, mesh)
+    learning_rate, described = make_optimizer(settings)
+    setup = make_setup(family, structure, noise, meta, tx or described, settings)
+    built = TrainingStep(settings, family, meta, mesh, model, reference, setup, learning_rate)
+    return built, params
+
+
+def attach_adapters(model: Any, settings: Lora | None) -> Any:
+    """The model that is trained: with adapters, where there are settings of any."""
+    if settings is None:
+        return model
+    return lora.attach(
+        model,
+        rank=settings.rank,
+        alpha=settings.alpha or settings.rank,
+        targets=settings.targets,
+        seed=settings.seed,
+    )
+
+
+def make_reference(
+    params: Params, settings: StepSettings, mesh: jax.sharding.Mesh
+) -> tuple[Params | None, Params]:
+    """(frozen parameters or None, parameters to train) of a model's parameters.
+
+    With adapters the base itself is frozen; else the frozen ones are a copy, where the
+    objective compares with any. Either in the dtype that each is computed with.
+    """
+    if settings.lora is not None:
+        frozen, params = lora.partition(params)
+        return {path: _cast(x, settings.frozen_dtype(path)) for path, x in frozen.items()}, params
+    if not settings.objective.needs_reference:
+        return None, params
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values()):
+        return {path: _cast(x, settings.frozen_dtype(path)) for path, x in params.items()}, params
+
+    def copy(params: Params) -> Params:
+        # Explicitly: an output that is an input may share its buffer, which is donated later.
+        return {
+            path: jnp.array(x, settings.frozen_dtype(path), copy=True) for path, x in params.items()
+        }
+
+    return jax.jit(copy, out_shardings=meshes.parameter_sharding(mesh, params))(params), params
+
+
+def make_setup(
+    family: Family,
+    structure: Any,
+    noise: noising.NoiseSchedule,
+    meta: EncodedMeta,
+    tx: Any,
+    settings: StepSettings,
+) -> step.Setup:
+    """What the step closes over. structure: the model's, from `parameters.split`."""
+    objective, lora_settings = settings.objective, settings.lora
+    return step.Setup(
+        predict=family.make_predict(functools.partial(parameters.merge, structure)),
+        objective=functools.partial(objective, **settings.hyperparameters),
+        needs_reference=objective.needs_reference,
+        needs_rejected=objective.needs_rejected,
+        schedule=noise,
+        scaling_factor=meta.scaling_factor,
+        shift_factor=meta.shift_factor,
+        tx=tx,
+        accumulation=settings.accumulation,
+        adapters=lora_settings is not None,
+        dropout=lora_settings.dropout if lora_settings else 0.0,
+        ema_decay=settings.ema_decay,
+        mean_only=meta.mean_only,
+        timesteps=noising.make_timesteps(noise, **settings.timesteps),
+        safeguard=settings.safeguard,
+    )
+
+
+def make_optimizer(settings: StepSettings) -> tuple[Callable[[Any], jax.Array], Any]:
+    """(learning rate by update, optax transformation)."""
+    learning_rate = optim.make_learning_rate(**dataclasses.asdict(settings.rate))
+    return learning_rate, optim.make_optimizer(learning_rate, **settings.optimizer)
+
+
+def make_execution(execution: Execution, mesh: jax.sharding.Mesh) -> Execution:
+    """The same, its attention chosen for the mesh's devices where it is AUTO."""
+    if execution.attention != AUTO:
+        return execution
+    return execution._replace(attention=best_kernel(mesh.devices.flat[0].platform))
+
+
+def make_curves(settings: StepSettings, setup: step.Setup) -> health.Curves:
+    """What of the pairs is logged: with u, where the objective is a function of it."""
+    implied, given = settings.objective.implied_logit, settings.hyperparameters
+    softening = given.get("alpha", given.get("label_smoothing", None))
+    return health.Curves(
+        beta=given["beta"] if implied else None,
+        alpha=softening if implied else None,
+        timesteps=setup.schedule.num_train_timesteps,
+    )
+
+
+def check_splits(facts: Facts, tensor: int) -> None:
+    """ValueError where heads or groups of channels cannot be shared by `tensor` devices."""
+    counts = facts.splits
+    if any(count % tensor for count in counts):
+        legal = [n for n in range(1, min(counts) + 1) if not any(c % n for c in counts)]
+        raise ValueError(
+            f"mesh.tensor must divide the model's heads and groups of channels {sorted(counts)}, "
+            f"but got {tensor}: use one of {legal}, and mesh.fsdp to share memory further"
+        )
+
+
+def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
+    """ValueError where the encoded pairs were made for another model."""
+    arrays = meta.arrays
+    if meta.pack != family.pack:
+        raise ValueError(
+            f"a {family.name} model takes latents packed {family.pack} x {family.pack}, the "
+            f"encoded pairs are packed {meta.pack} x {meta.pack}: encode them with this model"
+        )
+    family.check_channels(facts.in_channels, meta.latents[-1])
+    if meta.image_kind != family.given_kind:
+        raise ValueError(
+            f"a {family.name} model is given images of kind {family.given_kind!r}, the encoded "
+            f"pairs hold {meta.image_kind!r}: encode the pairs with this model"
+        )
+    if (width := arrays.context.shape[-1]) != facts.context_width:
+        raise ValueError(
+            f"the model takes context of width {facts.context_width}, the encoded prompts have "
+            f"{width}: encode the pairs with this model's text encoders"
+        )
+    if bool(arrays.pooled) != bool(facts.pooled_width):
+        raise ValueError(
+            f"the encoded pairs do not fit a {family.name} model (pooled prompt embeddings "
+            f"{'present' if arrays.pooled else 'absent'}): encode them with this model"
+        )
+
+
+def place(shapes: Any, shardings: Any) -> Any:
+    """Arrays or shapes -> shapes with these shardings (one, or a tree of them)."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def _is_abstract(model: Any) -> bool:
+    leaves = parameters.split(model)[1].values()
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    """The array, or shape, in a dtype; itself where it has it."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+    return jnp.asarray(x, dtype)

@@ -1,0 +1,245 @@
+"""Periodic work of a training run: validating, drawing, saving, tracing, and a caller's own.
+
+The loop is handed its hooks and knows nothing of what they do. A caller's own may be any object
+with `name`, `every` and `__call__(state, update)`; `Hook` is one to start from:
+
+    class Score(Hook):
+        name, every = "score", 500
+
+        def __call__(self, state, update):
+            return {"score": my_score(state.params)}
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+from jaxtyping import Array, Key
+
+from dmpo_jax.data.batches import batches as pipeline
+from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.training.build import TrainingStep
+from dmpo_jax.training.step import TrainState
+from dmpo_jax.training.trace import Trace
+from dmpo_jax.types import PairBatch
+
+Scalars = Mapping[str, float] | None
+
+LOG = logging.getLogger(__name__)
+
+
+class HookLike(Protocol):
+    """What the loop asks of a hook.
+
+    name: its time is logged as `seconds_NAME`, and is in no speed. every: updates between two
+    calls; 0 is never. Called with the state after an update and the update's number; scalars
+    that it returns are written to the run's metrics.
+    """
+
+    name: str
+    every: int
+
+    def __call__(self, state: TrainState, update: int) -> Scalars: ...
+
+
+class Hook:
+    """A hook that is due at every `every`-th update.
+
+    at_start: also before the first update of a fresh run. at_end: also after the last one.
+    when_stopping: also where the run was told to stop after this update.
+    """
+
+    name = "hook"
+    every = 0
+    at_start = at_end = False
+    when_stopping = True
+
+    def due(self, update: int, *, total: int, stopping: bool) -> bool:
+        """Whether to call it after this update; where not `when_stopping`, not if stopping."""
+        asked = is_multiple(update, self.every) or (self.at_end and update == total)
+        return asked and (self.when_stopping or not stopping)
+
+    def poll(self) -> None:
+        """Called after every update; raises what failed in the background since."""
+
+    def wait(self) -> None:
+        """Returns when what it began has come to its end."""
+
+    def __call__(self, state: TrainState, update: int) -> Scalars:
+        raise NotImplementedError
+
+
+class Adapted(Hook):
+    """A caller's hook, with what it left out of `Hook`."""
+
+    def __init__(self, hook: HookLike):
+        self._hook, self.name, self.every = hook, hook.name, hook.every
+
+    def __call__(self, state: TrainState, update: int) -> Scalars:
+        return self._hook(state, update)
+
+
+def as_hook(hook: Any) -> Hook:
+    """A `Hook` of any object that is like one.
+
+    Raises:
+        TypeError: it lacks `name`, `every` or `__call__`.
+    """
+    if isinstance(hook, Hook):
+        return hook
+    missing = [x for x in ("name", "every", "__call__") if not hasattr(hook, x)]
+    if missing:
+        raise TypeError(
+            f"a hook needs a name, every and a call (state, update), but {hook!r} has no "
+            f"{' and no '.join(missing)}"
+        )
+    return Adapted(hook)
+
+
+class Validate(Hook):
+    """Loss and implicit accuracy on the validation split, always under the same noise.
+
+    batch_size: pairs at a time. key: the run's.
+    """
+
+    name = "validation"
+
+    def __init__(
+        self, built: TrainingStep, pairs: Any, key: Key[Array, ""], *, batch_size: int, every: int
+    ):
+        self.every = every
+        self._built, self._pairs, self._size = built, pairs, batch_size
+        self._sharding = built.batch_sharding()
+        self._rows = meshes.local_rows(self._sharding, batch_size)
+        self._one = built.make_validate()
+        # Far from every step's own key, so that validation never sees training's noise.
+        self._key = jax.random.fold_in(key, 2**31)
+
+    def __call__(self, state: TrainState, update: int) -> Scalars:
+        return self.measure(trained(state))
+
+    def measure(self, params: Any) -> dict[str, float]:
+        """Means over the split, of a state's parameters."""
+        totals: dict[str, float] = {}
+        epoch = pipeline.make_epoch(
+            self._pairs, "validation", global_batch=self._size, rows=self._rows
+        )
+        for i, local in enumerate(epoch):
+            batch, weights = meshes.shard_batch(local, self._sharding, self._size)
+            key = jax.random.fold_in(self._key, i)
+            sums = self._one(params, self._built.reference, batch, weights, key)
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        weight = totals.pop("weight")
+        return {f"validation_{name}": value / weight for name, value in totals.items()}
+
+
+class Draw(Hook):
+    """Image grids at the start, at every `every`-th update and at the end.
+
+    draw: (all parameters of the policy, update) -> None.
+    """
+
+    name = "sampling"
+    at_start = at_end = True
+    when_stopping = False
+
+    def __init__(self, built: TrainingStep, draw: Callable[[Any, int], None], *, every: int):
+        self.every, self._built, self._draw = every, built, draw
+
+    def __call__(self, state: TrainState, update: int) -> Scalars:
+        self._draw(self._built.policy(trained(state)), update)
+
+
+class Save(Hook):
+    """Checkpoints at every `every`-th update, at the end, and before the run is stopped."""
+
+    name = "checkpoint"
+    at_end = True
+
+    def __init__(self, checkpoints: Any, *, every: int):
+        self.every, self._checkpoints = every, checkpoints
+
+    def due(self, update: int, *, total: int, stopping: bool) -> bool:
+        return stopping or super().due(update, total=total, stopping=stopping)
+
+    def poll(self) -> None:
+        self._checkpoints.check()
+
+    def wait(self) -> None:
+        self._checkpoints.wait()
+
+    def __call__(self, state: TrainState, update: int) -> Scalars:
+        self._checkpoints.save(update, state)
+
+
+class Profile(Hook):
+    """A trace of the updates `steps` (first, last), by JAX's profiler, into a folder."""
+
+    name = "profile"
+
+    def __init__(self, steps: tuple[int, int] | None, folder: epath.Path):
+        self.trace = Trace(steps, folder)
+
+    def due(self, update: int, *, total: int, stopping: bool) -> bool:
+        return self.trace.due(update)
+
+    def __call__(self, state: TrainState, update: int) -> Scalars:
+        self.trace.switch()
+
+
+def standard(
+    built: TrainingStep,
+    pairs: Any,
+    key: Key[Array, ""],
+    checkpoints: Any,
+    *,
+    validate_every: int,
+    checkpoint_every: int,
+) -> list[Hook]:
+    """Every run's own hooks: validation, where there is a split for it, and checkpoints."""
+    found: list[Hook] = []
+    if validate_every and "validation" in pairs.meta.counts:
+        size = built.settings.batch_size // built.settings.accumulation
+        found.append(Validate(built, pairs, key, batch_size=size, every=validate_every))
+    elif validate_every:
+        LOG.warning("the encoded pairs have no validation split: nothing is validated")
+    return [*found, Save(checkpoints, every=checkpoint_every)]
+
+
+def trained(state: TrainState) -> dict[str, jax.Array]:
+    """What a run is for: the moving average where one is kept, else the parameters."""
+    return state.params if state.ema is None else state.ema
+
+
+def is_multiple(update: int, every: int) -> bool:
+    return every > 0 and update % every == 0
+
+
+def make_batches(
+    built: TrainingStep,
+    pairs: Any,
+    *,
+    seed: int,
+    start: int = 0,
+    prompt_dropout: float | int = 0.0,
+    flip: bool = False,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[PairBatch]:
+    """This process's rows of the training batches from update `start` on, without end."""
+    size = built.settings.batch_size
+    return pipeline.make_batches(
+        pairs,
+        "train",
+        global_batch=size,
+        rows=meshes.local_rows(built.batch_sharding(), size),
+        seed=seed,
+        start_step=start,
+        prompt_dropout=prompt_dropout,
+        flip=flip,
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )

@@ -1,0 +1,136 @@
+"""The loop around `step.train_step`: batches in, metrics out one step late, hooks between."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.profiler import StepTraceAnnotation
+from jaxtyping import Array, Key
+
+from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.progress import Progress
+from dmpo_jax.training.build import TrainingStep, make_curves
+from dmpo_jax.training.hooks import Hook, Profile, as_hook
+from dmpo_jax.training.metrics import MetricsWriter
+from dmpo_jax.training.step import TrainState
+from dmpo_jax.training.stopping import Stopping, Watchdog
+from dmpo_jax.training.telemetry import Cost, Watch
+from dmpo_jax.types import PairBatch
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """How long and how chattily a run goes on.
+
+    steps: updates in all. every: updates between two lines of metrics. skip_limit: updates
+    with a loss that is not finite. hang_limit: seconds an update may take; 0 any.
+    profile: (first, last) update to trace. wandb: a project; "" none. title: of the bar.
+    """
+
+    steps: int
+    every: int = 10
+    skip_limit: int = 0
+    hang_limit: float | int = 0
+    profile: tuple[int, int] | None = None
+    tensorboard: bool = True
+    wandb: str = ""
+    title: str = "training"
+
+
+def run_loop(
+    built: TrainingStep,
+    state: TrainState,
+    batches: Iterator[PairBatch],
+    key: Key[Array, ""],
+    hooks: Sequence[Any],
+    settings: LoopSettings,
+    *,
+    workdir: epath.Path,
+    cost: Cost,
+) -> TrainState:
+    """From the state's update to the last one.
+
+    Args:
+        batches: this process's rows, from the state's update on. Closed at the end.
+        hooks: see `hooks.HookLike`; called in this order, after a trace's beginning or end.
+        workdir: gets metrics and traces. cost: of a pair, for rates.
+
+    Raises:
+        NonFiniteError: more updates than `skip_limit` were not finite, naming the last.
+        SystemExit: stopped from outside, when what the hooks had begun was done.
+    """
+    start, total = int(state.step), settings.steps
+    profile, sharding = Profile(settings.profile, workdir / "profile"), built.batch_sharding()
+    known = [profile, *map(as_hook, hooks)]
+    watch = make_watch(built, settings, start, cost)
+    with (
+        profile.trace,
+        MetricsWriter(
+            workdir,
+            tensorboard=settings.tensorboard,
+            wandb=settings.wandb or None,
+            resume_step=start,
+        ) as writer,
+        Progress(total, start, settings.title) as progress,
+        Stopping() as stop,
+        Watchdog(settings.hang_limit) as watchdog,
+    ):
+        if start == 0:
+            call([hook for hook in known if hook.at_start], state, 0, watch, writer)
+        update, unread = built.make_update(state), None  # the last update's number and metrics
+        for number in range(start + 1, total + 1):
+            watchdog.alive(f"update {number}", slow=number == start + 1)
+            with watch.timed("input"):
+                batch = meshes.shard_batch(next(batches), sharding, built.settings.batch_size)
+            if number == start + 1:  # batches are all alike
+                update = watch.compile(update, state, built.reference, batch, key)
+            with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
+                state, measured = update(state, built.reference, batch, key)
+            if unread is not None:
+                watch.report(*unread, writer, progress)
+            unread = (number, measured)
+            stopping = stop.asked(number)
+            for hook in known:
+                hook.poll()
+            due = [hook for hook in known if hook.due(number, total=total, stopping=stopping)]
+            if due:
+                watchdog.alive(f"what follows update {number}", slow=True)
+                watch.report(*unread, writer, progress)  # a bad update ends the job here
+                unread = None
+                call(due, state, number, watch, writer)
+            if stopping and number < total:
+                for hook in known:
+                    hook.wait()
+                stop.leave(number)
+    if (close := getattr(batches, "close", None)) is not None:
+        close()
+    return state
+
+
+def make_watch(built: TrainingStep, settings: LoopSettings, start: int, cost: Cost) -> Watch:
+    """The run's telemetry."""
+    return Watch(
+        start,
+        total=settings.steps,
+        batch_size=built.settings.batch_size,
+        every=settings.every,
+        skip_limit=settings.skip_limit,
+        learning_rate=built.learning_rate,
+        cost=cost,
+        curves=make_curves(built.settings, built.setup),
+    )
+
+
+def call(
+    hooks: Sequence[Hook], state: TrainState, update: int, watch: Watch, writer: MetricsWriter
+) -> None:
+    """Calls hooks one after another, timed by name, and writes the scalars that they return."""
+    for hook in hooks:
+        with watch.timed(hook.name):
+            if scalars := hook(state, update):
+                writer.write(update, scalars)
