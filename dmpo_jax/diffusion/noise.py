@@ -62,6 +62,19 @@ class NoiseTable:
         return len(self.signal)
 
     @property
+    def signal_squared(self) -> Table:
+        """alphas_cumprod, as DDPM's samplers count it.
+
+        Raises:
+            UserError: the noise is not DDPM's.
+        """
+        if self.alphas_cumprod is None:
+            raise UserError(
+                f"this needs DDPM's noise, but the model's noise is {self.kind}: use flow_euler"
+            )
+        return self.alphas_cumprod
+
+    @property
     def kind(self) -> str:
         """ "ddpm" or "flow", as `Family.noise`."""
         return "flow" if self.prediction_type == "flow" else "ddpm"

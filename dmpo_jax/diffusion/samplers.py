@@ -25,7 +25,7 @@ from dmpo_jax.errors import UserError
 
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS = ("zero", "sigma_min")
-# What diffusers writes for the last alphas_cumprod of zero terminal SNR where it divides by it.
+# What diffusers writes for the last signal squared of zero terminal SNR where it divides by it.
 SMALLEST_SIGNAL = np.float32(2.0**-24)
 
 
@@ -118,7 +118,7 @@ def ddim(
     if timestep_spacing == "linspace":
         timesteps = timesteps.round()
     timesteps = timesteps.astype(np.int32)
-    here = _ddpm(schedule)[timesteps]
+    here = schedule.signal_squared[timesteps]
     if schedule.prediction_type == "epsilon" and not here.all():
         raise UserError(
             "an epsilon prediction at zero terminal SNR holds no image: use a schedule of "
@@ -127,8 +127,8 @@ def ddim(
     # A fixed stride, not the next entry of the table: they differ for linspace and
     # where num_steps does not divide T, and diffusers takes the stride.
     previous = timesteps - count // num_steps
-    final = np.float32(1) if set_alpha_to_one else _ddpm(schedule)[0]
-    arrival = np.where(previous >= 0, _ddpm(schedule)[previous], final)
+    final = np.float32(1) if set_alpha_to_one else schedule.signal_squared[0]
+    arrival = np.where(previous >= 0, schedule.signal_squared[previous], final)
     one = np.float32(1)
     table = Table(
         timesteps,
@@ -335,19 +335,9 @@ def spaced_timesteps(
     return timesteps
 
 
-def _ddpm(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
-    """alphas_cumprod; ValueError for noise that has none."""
-    if schedule.alphas_cumprod is None:
-        raise UserError(
-            f"this sampler walks DDPM's noise, but the model's noise is {schedule.kind}: use "
-            "flow_euler"
-        )
-    return schedule.alphas_cumprod
-
-
 def sigma_table(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
     """noise / signal at each training timestep, rising; finite under zero terminal SNR too."""
-    signal = _ddpm(schedule).copy()
+    signal = schedule.signal_squared.copy()
     if signal[-1] == 0:
         signal[-1] = SMALLEST_SIGNAL
     return np.sqrt((np.float32(1) - signal) / signal)

@@ -114,10 +114,10 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
     if not 0 < gamma < math.inf:
         raise UserError(f"gamma must be above 0 and finite, got {gamma}; 5 is usual")
     # By the shares of signal and noise, of which either may be 0 at an end of the table.
-    if schedule.alphas_cumprod is None:
+    if schedule.kind == "flow":
         signal, noise = (x.astype(np.float64) ** 2 for x in (schedule.signal, schedule.noise))
     else:
-        signal = schedule.alphas_cumprod.astype(np.float64)
+        signal = schedule.signal_squared.astype(np.float64)
         noise = 1 - signal
     with np.errstate(divide="ignore"):
         weights = {

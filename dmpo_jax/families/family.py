@@ -230,7 +230,11 @@ class Family:
 
     def check_model(self, model: Mapping[str, Any], latent_channels: int) -> None:
         """ValueError where a model, by its config.json, does not take these latents."""
-        self.check_channels(self.facts(model).in_channels, latent_channels)
+        self.check_latents(self.facts(model), latent_channels)
+
+    def check_latents(self, facts: Facts, latent_channels: int) -> None:
+        """ValueError where a model of these facts does not take these latents."""
+        self.check_channels(facts.in_channels, latent_channels)
 
     def check_channels(self, in_channels: int, latent_channels: int) -> None:
         """ValueError where the model does not take the latents and the given image's channels.
