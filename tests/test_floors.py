@@ -12,7 +12,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "errors", "extras", "storage", "progress"},
+    {"types", "errors", "extras", "progress"},
+    {"storage"},
     {"objectives", "diffusion", "parallel"},
     {"models"},
     {"families"},
