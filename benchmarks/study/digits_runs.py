@@ -29,6 +29,7 @@ from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import health, step
+from dmpo_jax.training.hooks import trained
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits_dmpo.py"
 PROBABILITIES = "probabilities"  # folder
