@@ -4,6 +4,7 @@ import ast
 import pathlib
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = pathlib.Path(__file__).parent
 
@@ -14,6 +15,18 @@ def read_version() -> str:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
             return ast.literal_eval(node.value)
     raise ValueError("dmpo_jax/__init__.py must assign __version__")
+
+
+class BuildWithConfigs(build_py):
+    """Puts configs/, which lies beside the package, into it: `--config=NAME` finds them there."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:  # a clone has its own
+            target = pathlib.Path(self.build_lib) / "dmpo_jax" / "configs"
+            self.mkpath(str(target))
+            for file in sorted((HERE / "configs").glob("*.py")):
+                self.copy_file(str(file), str(target / file.name))
 
 
 # Lower bound: the oldest that should work. Upper bound: the first that nobody has tried.
@@ -61,6 +74,8 @@ setup(
             "*/*.j2",
         ]
     },
+    cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["dmpo-jax = dmpo_jax.__main__:main"]},
     install_requires=DEPENDENCIES,
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],

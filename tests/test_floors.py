@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "errors", "storage", "progress"},
+    {"types", "errors", "extras", "storage", "progress"},
     {"objectives", "diffusion", "parallel"},
     {"models"},
     {"families"},
@@ -21,6 +22,8 @@ FLOORS = [
     {"evaluation", "planning"},
     {"config"},
     {"jobs"},
+    {"commands"},
+    {"python", "__main__"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
 FORBIDDEN = {"torch", "tensorflow", "diffusers"}
@@ -113,6 +116,58 @@ def test_launch_files_only_call_jobs():
     for path in files:
         tops = {name.split(".")[0] for name in imported(path.read_text(), "launch", ())}
         assert tops <= allowed, f"{path.name} imports {sorted(tops - allowed)}"
+
+
+LINES = 120  # of a job: a screen that opens, checks, calls stages and reports
+RUNS_JOBS = "dmpo_jax.jobs.run"  # the command `train`: it runs the jobs that a config names
+
+
+def test_a_job_is_one_screen():
+    long = {
+        path.name: lines
+        for path in sorted((ROOT / PACKAGE / "jobs").glob("*.py"))
+        if (lines := len(path.read_text().splitlines())) > LINES
+    }
+    assert not long
+
+
+def importing_jobs(found: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The modules that import a job, and which; `RUNS_JOBS` may, and a job itself."""
+    wrong = {}
+    for name, imports in found.items():
+        jobs = {i for i in imports if i.startswith("dmpo_jax.jobs")} - {name}
+        if jobs and name != RUNS_JOBS:
+            wrong[name] = jobs
+    return wrong
+
+
+def test_nothing_imports_a_job():
+    """But for launch/ and the command line, which are not in the package's stages."""
+    known = modules()
+    assert not importing_jobs({name: ours(path, name, known) for name, path in known.items()})
+
+
+def test_an_import_of_a_job_is_seen():
+    jobs = {"dmpo_jax.jobs.train"}
+    found = {"dmpo_jax.jobs.plan": jobs, "dmpo_jax.planning.plan": jobs, RUNS_JOBS: jobs}
+    assert set(importing_jobs(found)) == {"dmpo_jax.jobs.plan", "dmpo_jax.planning.plan"}
+
+
+# Facts of one kind of model: asked of its family.
+FACTS = re.compile(
+    "UNet2DCondition|cross_attention_dim|addition_embed_type|time_ids|alphas_cumprod|CLIPTokenizer"
+    '|CLIPText|text_encoder_2|"unet"|sample_size|in_channels'
+)
+MAY_KNOW = {"families", "models", "diffusers_io", "toy"}
+
+
+def test_few_modules_name_a_fact_of_one_model():
+    found = {
+        name
+        for name, path in modules().items()
+        if name.count(".") and name.split(".")[1] not in MAY_KNOW and FACTS.search(path.read_text())
+    }
+    assert len(found) <= 4, sorted(found)
 
 
 def test_core_imports_no_other_framework():

@@ -16,8 +16,8 @@ from etils import epath
 
 from benchmarks.study.digits_plan import HELD_OUT_IMAGES, TUNING_IMAGES, Budget, Trial
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.config.files import load_config
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.prompt_files import load_texts
@@ -30,6 +30,7 @@ from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import health, step
 from dmpo_jax.training.hooks import trained
+from tests.support.encoded import write_pairs
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits_dmpo.py"
 PROBABILITIES = "probabilities"  # folder
@@ -40,7 +41,7 @@ HEALTH = ("implicit_accuracy", "margin", "chosen_gain", "rejected_gain")
 
 def base_config(budget: Budget) -> configs.Config:
     """The digits job's own, at this budget."""
-    config: configs.Config = flags.load(str(CONFIG))
+    config: configs.Config = load_config(str(CONFIG))
     config.train.steps, config.train.batch_size = budget.steps, budget.batch_size
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, budget.steps // 2)
     config.collect.pairs = budget.pairs
@@ -99,7 +100,7 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
         )
     prompts = [pairs.prompts[i] for i in range(pairs.meta.counts["prompts"])]
     meta = {k: v for k, v in pairs.meta.to_json().items() if k not in records.WRITTEN_META}
-    records.write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
+    write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
 
 
 def flipped_rows(preference: np.ndarray, share: float, seed: int) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.study import health_curves
-from dmpo_jax.config import command_line as flags
+from dmpo_jax.config.files import load_config
 
 
 def test_smoothing_is_a_mean_of_what_came_before():
@@ -18,7 +18,7 @@ def test_smoothing_is_a_mean_of_what_came_before():
 
 def test_every_way_to_go_wrong_is_a_config():
     for settings, flipped in health_curves.RUNS.values():
-        config = flags.load(str(health_curves.ROOT / "configs" / "digits_dmpo.py"))
+        config = load_config(str(health_curves.ROOT / "configs" / "digits_dmpo.py"))
         config.update_from_flattened_dict(settings)  # locked: refuses what it has not
         assert 0 <= flipped <= 0.5
     with pytest.raises(KeyError):

@@ -3,7 +3,8 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config.leaves import JOBS, Config, declared, flatten, nearest
+from dmpo_jax.config.leaves import Config, declared, flatten, nearest
+from dmpo_jax.config.sections import JOBS
 from dmpo_jax.objectives import OBJECTIVES
 
 

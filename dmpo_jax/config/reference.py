@@ -13,7 +13,7 @@ Every option, with its default. Set one in a config file (`config.train.steps = 
 command line of any command (`--config.train.steps=500`). Options that affect *run* must stay as
 they are to resume a run; options that affect *program* change the compiled step.
 
-This page is made from `dmpo_jax/config/leaves.py` and from the objectives' decorators:
+This page is made from `dmpo_jax/config/sections.py` and from the objectives' decorators:
 `python -m dmpo_jax.config.reference > docs/config_reference.md`.
 """
 
@@ -44,16 +44,9 @@ def render() -> str:
             parts.append(f"\n## {section or 'The run'}\n")
             parts.append("| option | default | meaning | values | affects |\n|---|---|---|---|---|")
         last = section
-        values = leaf.words or {tuple: "names with commas between"}.get(
-            leaf.kind, leaf.kind.__name__
-        )
-        cells = (
-            name,
-            f"`{_shown(leaf.default)}`",
-            leaf.meaning,
-            values,
-            leaf.affects.replace(" ", ", "),
-        )
+        kind = "names with commas between" if leaf.kind is tuple else leaf.kind.__name__
+        affects = leaf.affects.replace(" ", ", ")
+        cells = (name, f"`{_shown(leaf.default)}`", leaf.meaning, leaf.words or kind, affects)
         parts.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(parts) + "\n"
 

@@ -5,7 +5,7 @@ Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (
 a tensor at a time) and `placement` (arrays between host and devices).
 """
 
-from dmpo_jax.diffusers_io.folders import find_folder, read_json, write_json
+from dmpo_jax.diffusers_io.folders import find_folder, read_json
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
 from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
@@ -54,5 +54,4 @@ __all__ = [
     "to_jax",
     "to_torch",
     "torch_name",
-    "write_json",
 ]

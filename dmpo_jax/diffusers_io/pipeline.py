@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
+from dmpo_jax import storage
 from dmpo_jax.diffusers_io import weights
-from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some, write_json
+from dmpo_jax.diffusers_io.folders import component, find_folder, read_json, some
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusion.noise import NoiseSchedule
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.models import clip, parameters
+from dmpo_jax.parallel import processes
 
 # CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
 # told a score in place of the target size.
@@ -194,9 +195,8 @@ def save_pipeline(unet: Any, source: epath.PathLike, out: epath.PathLike, **kw: 
                 _copy_folder(part, out / part.name)
     weights.save_unet(unet, out / "unet", **kw)
     if jax.process_index() == 0:
-        write_json(out / "model_index.json", index)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {out}")
+        storage.write_json(out / "model_index.json", index)
+    processes.barrier(f"saved {out}")
 
 
 def _copy_folder(source: epath.Path, out: epath.Path) -> None:

@@ -5,6 +5,8 @@ import logging
 from etils import epath
 from safetensors import safe_open
 
+from dmpo_jax.extras import install_hint
+
 LOG = logging.getLogger(__name__)
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 CLASSES = {  # channels that the UNet takes -> class; SDXL's has XL in its name
@@ -40,7 +42,7 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
         import diffusers
     except ImportError as error:
         raise ValueError(
-            f"converting needs PyTorch diffusers ({error}): pip install 'dmpo_jax[eval]'"
+            f"converting needs PyTorch diffusers ({error}): {install_hint('eval')}"
         ) from error
     kind = pipeline_class(file)
     LOG.info("converting %s as a %s ...", file, kind)

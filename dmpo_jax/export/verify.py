@@ -12,6 +12,7 @@ from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.export.pipeline import Adapters, Trained
+from dmpo_jax.extras import install_hint
 from dmpo_jax.families import Family
 from dmpo_jax.models import parameters
 from dmpo_jax.types import Condition
@@ -37,7 +38,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
         importlib.import_module("torch")
     except ImportError as error:
         raise ValueError(
-            f"verifying needs PyTorch diffusers ({error}): pip install 'dmpo_jax[eval]'"
+            f"verifying needs PyTorch diffusers ({error}): {install_hint('eval')}"
         ) from error
     merged = (out / "model_index.json").exists()
     opened = Trained(str(out), None, None) if merged else trained

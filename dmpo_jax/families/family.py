@@ -153,7 +153,7 @@ class Family:
 
     def condition(self, context: Any, pooled: Any, size: tuple[int, int]) -> Condition:
         """A prompt's `Condition` in NumPy, for an uncropped image of (height, width) pixels."""
-        sizes = np.asarray([[*size, 0, 0, *size]], np.float32) if self.told_sizes else None
+        sizes: Any = np.asarray([[*size, 0, 0, *size]], np.float32) if self.told_sizes else None
         return Condition(context, pooled=pooled, time_ids=sizes)
 
     def random_inputs(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, step_settings
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.config.checks import parse_mix
@@ -59,7 +59,7 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
         workdir / "checkpoints", keep=config.log.keep, identity=configs.identity(config)
     ) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
-            diffusers_io.write_json(workdir / "config.json", configs.flatten(config))
+            storage.write_json(workdir / "config.json", configs.flatten(config))
         state = start_state(run.step, params, checkpoints)
         every = config.log.validate_every, config.log.checkpoint_every
         own = standard(run.step, run.pairs, run.key, checkpoints, *every)

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from dmpo_jax.extras import install_hint
 from dmpo_jax.planning import chips, flops, hlo
 from dmpo_jax.planning import report as plan_report
 from dmpo_jax.planning.step import Model, Planned, make_planned
@@ -77,8 +78,7 @@ def check_topology(topology: str) -> None:
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         if importlib.util.find_spec("libtpu") is None:
             raise ValueError(
-                f"{topology} needs the TPU compiler, not a TPU: pip install libtpu, or this "
-                "package with [plan] or [tpu]"
+                f"{topology} needs the TPU compiler, not a TPU: {install_hint('plan')}"
             )
         return
     if kind not in ("cpu", "gpu") or not shape.isdigit() or int(shape) < 1:

@@ -1,7 +1,7 @@
 """`Scorer`, the protocol of all judges of images, and the scorers by name."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -9,6 +9,7 @@ from jaxtyping import Float32, UInt8
 from dmpo_jax.scoring.digits import DigitJudge
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores images against their prompts, higher is better; each image by itself.
 

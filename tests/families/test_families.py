@@ -27,7 +27,6 @@ from dmpo_jax import diffusers_io, families
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.encoding.encode import encode
 from dmpo_jax.encoding.pixels import load_pixels
 from dmpo_jax.families import editing
 from dmpo_jax.jobs.run import run
@@ -35,7 +34,8 @@ from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
 from dmpo_jax.training import step
 from dmpo_jax.training.build import check_fits
-from tests.support import launched, tiny, torch_pipelines
+from tests.support import tiny, torch_pipelines
+from tests.support.quick import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDE = torch_pipelines.SIDE
@@ -56,7 +56,7 @@ def png(array) -> bytes:
 def rows(count=24, side=SIDE):
     """Pairs of noise with all that any family asks for, at the models' resolution."""
     rng = np.random.default_rng(0)
-    made = debug.synthetic_pairs(count, image="inpaint")
+    made = debug.synthetic_pairs(count, given=("source", "mask"))
     for row in made:
         for name in ("jpg_0", "jpg_1", "jpg_source"):
             row[name] = png(rng.integers(0, 256, (side, side, 3), np.uint8))
@@ -80,7 +80,7 @@ def leaves(model, source) -> dict:
 
 
 def train_here(model, source, workdir, monkeypatch):
-    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **launched.QUICK})
+    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **QUICK})
     run(tiny.make_config("", "", **leaves(model, source)), workdir)
 
 
@@ -227,9 +227,7 @@ def assert_same_unet(pipeline, folder):
         wanted = pipeline.unet(sample, times, context, added_cond_kwargs=added).sample
     arrays = (sample.permute(0, 2, 3, 1), times, context, pooled, ids)
     structure, params = parameters.split(unet)
-    call = jax.jit(
-        lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=launched.QUICK
-    )
+    call = jax.jit(lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=QUICK)
     found = call(params, *[None if x is None else jnp.asarray(x.numpy()) for x in arrays])
     np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1), atol=2e-4, rtol=2e-4)
 
@@ -365,14 +363,14 @@ def test_a_missing_column_is_named_before_encoding(inpainting, column, tmp_path)
     table = pq.read_table(tmp_path / "all.parquet").drop_columns([column])
     pq.write_table(table, tmp_path / "pairs.parquet")
     with pytest.raises(ValueError, match=rf"sd_inpaint .* column '{column}' .*pairs.parquet"):
-        encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
+        tiny.encode(f"pickapic:{tmp_path}/pairs.parquet", inpainting, tmp_path / "out")
 
 
 def test_a_pair_without_its_source_is_left_out(inpainting, tmp_path):
     made = rows(3)
     del made[2]["jpg_source"]
     sources.write_pick_a_pic(tmp_path / "pairs.parquet", made)
-    encode(source=f"pickapic:{tmp_path}/pairs.parquet", model=inpainting, out=tmp_path / "out")
+    tiny.encode(f"pickapic:{tmp_path}/pairs.parquet", inpainting, tmp_path / "out")
     assert records.open_pairs(tmp_path / "out").meta.skipped == {"no source": 1}
 
 

@@ -1,7 +1,6 @@
-"""Tests for dmpo_jax/sampling/sampler.py: what goes into the sampler, and what is written of it."""
+"""Tests for dmpo_jax/sampling: what goes into the sampler, and what is written of it."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -13,10 +12,14 @@ from etils import epath
 from PIL import Image
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.config.leaves import from_flat
 from dmpo_jax.data.prompt_files import Prompt
-from dmpo_jax.families import SDXL
+from dmpo_jax.families import SD_INPAINT, SDXL
+from dmpo_jax.jobs.sample import sample as jobs_sample
 from dmpo_jax.models import parameters
 from dmpo_jax.sampling import sampler as sample
+from dmpo_jax.sampling import seeds
+from dmpo_jax.sampling.pairs import in_pairs
 from dmpo_jax.toy import digits
 from dmpo_jax.toy import tiny as debug
 from dmpo_jax.types import Condition
@@ -67,20 +70,21 @@ def test_images_are_written_as_batches_finish(tmp_path, monkeypatch):
             yield images
 
     monkeypatch.setattr(sample.Sampler, "batches", counted)
-    black = functools.partial(blackened, sample.make_sampler)
-    monkeypatch.setattr(sample, "make_sampler", lambda *a, **kw: black(*a, **kw)[0])
-    sample.sample(
-        model=str(FOLDER),
-        prompts=tmp_path / "prompts.json",
-        out=tmp_path / "out",
-        images_per_prompt=4,
-        seed=3,
-        steps=2,
-        guidance_scale=3.0,
-        sampler="dpmpp_2m",
-        height=32,
-        width=48,
-    )
+    make = sample.make_sampler
+    monkeypatch.setattr(sample, "make_sampler", lambda *a, **kw: blackened(make, *a, **kw)[0])
+    leaves = {
+        "model.folder": str(FOLDER),
+        "model.compute_dtype": "float32",
+        "seed": 3,
+        "sample.images_per_prompt": 4,
+        "sample.steps": 2,
+        "sample.guidance_scale": 3.0,
+        "sample.sampler": "dpmpp_2m",
+        "sample.height": 32,
+        "sample.width": 48,
+    }
+    out = jobs_sample(from_flat(leaves), prompts=tmp_path / "prompts.json", out=tmp_path / "out")
+    assert out == tmp_path / "out"
     assert written == [0, 8]
     abouts = []
     for i in range(12):
@@ -169,7 +173,7 @@ def test_images_and_masks_reach_a_model_that_sees_them(loaded, tmp_path):
     Image.fromarray(shade).save(tmp_path / "a.png")
     Image.fromarray(shade[..., 0]).save(tmp_path / "m.png")
     image, mask = str(tmp_path / "a.png"), str(tmp_path / "m.png")
-    painter = pipeline._replace(family=pipeline.family._replace(image="inpaint"))
+    painter = pipeline._replace(family=SD_INPAINT)
     sampler, seen = recorded(painter, unet)
     sampler({}, [Prompt("a handwritten one", image=image, mask=mask)], [0])
     _, _, images, masks, _ = seen[0]
@@ -214,8 +218,8 @@ def write_sdxl(folder):
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     }
-    family = SDXL
-    family = family | {"unet": family["unet"] | small}
+    tiny = SDXL.tiny._replace(model={**SDXL.tiny.model, **small})
+    family = dataclasses.replace(SDXL, tiny=tiny)
     debug.write_tiny_pipeline(epath.Path(folder), family)
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         text = (folder / name).read_text()
@@ -275,3 +279,25 @@ def test_long_prompts_are_cut_and_counted(loaded, caplog):
     np.testing.assert_array_equal(long, same)
     assert np.abs(long - short).max() > 0.1
     assert "1 of 3 prompts are longer than the tokenizer takes and were cut" in caplog.text
+
+
+def test_seeds_of_one_use_are_never_anothers():
+    collected = [seeds.collected_seeds(run, 100) for run in (0, 1, 2047)]
+    evaluated = [seeds.evaluated_seeds(run, 100) for run in (0, 1, 2047)]
+    drawn = [seed for part in (*collected, *evaluated) for seed in part]
+    assert len(set(drawn)) == len(drawn)
+    assert max(drawn) < 2**32
+    for run, count in ((2048, 1), (-1, 1), (0, 2**20 + 1)):
+        with pytest.raises(ValueError, match="runs 0 to 2047"):
+            seeds.collected_seeds(run, count)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_pairs_are_whole_whatever_the_batch(size):
+    images = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, 3), np.uint8)
+    prompts = [f"prompt {i // 2}" for i in range(12)]
+    batches = (images[i : i + size] for i in range(0, 12, size))
+    found = list(in_pairs(batches, prompts))
+    assert all(len(x) == len(captions) and len(x) % 2 == 0 for x, captions in found)
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in found]), images)
+    assert [caption for _, captions in found for caption in captions] == prompts

@@ -14,6 +14,7 @@ from dmpo_jax.jobs import train
 from dmpo_jax.toy import tiny as debug
 from dmpo_jax.training import hooks
 from tests.support import tiny
+from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs
 
 SIDE, WIDTH, PROMPTS = 8, 16, 3
 
@@ -24,16 +25,12 @@ def write(folder, *, moments="sample", channels=4, flipped=False, value=0.0):
 
     def pair(i):
         x, sizes = np.full(shape, value, np.float16), np.full((2, 6), 64, np.int32)
-        return records.EncodedPair(
-            str(i), 1 + i % 2, 0.75, x, sizes, flipped=-x if flipped else None
-        )
+        return EncodedPair(str(i), 1 + i % 2, 0.75, x, sizes, flipped=-x if flipped else None)
 
-    prompts = [
-        records.PromptEmbedding("p" * j, np.full((4, WIDTH), j, np.float16)) for j in range(PROMPTS)
-    ]
+    prompts = [PromptEmbedding("p" * j, np.full((4, WIDTH), j, np.float16)) for j in range(PROMPTS)]
     meta = {"model": "tiny", "scaling_factor": 1.0, "shift_factor": 0.0, "moments": moments}
     splits = {"train": map(pair, range(8)), "validation": map(pair, range(8, 12))}
-    records.write_pairs(folder, splits, prompts, meta)
+    write_pairs(folder, splits, prompts, meta)
     return str(folder)
 
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from dmpo_jax.data.raw import columns
 from dmpo_jax.data.raw.source import UNIT_PAIRS, RawPair, Skipped, Source, Unit, cut, load_bytes
+from dmpo_jax.extras import install_hint
 
 ROWS_AT_ONCE = 64
 
@@ -78,7 +79,7 @@ def _load(folder: epath.Path) -> Any:
         import datasets
     except ImportError as error:
         raise ImportError(
-            "hf:PATH needs Hugging Face's datasets: pip install 'dmpo_jax[data]'"
+            f"hf:PATH needs Hugging Face's datasets: {install_hint('data')}"
         ) from error
     try:
         data = datasets.load_from_disk(str(folder))

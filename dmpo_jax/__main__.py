@@ -1,0 +1,43 @@
+"""The command `dmpo-jax`, and what launch/NAME.py calls.
+
+Light on purpose: what must happen before JAX is imported happens here.
+"""
+
+import sys
+
+NAMES = ("train", "encode", "collect", "sample", "evaluate", "convert", "plan", "make_digits")
+
+
+def main(name: str = "") -> None:
+    """Runs a command with the rest of the command line; does not return.
+
+    Args:
+        name: of the command; '' takes the first word of the command line.
+    """
+    called, *argv = sys.argv
+    if not name:
+        called = "dmpo-jax"
+        if not argv or argv[0] not in NAMES:
+            asked = not argv or argv[0] in ("--help", "-h", "help")
+            usage = (
+                f"usage: dmpo-jax COMMAND --FLAG=VALUE ...\ncommands: {', '.join(NAMES)}\n"
+                "dmpo-jax COMMAND --help lists the command's flags and every option of a config."
+            )
+            if asked:
+                print(usage)
+            else:
+                print(f"dmpo-jax: there is no command {argv[0]!r}\n{usage}", file=sys.stderr)
+            sys.exit(0 if asked and argv else 1)
+        name, *argv = argv
+        called = f"dmpo-jax {name}"
+    if name == "train":
+        from dmpo_jax.parallel import host_memory
+
+        host_memory.use_huge_pages()  # before the imports that take long
+    from dmpo_jax import commands
+
+    commands.main(name, [called, *argv])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,376 @@
+"""The commands: what each takes, and the job that it calls.
+
+`COMMANDS` is the one table behind `dmpo-jax NAME`, `launch/NAME.py` and `dmpo_jax.NAME(...)`.
+Every command takes every leaf as `--config.section.key`, and those in its table under short names.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import app
+
+from dmpo_jax.config import checks, parsing, reference
+from dmpo_jax.config.command_line import in_words, log_to_console
+from dmpo_jax.config.declare import Leaf, OneOf
+from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.parsing import Interface
+from dmpo_jax.config.sections import DTYPES
+from dmpo_jax.families import PUBLISHED
+from dmpo_jax.scoring import SCORERS
+
+OUT = Leaf(None, "folder to write")
+PROMPTS = Leaf(None, "file of prompts, one a line")
+PIPELINE = {"model": "model.folder", "variant": "model.variant", "vae": "model.vae"}
+SAMPLING = {
+    "dtype": "model.compute_dtype",
+    "seed": "seed",
+    "steps": "sample.steps",
+    "guidance_scale": "sample.guidance_scale",
+    "negative_prompt": "sample.negative_prompt",
+    "sampler": "sample.sampler",
+    "image_guidance_scale": "sample.image_guidance_scale",
+    "height": "sample.height",
+    "width": "sample.width",
+    "batch_size": "sample.batch_size",
+}
+
+
+class Command(NamedTuple):
+    """about: the first line says what it does; the rest is help. call: (config, options) -> result.
+
+    check: refuses a config that the command cannot run, beyond each leaf's own check.
+    """
+
+    about: str
+    interface: Interface
+    call: Callable[[Config, dict[str, Any]], Any]
+    check: Callable[[Config, dict[str, Any]], None] = lambda config, options: None
+
+
+def _train(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.run import run
+
+    return run(config, **options)
+
+
+def _encode(config: Config, options: dict[str, Any]) -> Any:
+    if options["inspect"]:
+        from dmpo_jax.jobs.inspect import inspect
+
+        return inspect(config, out=options["inspect"])
+    from dmpo_jax.jobs.encode import encode
+    from dmpo_jax.parallel import processes
+
+    processes.join(**config.distributed)
+    return encode(config, out=options["out"])
+
+
+def _check_encode(config: Config, options: dict[str, Any]) -> None:
+    if not options["inspect"] and not (config.model.folder and options["out"]):
+        raise ValueError("--model and --out are required, or --inspect")
+
+
+def _collect(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.collect import collect
+
+    return collect(config, **options)
+
+
+def _sample(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.sample import sample
+
+    return sample(config, **options)
+
+
+def _evaluate(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.evaluate import evaluate
+
+    return evaluate(config, **options)
+
+
+def _check_evaluate(config: Config, options: dict[str, Any]) -> None:
+    if not config.evaluate.judges and not config.collect.scorer:
+        config.evaluate.judges = tuple(sorted(SCORERS))
+
+
+def _convert(config: Config, options: dict[str, Any]) -> Any:
+    if options["single_file"]:
+        from dmpo_jax.jobs.single_file import single_file
+
+        return single_file(file=options["single_file"], out=options["out"], like=options["like"])
+    from dmpo_jax.jobs.convert import convert
+
+    return convert(
+        workdir=options["checkpoint"],
+        out=options["out"],
+        at=options["step"],
+        shard_bytes=int(options["shard_gb"] * 10**9),
+        **{name: options[name] for name in ("weights", "merge", "dtype", "verify")},
+    )
+
+
+def _check_convert(config: Config, options: dict[str, Any]) -> None:
+    if bool(options["checkpoint"]) == bool(options["single_file"]):
+        raise ValueError("give either --checkpoint or --single_file")
+
+
+def _plan(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.plan import plan, prepare_process
+    from dmpo_jax.planning.report import printed
+
+    prepare_process(options["topology"])
+    rest = {name: options[name] for name in ("out", "cache")}
+    plans = plan(config, options["topology"], published=options["model"], **rest)
+    print(printed(plans))
+    return plans
+
+
+def _check_plan(config: Config, options: dict[str, Any]) -> None:
+    if options["model"] and not config.model.folder:
+        config.model.folder = options["model"]
+    checks.validate(config)
+
+
+def _make_digits(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.make_digits import make_digits
+
+    return make_digits(out=options["out"], vae_steps=options["vae_steps"], seed=config.seed)
+
+
+COMMANDS = {
+    "train": Command(
+        """Runs the jobs that a config names: for most, training; for the digits, everything.
+
+    {me} --config=digits_dmpo [--workdir=DIR]
+    {me} --config=sdxl_dmpo --config.model.folder=FOLDER ...
+    {me} --config=sdxl_dmpo:debug
+
+--config is the name of a config that the package brings, or the path of your own, PATH.py. Run
+again with the same --workdir, it resumes where it stopped.""",
+        Interface(
+            {},
+            {"workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG")},
+            config=None,
+        ),
+        _train,
+        lambda config, options: checks.validate(config),
+    ),
+    "encode": Command(
+        """Encodes raw preference pairs: VAE latents of the images, embeddings of each prompt once.
+
+    {me} --source=pickapic:PATH --model=FOLDER --out=DIR
+    {me} --source=pickapic:PATH --inspect=DIR
+
+Training then reads DIR (`--config.data.encoded=DIR`) and loads neither VAE nor text encoder. The
+same command resumes one that was killed. On several machines run the same line on each, --out
+being a folder that all of them see. --inspect encodes nothing: it writes a page that shows the
+pairs, DIR/index.html.""",
+        Interface(
+            {
+                "source": "data.source",
+                **PIPELINE,
+                "dtype": "model.compute_dtype",
+                "resolution": "data.resolution",
+                "crop": "data.crop",
+                "moments": "data.moments",
+                "moments_dtype": "data.moments_dtype",
+                "flip": "data.flip",
+                "ties": "data.ties",
+                "validation_fraction": "data.validation_fraction",
+                "max_bad": "data.max_bad",
+                "batch_size": "data.encode_batch",
+                "num_threads": "data.num_threads",
+            },
+            {
+                "out": Leaf(None, "folder for the encoded pairs"),
+                "inspect": Leaf(None, "folder for a page about the source, instead"),
+                "distributed": Leaf(False, "of no effect: clusters are found without"),
+            },
+            required=("source",),
+        ),
+        _encode,
+        _check_encode,
+    ),
+    "collect": Command(
+        """Makes preference pairs from a model's own images: two a prompt, labelled by a scorer.
+
+    {me} --model=FOLDER --prompts=FILE --scorer=NAME --out=DIR
+
+Writes DIR/pairs.parquet in Pick-a-Pic's schema, for encode --source=pickapic:DIR.""",
+        Interface(
+            {
+                **PIPELINE,
+                **SAMPLING,
+                "scorer": "collect.scorer",
+                "pairs": "collect.pairs",
+                "temperature": "collect.temperature",
+                "labels": "collect.labels",
+                "tie_margin": "collect.tie_margin",
+            },
+            {"prompts": PROMPTS, "out": OUT},
+            required=("model", "scorer", "prompts", "out"),
+        ),
+        _collect,
+    ),
+    "sample": Command(
+        """Draws images from a diffusers pipeline folder, in JAX.
+
+    {me} --model=FOLDER --prompts=FILE --out=DIR
+
+Writes one PNG an image with its settings inside, and DIR/grid.png, a row a prompt.
+
+FILE has a prompt a line, or is .json, .jsonl, .csv, .tsv or .parquet with `prompt` and, if need
+be, `negative_prompt`, `seed`, `image` and `mask` of each; images are for models that edit or
+inpaint, and their paths relative to FILE.""",
+        Interface(
+            {**PIPELINE, **SAMPLING, "images_per_prompt": "sample.images_per_prompt"},
+            {"prompts": PROMPTS, "out": OUT},
+            required=("model", "prompts", "out"),
+        ),
+        _sample,
+    ),
+    "evaluate": Command(
+        """Compares two models: same prompts, same seeds, each judge's win rate with its interval.
+
+    {me} --a=BASE --b=TUNED --prompts=FILE --out=DIR
+
+Writes DIR/result.json, DIR/report.html and DIR/samples/before_after.png. Without --judges every
+scorer that the package has is one.""",
+        Interface(
+            {
+                "judges": "evaluate.judges",
+                "seeds": "evaluate.seeds",
+                "variant": "model.variant",
+                "vae": "model.vae",
+                **SAMPLING,
+            },
+            {
+                "a": Leaf(None, "pipeline folder: the base"),
+                "b": Leaf(None, "pipeline folder: the tuned model"),
+                "prompts": PROMPTS,
+                "out": OUT,
+            },
+            required=("a", "b", "prompts", "out"),
+        ),
+        _evaluate,
+        _check_evaluate,
+    ),
+    "convert": Command(
+        """Turns a training checkpoint into what PyTorch diffusers opens; or one file into a folder.
+
+    {me} --checkpoint=WORKDIR [--step=N] --out=DIR
+    {me} --checkpoint=WORKDIR --merge --dtype=float16 --verify --out=DIR
+    {me} --single_file=MODEL.safetensors --out=DIR
+
+A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters a file for
+`load_lora_weights`, or with --merge a pipeline folder too. A README.md says how it was made.""",
+        Interface(
+            {},
+            {
+                "checkpoint": Leaf("", "a run's --workdir"),
+                "single_file": Leaf("", "a .safetensors file of a whole model"),
+                "out": OUT,
+                "step": Leaf(None, "which checkpoint; unset: the newest", "[0, inf)", kind=int),
+                "weights": Leaf(
+                    "auto",
+                    "auto: the moving average where there is one",
+                    OneOf(("auto", "policy", "ema")),
+                ),
+                "merge": Leaf(False, "fold LoRA adapters into the model"),
+                "dtype": Leaf("float32", "of the model as written", OneOf((*DTYPES, "float16"))),
+                "shard_gb": Leaf(5.0, "largest weight file, in GB", "[0.001, inf)"),
+                "verify": Leaf(False, "compare with PyTorch diffusers, which must be installed"),
+                "like": Leaf("", "with --single_file: a folder whose configs to take"),
+            },
+            required=("out",),
+        ),
+        _convert,
+        _check_convert,
+    ),
+    "plan": Command(
+        """Compiles a config's training step for chips that may be absent: does it fit, how fast.
+
+    {me} --config=sdxl_dmpo --model=sdxl --topology=v5e:4x4,v5p:2x2x1
+    {me} --config=... --topology=v5p:4x4x4 --out=plan.json
+
+TPU slices need their compiler alone (pip install libtpu); gpu:N and cpu:N are this machine's.
+Full-size models compile for minutes. Plans are remembered: the same one again is instant.""",
+        Interface(
+            {},
+            {
+                "topology": Leaf(None, "v5p:4x4x4,v5e:4x4,gpu:8,...", kind=tuple),
+                "model": Leaf("", "shapes of this, not of model.folder", OneOf(("", *PUBLISHED))),
+                "out": Leaf("", "file for the plans, as JSON"),
+                "cache": Leaf("", "folder of plans made before; '' is the user's cache"),
+            },
+            required=("topology",),
+            config=None,
+        ),
+        _plan,
+        _check_plan,
+    ),
+    "make_digits": Command(
+        """Makes the digits pipeline that the package ships, less its UNet's training.
+
+    {me} --out=runs/digits
+    dmpo-jax train --config=digits_base --workdir=runs/digits_base
+
+The first trains the VAE on scikit-learn's digits and writes an untrained UNet; the second trains
+the UNet. `runs/digits_base/export` is then what stands in `dmpo_jax/toy/pipeline`.""",
+        Interface(
+            {"seed": "seed"},
+            {"out": OUT, "vae_steps": Leaf(1000, "updates of the VAE, 64 images each", "[1, inf)")},
+            required=("out",),
+        ),
+        _make_digits,
+    ),
+}
+
+
+def main(name: str, argv: list[str]) -> None:
+    """Runs a command line and ends the process with its status; argv[0] is for messages.
+
+    Whatever is wrong with the command line, the config file's values or the config ends the
+    process with status 1 and a short message, before anything is compiled.
+    """
+    command, options = COMMANDS[name], {}
+
+    def parse(argv: list[str]) -> list[str]:
+        nonlocal options
+        if parsing.HELP & set(argv):
+            print(help_of(name, argv[0]))
+            sys.exit(0)
+        try:
+            options["config"], options["rest"] = parsing.parse(argv, command.interface)
+            options["named"] = parsing.named_config(argv)
+            command.check(options["config"], options["rest"])
+        except ValueError as error:
+            print(f"{argv[0]}: {error}", file=sys.stderr)
+            sys.exit(1)
+        return argv[:1]
+
+    def run(argv: list[str]) -> None:
+        del argv
+        log_to_console()
+        config, rest = options["config"], options["rest"]
+        if rest.get("workdir") == "":
+            stem = pathlib.Path(options["named"]).name
+            rest["workdir"] = f"runs/{stem.replace('.py', '').replace(':', '_')}"
+        command.call(config, rest)
+
+    app.run(in_words(run), argv=argv, flags_parser=parse)
+
+
+def help_of(name: str, me: str) -> str:
+    """What --help prints."""
+    command = COMMANDS[name]
+    own = parsing.describe(command.interface)
+    return (
+        f"{command.about.replace('{me}', me)}\n\n{own}\n  --config=NAME or PATH.py"
+        f"{'':<8}a config to start from, with :VARIANT if need be\n"
+        "  --debug                         show where an error was raised\n\n"
+        "Every leaf of a config, as --config.LEAF=VALUE, with its default:\n\n"
+        f"{reference.describe()}"
+    )

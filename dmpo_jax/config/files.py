@@ -1,0 +1,73 @@
+"""Config files: those that the package brings, by name, and anybody's by path."""
+
+import pathlib
+import runpy
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dmpo_jax.config.leaves import Config, nearest
+
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def shipped() -> dict[str, pathlib.Path]:
+    """{name: file} of the package's configs: inside it where installed, beside it in a clone."""
+    folders = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    return {file.stem: file for file in sorted(folder.glob("*.py"))} if folder else {}
+
+
+def load_config(name: str) -> Config:
+    """The config of `NAME`, `PATH.py`, `NAME:ARGUMENT` or `PATH.py:ARGUMENT`, locked.
+
+    A file defines `get_config()`, or `get_config(argument)`.
+
+    Raises:
+        ValueError: there is no such config, it has no get_config, or it sets a leaf that
+            does not exist or to another type.
+    """
+    start, _, argument = name.partition(":")
+    file = _find(start)
+    try:
+        module = runpy.run_path(file)
+    except OSError as error:
+        raise ValueError(f"--config={name}: cannot read {file} ({error.strerror})") from None
+    if "get_config" not in module:
+        raise ValueError(f"--config={name}: {file} must define get_config()")
+    try:
+        config: Any = module["get_config"](*([argument] if argument else []))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # Locked configs answer a misspelt leaf with these; the message says which.
+        said: Any = error
+        while isinstance(said, BaseException) and said.args:
+            said = said.args[0]  # ml_collections raises an AttributeError of a KeyError
+        raise ValueError(f"--config={name}: {file}{_line_in(error, file)}: {said}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config={name}: get_config() must return a ConfigDict, got {config!r}")
+    config.lock()
+    return config  # pyright: ignore[reportReturnType]
+
+
+def _find(start: str) -> str:
+    """The file of a name or path."""
+    known = shipped()
+    if start in known:
+        return str(known[start])
+    if start.endswith(".py") or pathlib.Path(start).exists():
+        return start
+    near = f"did you mean {nearest(start, known)}? " if known else ""
+    raise ValueError(
+        f"--config={start}: there is no config of this name; {near}There are {', '.join(known)}; "
+        "a file of your own is named by its path, PATH.py"
+    )
+
+
+def _line_in(error: BaseException, file: str) -> str:
+    """':LINE' of `file` that raised, or ''."""
+    trace, line = error.__traceback__, ""
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == file:
+            line = f":{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line

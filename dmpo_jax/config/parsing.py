@@ -1,0 +1,223 @@
+"""A command line, or Python keywords, -> a config and what is no leaf.
+
+Each leaf is one flag of absl's, `--config.train.steps`; a command's short name is the same flag
+again. `ml_collections.config_flags` does less (tried with 1.1.0): it reads
+`--config.jobs=encode,train` as one job, refuses an override that stands before --config, and ends
+an unknown key in a traceback.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from dmpo_jax.config import checks
+from dmpo_jax.config.declare import Leaf
+from dmpo_jax.config.files import load_config
+from dmpo_jax.config.leaves import Config, declared, defaults, flatten, nearest, set_leaf
+
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What a command takes, by flag and by Python keyword.
+
+    Attributes:
+        short: its own name of a leaf -> the leaf's path.
+        options: what is no leaf of a config, declared likewise.
+        required: names in either that must be given, or set by the config.
+        config: the --config where none is given; None requires one.
+    """
+
+    short: Mapping[str, str]
+    options: Mapping[str, Leaf]
+    required: tuple[str, ...] = ()
+    config: str | None = ""
+
+
+def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]]:
+    """(config, options) of a command line.
+
+    Raises:
+        ValueError: the message says which flag is wrong and how, or names the nearest one.
+    """
+    config = _open(named_config(argv), interface)
+    known = _flags_of(config, interface)
+    try:
+        stray = known(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(_unknown(error.flagname, error.flagvalue, config, interface)) from None
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    if stray:
+        raise ValueError(f"takes flags only, but got {stray}")
+    flags.FLAGS.mark_as_parsed()  # absl's own and --debug were among them
+    for path in flatten(config):
+        if known[f"config.{path}"].present:
+            set_leaf(config, path, known[f"config.{path}"].value)
+    options = {name: known[name].value for name in interface.options}
+    _check(config, options, interface, "--")
+    return config, options
+
+
+def from_keywords(
+    command: str, config: Config | str | None, keywords: Mapping[str, Any], interface: Interface
+) -> tuple[Config, dict[str, Any]]:
+    """(config, options) of a call from Python; `config` itself stays as it is.
+
+    Args:
+        command: its name, for messages.
+        config: a config, or what --config takes.
+        keywords: by the names of the command's flags.
+
+    Raises:
+        TypeError: for an unknown keyword. ValueError: as `parse`.
+    """
+    config = _open(config, interface) if config is None or isinstance(config, str) else config
+    config = config.copy_and_resolve_references()
+    options = {name: option.default for name, option in interface.options.items()}
+    for name, value in keywords.items():
+        if name in options:
+            options[name] = value
+        elif name in interface.short:
+            set_leaf(config, interface.short[name], value)
+        else:
+            near = nearest(name, [*interface.short, *options])
+            raise TypeError(f"{command}() takes no {name!r}; did you mean {near!r}?")
+    _check(config, options, interface, "")
+    return config, options
+
+
+def describe(interface: Interface) -> str:
+    """One line a flag that is the command's own."""
+    known, lines = declared(), []
+    for name, option in interface.options.items():
+        lines.append(_line(name, option, "", name in interface.required))
+    for name, path in interface.short.items():
+        lines.append(_line(name, known[path], f" ({path})", name in interface.required))
+    return "\n".join(lines)
+
+
+def _line(name: str, leaf: Leaf, of: str, required: bool) -> str:
+    default = ",".join(leaf.default) if isinstance(leaf.default, tuple) else leaf.default
+    shown = "" if leaf.default in (None, "") else f"={default}"
+    text = "; ".join(filter(None, (leaf.meaning, leaf.words, "required" if required else "")))
+    return f"  {'--' + name + shown:<32}{text}{of}"
+
+
+def _open(named: str | None, interface: Interface) -> Config:
+    named = named or interface.config
+    if named is None:
+        raise ValueError("--config must name a config: --config=NAME, or --config=PATH.py")
+    return load_config(named) if named else defaults()
+
+
+def named_config(argv: list[str]) -> str | None:
+    """The last --config: its file may define leaves, so it is read before all other flags."""
+    probe = flags.FlagValues()
+    probe.set_gnu_getopt(True)
+    flags.DEFINE_string("config", None, "", flag_values=probe)
+    try:
+        probe(argv, known_only=True)
+    except flags.Error as error:
+        raise ValueError(str(error)) from None
+    return probe["config"].value
+
+
+def _flags_of(config: Config, interface: Interface) -> flags.FlagValues:
+    """The flags of every leaf and option, with absl's own."""
+    known, found = declared(), flags.FlagValues()
+    found.set_gnu_getopt(True)
+    flags.DEFINE_string("config", None, "", flag_values=found)
+    for path in flatten(config):
+        # Of an objective that only a saved config speaks of there is no declaration.
+        leaf = known.get(path) or Leaf(flatten(config)[path], "")
+        found[f"config.{path}"] = _flag(f"config.{path}", path, leaf)
+    for name, path in interface.short.items():
+        found[name] = found[f"config.{path}"]
+    for name, option in interface.options.items():
+        found[name] = _flag(name, f"--{name}", option)
+    for name in flags.FLAGS:
+        # A flag with a short name, as -v, registers both by itself.
+        if name not in found and name == flags.FLAGS[name].name:
+            found[name] = flags.FLAGS[name]
+    return found
+
+
+def _flag(name: str, called: str, leaf: Leaf) -> flags.Flag:
+    flag = flags.Flag(_Parser(called, leaf), None, name, None, leaf.meaning)
+    flag.boolean = leaf.kind is bool  # --name and --noname
+    flag.value = leaf.default
+    return flag
+
+
+class _Parser(flags.ArgumentParser):
+    """Reads a leaf's value from text; ValueError in words where it is none."""
+
+    def __init__(self, called: str, leaf: Leaf):
+        self._called, self._leaf = called, leaf
+
+    def parse(self, text: str) -> Any:
+        kind = self._leaf.kind
+        try:
+            value = _read(text, kind)
+        except ValueError:
+            raise ValueError(f"{self._called} must be {_WORDS[kind]}, but got {text!r}") from None
+        if not self._leaf.fits(value):
+            raise ValueError(f"{self._called} must be {self._leaf.words}, but got {text!r}")
+        return value
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    tuple: "names with commas between them",
+}
+
+
+def _read(text: str, kind: type) -> Any:
+    """The value of type `kind` that `text` says; ValueError if it says none."""
+    if kind is bool:
+        truths = {"true": True, "1": True, "false": False, "0": False}
+        if text.lower() not in truths:
+            raise ValueError(text)
+        return truths[text.lower()]
+    if kind is tuple:
+        if text.startswith(("(", "[")):
+            try:
+                return tuple(ast.literal_eval(text))
+            except (SyntaxError, TypeError) as error:
+                raise ValueError(text) from error
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return kind(text)
+
+
+def _unknown(name: str, argument: str, config: Config, interface: Interface) -> str:
+    if name.startswith(("config.", "noconfig.")):
+        path, leaves = name.partition(".")[2], list(flatten(config))
+        inside = [leaf for leaf in leaves if leaf.startswith(f"{path}.")]
+        if inside:
+            return f"{argument}: {path} is a section; its leaves are {', '.join(inside)}"
+        near = nearest(path, leaves)
+        return f"{argument}: there is no {path}; did you mean --config.{near}?"
+    near = nearest(name, ["config", *interface.short, *interface.options])
+    return f"{argument}: there is no flag --{name}; did you mean --{near}?"
+
+
+def _check(config: Config, options: Mapping[str, Any], interface: Interface, dashes: str) -> None:
+    """ValueError where something required is not given, or a value is out of its range."""
+    given = {name: flatten(config)[path] for name, path in interface.short.items()} | dict(options)
+    for name in interface.required:
+        if given[name] in (None, "", ()):
+            path = interface.short.get(name)
+            leaf = declared()[path] if path else interface.options[name]
+            raise ValueError(f"{dashes}{name} is required: {leaf.meaning}")
+    for name, option in interface.options.items():
+        if not option.fits(options[name]):
+            raise ValueError(f"{dashes}{name} must be {option.words}, but got {options[name]!r}")
+    checks.check_leaves(config)

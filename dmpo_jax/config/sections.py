@@ -1,0 +1,374 @@
+"""Every option of a config, declared once: a class a section, a line or a call a leaf.
+
+To add one, add it here. Its help, check, flag, place in a run's identity and row of the reference
+page follow.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from dmpo_jax.config.declare import ITSELF, Check, OneOf, Root, Section, leaf
+from dmpo_jax.diffusion.noise import WEIGHTINGS
+from dmpo_jax.diffusion.samplers import SAMPLERS
+from dmpo_jax.encoding.plan import CHOICES
+from dmpo_jax.families import FAMILIES
+from dmpo_jax.models.attention import KERNELS
+from dmpo_jax.models.execution import REMAT
+from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.safeguard import MU
+from dmpo_jax.scoring.labels import LABELS
+from dmpo_jax.training.optim import OPTIMIZERS, SCHEDULES
+
+JOBS = ("collect", "encode", "train", "evaluate")
+DTYPES = ("bfloat16", "float32")
+RUN, PROGRAM, BOTH = "run", "program", "run program"
+_NAMES = Check(lambda x: all(isinstance(name, str) for name in x), "names with commas between")
+_AXIS = Check(lambda x: x == -1 or x > 0, "a number of devices, or -1 for all left")
+_SIDE = Check(lambda x: x > 0 and x % 8 == 0, "a positive multiple of 8")
+
+
+class Objectives(Section):
+    """A section for each objective: its hyperparameters, as its decorator declares them."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+class Safeguard(Section):
+    mu: float | None = leaf(
+        None,
+        "the rejected image's gradient is held back where it undoes the chosen one's, leaving mu "
+        "of its step (winner-preserving); unset: not",
+        MU.within,
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+
+
+# Timesteps count with any of them that is not its default, but for gamma, of min_snr alone.
+_CUT = "timesteps.weighting timesteps.low timesteps.high"
+
+
+class Timesteps(Section):
+    weighting: str = leaf(
+        "uniform",
+        "of the loss by timestep",
+        OneOf(WEIGHTINGS),
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+    gamma: float = leaf(
+        5.0,
+        "of min_snr: the signal-to-noise ratio at which weights are cut",
+        "(0, inf)",
+        affects=BOTH,
+        counts_with="timesteps.weighting",
+    )
+    low: float = leaf(
+        0.0,
+        "least noise trained on, as a fraction of the timesteps",
+        "[0, 1)",
+        affects=BOTH,
+        counts_with=_CUT,
+    )
+    high: float = leaf(
+        1.0, "most noise trained on, likewise", "(0, 1]", affects=BOTH, counts_with=_CUT
+    )
+
+
+class Model(Section):
+    folder: str = leaf("", "diffusers pipeline folder or hub id; '' must be set", affects=RUN)
+    variant: str = leaf(
+        "",
+        "of the weight files: 'fp16' reads *.fp16.safetensors; '' reads the plain",
+        affects=RUN,
+    )
+    vae: str = leaf("", "another VAE's folder, such as SDXL's fp16 fix; '' takes the pipeline's")
+    compute_dtype: str = leaf(
+        "bfloat16",
+        "of activations; parameters are always float32",
+        OneOf(DTYPES),
+        affects=BOTH,
+    )
+    attention: str = leaf(
+        "auto",
+        "auto: cudnn on GPU, splash on TPU, else plain",
+        OneOf(("auto", *KERNELS)),
+        affects=PROGRAM,
+    )
+    remat: str = leaf(
+        "none",
+        "what a backward computes again, to save memory: none (kernels gathered over mesh.fsdp "
+        "are kept too), block (resnets and spatial transformers), transformer (resnets and "
+        "transformer blocks), offload (and what is kept goes to the host)",
+        OneOf(REMAT),
+        affects=PROGRAM,
+    )
+    scan: bool = leaf(
+        False,
+        "compile equal transformer blocks once, as a loop (SDXL has 70)",
+        affects=PROGRAM,
+    )
+
+
+class Data(Section):
+    source: str = leaf(
+        "", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made", affects=RUN
+    )
+    encoded: str = leaf("", "folder of encoded pairs; '' is WORKDIR/encoded", affects=RUN)
+    mix: tuple[str, ...] | None = leaf(
+        None,
+        "instead of data.encoded: several such folders, each FOLDER=WEIGHT, of the pairs",
+        affects=RUN,
+        counts_with=ITSELF,
+    )
+    flip: bool = leaf(
+        False,
+        "train on half of the pairs flipped; encode stores them flipped too, twice the bytes",
+        affects=RUN,
+        counts_with=ITSELF,
+    )
+    moments: str = leaf(
+        "sample",
+        "what encode keeps of an image: sample (mean, variance) or mean, half the bytes",
+        OneOf(CHOICES["moments"]),
+    )
+    moments_dtype: str = leaf("bfloat16", "encode stores them in", OneOf(CHOICES["moments_dtype"]))
+    resolution: int | None = leaf(
+        None, "images' side in pixels; unset: the model's", _SIDE, affects=RUN
+    )
+    prompt_dropout: float = leaf(
+        0.2,
+        "fraction with an empty prompt; editing: as many with no image",
+        "[0, 1]",
+        affects=RUN,
+    )
+    validation_fraction: float = leaf(
+        0.01,
+        "of the prompts, their pairs held out and never trained on",
+        "[0, 1)",
+        affects=RUN,
+    )
+    crop: str = leaf(
+        "center",
+        "of what is not square: center, or random, at a place drawn from the id",
+        OneOf(CHOICES["crop"]),
+    )
+    ties: str = leaf("keep", "pairs that nobody prefers", OneOf(CHOICES["ties"]))
+    max_bad: float = leaf(0.01, "share of bad records that encode skips, at most", "[0, 1]")
+    encode_batch: int = leaf(32, "pairs that encode takes at a time, on each host", "[1, inf)")
+    num_threads: int = leaf(16, "that read and decode, on each host", "[1, inf)")
+    prefetch: int = leaf(2, "batches made ready ahead of the step", "[0, inf)")
+
+
+class Train(Section):
+    steps: int = leaf(
+        2000,
+        "updates in all, those before a resume included",
+        "[1, inf)",
+        affects=BOTH,
+        counts_with="optimizer.schedule",  # the rate is then a function of it
+    )
+    batch_size: int = leaf(2048, "pairs an update, over all devices", "[1, inf)", affects=BOTH)
+    accumulation: int = leaf(
+        1, "microbatches an update is cut into, to save memory", "[1, inf)", affects=PROGRAM
+    )
+    skip_limit: int = leaf(0, "updates with a non-finite loss to skip before giving up", "[0, inf)")
+    hang_limit: int = leaf(
+        1800, "seconds an update may take (thrice where it compiles); 0 any", "[0, inf)"
+    )
+    ema_decay: float = leaf(
+        0.0,
+        "of a moving average of the weights, then exported; 0 keeps none",
+        "[0, 1)",
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+
+
+class Lora(Section):
+    rank: int = leaf(
+        0,
+        "width of low-rank adapters, alone trained; 0 trains every parameter",
+        "[0, inf)",
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+    alpha: float | None = leaf(
+        None,
+        "their scale is alpha / rank; unset: rank, so 1",
+        "(0, inf)",
+        affects=BOTH,
+        counts_with="lora.rank",
+    )
+    dropout: float = leaf(
+        0.0,
+        "fraction of the features that an adapter misses in training",
+        "[0, 1)",
+        affects=BOTH,
+        counts_with="lora.rank",
+    )
+    targets: tuple[str, ...] = leaf(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "ends of the paths of the layers adapted; also ff.net.0.proj, ff.net.2, conv1, conv2",
+        Check(lambda x: bool(x) and _NAMES.fits(x), "ends of layers' paths"),
+        affects=BOTH,
+        counts_with="lora.rank",
+    )
+
+
+class Optimizer(Section):
+    name: str = leaf("adamw", "largest state first", OneOf(OPTIMIZERS), affects=BOTH)
+    learning_rate: float = leaf(
+        2.048e-5,
+        "peak, for the whole batch: published 1e-8 x 2048 pairs",
+        "[0, inf)",
+        affects=BOTH,
+    )
+    warmup_steps: int = leaf(500, "updates of linear warmup", "[0, inf)", affects=BOTH)
+    schedule: str = leaf("constant", "after the warmup", OneOf(SCHEDULES), affects=BOTH)
+    b1: float = leaf(0.9, "decay of the first moment (AdamW)", "[0, 1)", affects=BOTH)
+    b2: float = leaf(0.999, "decay of the second moment (AdamW)", "[0, 1)", affects=BOTH)
+    eps: float = leaf(1e-8, "added to the denominator (AdamW)", "[0, inf)", affects=BOTH)
+    weight_decay: float = leaf(
+        0.01, "times the learning rate, on every parameter", "[0, inf)", affects=BOTH
+    )
+    clip_norm: float = leaf(
+        1.0, "largest global gradient norm; 0 does not clip", "[0, inf)", affects=BOTH
+    )
+
+
+class Mesh(Section):
+    data: int = leaf(
+        -1,
+        "devices that share the batch only; -1: all that the others leave",
+        _AXIS,
+        affects=PROGRAM,
+    )
+    fsdp: int = leaf(
+        1,
+        "devices that share the batch, the parameters and the optimizer's state",
+        _AXIS,
+        affects=PROGRAM,
+    )
+    tensor: int = leaf(
+        1,
+        "devices that share one pair: the features of attention and resnets",
+        _AXIS,
+        affects=PROGRAM,
+    )
+    cpu_devices: int = leaf(
+        1,
+        "on a CPU alone: how many devices it is split into, say one a core",
+        "[1, inf)",
+        affects=PROGRAM,
+    )
+
+
+class Distributed(Section):
+    coordinator: str = leaf("", "HOST:PORT of process 0; '': JAX_COORDINATOR_ADDRESS's")
+    processes: int = leaf(
+        0, "0: what JAX_NUM_PROCESSES or the cluster says; 1: no others", "[0, inf)"
+    )
+    process_id: int = leaf(
+        -1,
+        "which this is, from 0; -1: JAX_PROCESS_ID, or the cluster's",
+        Check(lambda x: x >= -1, "-1, or a process's number"),
+    )
+    join_limit: int = leaf(300, "seconds for all processes to come together", "[1, inf)")
+    heartbeat: int = leaf(
+        100,
+        "seconds of silence after which a process is dead, and all end",
+        Check(lambda x: x >= 10, "at least 10: heartbeats are sent every few s"),
+    )
+
+
+class Log(Section):
+    every: int = leaf(10, "updates between two lines of metrics", "[1, inf)")
+    validate_every: int = leaf(200, "updates between two validations; 0 never", "[0, inf)")
+    sample_every: int = leaf(500, "updates between two image grids; 0 never", "[0, inf)")
+    checkpoint_every: int = leaf(200, "updates between two checkpoints", "[1, inf)")
+    keep: int = leaf(
+        3, "newest checkpoints kept; with 2 or more there is one to fall back on", "[1, inf)"
+    )
+    tensorboard: bool = leaf(True, "write WORKDIR/tensorboard")
+    wandb: str = leaf("", "Weights & Biases project; '' none")
+
+
+class Sample(Section):
+    steps: int = leaf(50, "sampler steps an image", "[1, inf)")
+    guidance_scale: float = leaf(7.5, "classifier-free guidance; 1 is none", "[0, inf)")
+    batch_size: int = leaf(8, "images at a time, over all devices", "[1, inf)")
+    sampler: str = leaf(
+        "auto", "auto is the one that the model's folder names", OneOf(("auto", *SAMPLERS))
+    )
+    images_per_prompt: int = leaf(1, "images of each prompt", "[1, inf)")
+    negative_prompt: str | None = leaf(
+        None,
+        "what guidance leads away from, where a prompt names none itself; unset: what the "
+        "pipeline takes",
+    )
+    image_guidance_scale: float = leaf(
+        1.5, "of editing models: guidance by the given image; 1 is none", "[0, inf)"
+    )
+    height: int | None = leaf(None, "pixels; unset: the model's", "[8, inf)")
+    width: int | None = leaf(None, "pixels; unset: the model's", "[8, inf)")
+    prompts: str = leaf("", "text file, one prompt a line; '' takes captions of the data")
+    count: int = leaf(8, "prompts in an image grid", "[1, inf)")
+
+
+class Collect(Section):
+    prompts: str = leaf("", "text file, one prompt a line; '' takes sample.prompts")
+    pairs: int = leaf(1024, "pairs to make; prompts take turns", "[1, inf)")
+    scorer: str = leaf("", "what judges the two images; '' must be set for the collect job")
+    temperature: float = leaf(
+        1.0, "Bradley-Terry: preference = sigmoid(score difference / this)", "(0, inf)"
+    )
+    labels: str = leaf(
+        "drawn", "drawn by that probability, or the probability itself", OneOf(LABELS)
+    )
+    tie_margin: float = leaf(
+        0.0, "drawn: score differences below this are ties, preference 0.5", "[0, inf)"
+    )
+
+
+class Evaluate(Section):
+    seeds: int = leaf(256, "held-out images a judge sees of each model", "[1, inf)")
+    judges: tuple[str, ...] | None = leaf(
+        None, "names of scorers; unset: collect.scorer", Check(_NAMES.fits, "names of scorers")
+    )
+
+
+class Debug(Section):
+    family: str = leaf(
+        "",
+        "a tiny random model and synthetic pairs, of this family; '' off",
+        OneOf(lambda: ["", *(family.name for family in FAMILIES.values())]),
+        affects=RUN,
+    )
+
+
+class Settings(Root):
+    """A config as a type checker knows it."""
+
+    objective: str = leaf("dmpo", "the loss", OneOf(OBJECTIVES), affects=BOTH)
+    seed: int = leaf(
+        0, "of the data's order, noise, timesteps, dropout and images", "[0, inf)", affects=RUN
+    )
+    jobs: tuple[str, ...] = leaf(("train",), f"what to do, in order; of {', '.join(JOBS)}")
+    profile: str = leaf("", "START:STOP, the updates, both included, to trace into WORKDIR/profile")
+    objectives: Objectives
+    safeguard: Safeguard
+    timesteps: Timesteps
+    model: Model
+    data: Data
+    train: Train
+    lora: Lora
+    optimizer: Optimizer
+    mesh: Mesh
+    distributed: Distributed
+    log: Log
+    sample: Sample
+    collect: Collect
+    evaluate: Evaluate
+    debug: Debug
