@@ -12,7 +12,7 @@ with `name`, `every` and `__call__(state, update)`; `Hook` is one to start from:
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from etils import epath
@@ -29,6 +29,7 @@ Scalars = Mapping[str, float] | None
 LOG = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class HookLike(Protocol):
     """What the loop asks of a hook.
 
