@@ -41,14 +41,11 @@ class Progress:
         self._last_tenth = _tenths(start, total)
         self._bar: rich.progress.Progress | None = None
         if self._shows and self._console.is_terminal:
-            columns = (
-                "{task.description}",
-                rich.progress.BarColumn(),
-                "{task.completed}/{task.total}",
-            )
             self._bar = rich.progress.Progress(
-                *columns,
-                "{task.fields[shown]}",
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TextColumn("{task.fields[shown]}"),
                 rich.progress.TimeElapsedColumn(),
                 "ETA",
                 rich.progress.TimeRemainingColumn(),

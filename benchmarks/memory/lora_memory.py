@@ -9,7 +9,6 @@ In float32 the full step does not fit 24 GB.
 """
 
 import argparse
-import functools
 import gc
 import json
 import pathlib
@@ -19,8 +18,6 @@ import sys
 import time
 from typing import Any
 
-from dmpo_jax.families.stable_diffusion import SD15
-
 HERE = pathlib.Path(__file__).parent
 
 
@@ -29,47 +26,39 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from dmpo_jax.diffusion.noise import make_ddpm_table
-    from dmpo_jax.families import SD
-    from dmpo_jax.models import lora, parameters
-    from dmpo_jax.models.unet import UNet2DConditionModel
+    from dmpo_jax.families import PUBLISHED
+    from dmpo_jax.models import parameters
     from dmpo_jax.objectives import OBJECTIVES
-    from dmpo_jax.training import optim, step
-    from dmpo_jax.types import Condition, PairBatch
+    from dmpo_jax.parallel import mesh
+    from dmpo_jax.planning.step import of_published
+    from dmpo_jax.training.build import Lora, Rate, StepSettings, build
 
-    model = parameters.initialise(UNet2DConditionModel, SD15, 0, dtype=dtype)
-    held = functools.partial(parameters.frozen_dtype, dtype=dtype)
-    if kind == "lora":
-        targets = ("to_q", "to_k", "to_v", "to_out.0")
-        model = lora.attach(model, rank=rank, alpha=rank, targets=targets, seed=0)
-    structure, params = parameters.split(model)
-    del model
-    frozen, adapters = lora.partition(params)
-    if kind == "full":
-        adapters = frozen
-    frozen = {p: jnp.array(x, held(p), copy=kind == "full") for p, x in frozen.items()}
-    del params
-    gc.collect()
-    tx = optim.make_optimizer(1e-5)
-    state = jax.jit(functools.partial(step.make_state, tx=tx), donate_argnums=0)(adapters)
-    del adapters
-    setup = step.Setup(
-        predict=SD.make_predict(functools.partial(parameters.merge, structure)),
-        objective=functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01),
-        needs_reference=True,
-        needs_rejected=True,
-        schedule=make_ddpm_table(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        ),
-        scaling_factor=0.18215,
-        tx=tx,
-        adapters=kind == "lora",
+    published = PUBLISHED["sd15"]
+    planned = of_published(published, "sd15", resolution=8 * latents, moments_dtype="float32")
+    settings = StepSettings(
+        objective=OBJECTIVES["dmpo"],
+        hyperparameters={"beta": 2000.0, "alpha": 0.01},
+        batch_size=1,
+        compute_dtype=dtype,
+        lora=Lora(rank) if kind == "lora" else None,
+        rate=Rate(peak=1e-5),
     )
+    model = parameters.initialise(published.family.model, dict(published.model), 0, dtype=dtype)
+    devices = mesh.make_mesh(devices=jax.devices()[:1])
+    built, params = build(published.family, model, planned.noise, planned.meta, devices, settings)
+    del model
+    gc.collect()
+    frozen = built.reference
+    state = built.make_state(params)
+    del params
     keys = jax.random.split(jax.random.key(1), 2)
-    batch = PairBatch(
-        jax.random.normal(keys[0], (1, 2, latents, latents, 8)),
-        jnp.ones(1),
-        Condition(jax.random.normal(keys[1], (1, 77, 768))),
+    batch = planned.meta.zeros(1)
+    batch = batch._replace(
+        moments=jax.random.normal(keys[0], batch.moments.shape),
+        preference=jnp.ones(1),
+        condition=batch.condition._replace(
+            context=jax.random.normal(keys[1], batch.condition.context.shape)
+        ),
     )
 
     def size(tree) -> float:
@@ -80,8 +69,9 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
         "optimizer_gb": size(state.opt_state),
         "frozen_gb": size(frozen),
     }
-    key, began = jax.random.key(0), time.monotonic()
-    update = step.jit_train_step(setup).lower(state, frozen, batch, key).compile()
+    batch = jax.device_put(batch, built.batch_sharding())
+    key, began = built.make_key(0), time.monotonic()
+    update = built.make_update(state).lower(state, frozen, batch, key).compile()
     compiled = time.monotonic() - began
     first = None
     for _ in range(2):

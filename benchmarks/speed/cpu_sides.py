@@ -57,32 +57,42 @@ class Ours:
         import jax.numpy as jnp
         import optax
 
-        from dmpo_jax import diffusers_io, objectives
+        from dmpo_jax import diffusers_io
+        from dmpo_jax.data.encoded.meta import EncodedMeta
         from dmpo_jax.diffusion import noise as noising
         from dmpo_jax.families import SD
-        from dmpo_jax.models import parameters
+        from dmpo_jax.objectives import OBJECTIVES
         from dmpo_jax.parallel import mesh
-        from dmpo_jax.training import optim, step
+        from dmpo_jax.training.build import Rate, StepSettings, build
         from dmpo_jax.types import Condition, PairBatch
 
         jax.config.update("jax_enable_compilation_cache", False)
         devices = mesh.make_mesh()  # as many as main() asked for
-        structure, self.reference = parameters.split(diffusers_io.load_unet(folder))
-        if size.optimizer == "adamw":
-            tx = optim.make_optimizer(LEARNING_RATE, weight_decay=WEIGHT_DECAY, clip_norm=CLIP_NORM)
-        else:
-            tx = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LEARNING_RATE))
-        self.setup = step.Setup(
-            predict=SD.make_predict(functools.partial(parameters.merge, structure)),
-            objective=functools.partial(objectives.OBJECTIVES["dmpo"], beta=BETA, alpha=ALPHA),
-            needs_reference=True,
-            needs_rejected=True,
-            schedule=noising.make_ddpm_table(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-            ),
-            scaling_factor=1.0,
-            tx=tx,
+        model = diffusers_io.load_unet(folder)
+        noise = noising.make_ddpm_table(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         )
+        meta = EncodedMeta.expected(
+            SD,
+            SD.facts(model.config),
+            size=(size.side, size.side),
+            latent_channels=CHANNELS,
+            tokens=size.tokens,
+            scaling_factor=1.0,
+            moments_dtype="float32",
+        )
+        settings = StepSettings(
+            objective=OBJECTIVES["dmpo"],
+            hyperparameters={"beta": BETA, "alpha": ALPHA},
+            batch_size=size.batch,
+            rate=Rate(peak=LEARNING_RATE),
+            optimizer={"weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+        )
+        sgd = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LEARNING_RATE))
+        tx = None if size.optimizer == "adamw" else sgd
+        self.built, params = build(SD, model, noise, meta, devices, settings, tx=tx)
+        self.reference = self.built.reference
+        self.setup = self.built.setup
         rng = np.random.default_rng(0)
         image = (size.batch, 2, size.side, size.side, CHANNELS)
         mean, logvar = rng.normal(size=image), np.full(image, -4.0)
@@ -93,17 +103,14 @@ class Ours:
             condition=Condition(jnp.asarray(context, jnp.float32)),
         )
         self.key = jax.random.key(0)
-        everywhere = mesh.replicated(devices)
         self.batch = jax.device_put(self.batch, mesh.batch_sharding(devices))
-        self.key, self.reference = jax.device_put((self.key, self.reference), everywhere)
-        moved = {path: x * POLICY for path, x in self.reference.items()}
-        self.state = jax.device_put(step.make_state(moved, tx), everywhere)
+        self.key = jax.device_put(self.key, mesh.replicated(devices))
+        moved = {path: x * POLICY for path, x in params.items()}
+        self.state = self.built.make_state(moved)
         self.metrics: dict[str, Any] = {}
 
     def compile(self) -> None:
-        from dmpo_jax.training import step
-
-        jitted = step.jit_train_step(self.setup)
+        jitted = self.built.make_update(self.state)
         arguments = (self.state, self.reference, self.batch, self.key)
         self.compiled = jitted.lower(*arguments).compile()
 

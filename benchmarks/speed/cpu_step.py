@@ -1,5 +1,6 @@
 """One DMPO update on the CPU: ours against the same in PyTorch.
 
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1       # huge pages, for both sides
     python benchmarks/speed/cpu_step.py                # the digits UNet, 64 pairs, AdamW
     python benchmarks/speed/cpu_step.py --size=sd15    # SD1.5's UNet at 64 px, one pair, SGD: 13 GB
 
@@ -29,15 +30,12 @@ from typing import Any
 import numpy as np
 from cpu_sides import Ours, Size, Torch, environment, peak_resident_mb, size_of, write_reference
 
-from dmpo_jax.parallel import host_memory
-
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 SIDES = ("ours", "torch")
 PLAIN = "contiguous,default"
 
 
 def main() -> None:
-    host_memory.use_huge_pages()  # as a run does; PyTorch has the good of it too
     args = parse_args()
     size = size_of(args.size)
     rounds, steps = args.rounds or size.rounds, args.steps or size.steps

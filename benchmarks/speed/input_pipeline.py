@@ -124,8 +124,9 @@ def make_data(folder: pathlib.Path, model: str, args: argparse.Namespace) -> dic
     import ml_dtypes
     from etils import epath
 
-    from dmpo_jax.data.encoded import folder as records
+    sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # for the tests' writer
     from dmpo_jax.toy.make import write_tokenizer
+    from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs
 
     side, tokens, width, pooled, pixels, _, _ = MODELS[model]
     count = args.pairs if model == "sd15" else args.pairs // 3
@@ -137,16 +138,16 @@ def make_data(folder: pathlib.Path, model: str, args: argparse.Namespace) -> dic
     def pair(i):
         moments = normal(2, side, side, 8, dtype=ml_dtypes.bfloat16)
         sizes = np.full((2, 6), pixels, np.int32)
-        return records.EncodedPair(f"{i}", int(rng.integers(1, prompts)), 0.75, moments, sizes)
+        return EncodedPair(f"{i}", int(rng.integers(1, prompts)), 0.75, moments, sizes)
 
     def prompt(j):
         text = caption(j) if j else ""
         embedding = normal(tokens, width), normal(pooled) if pooled else None
-        return records.PromptEmbedding(text, *embedding)
+        return PromptEmbedding(text, *embedding)
 
     meta = {"model": model, "scaling_factor": 1.0}
     splits = {"train": map(pair, range(count))}
-    records.write_pairs(folder / model, splits, map(prompt, range(prompts)), meta)
+    write_pairs(folder / model, splits, map(prompt, range(prompts)), meta)
     jpegs = folder / f"{model}_jpeg"
     jpegs.mkdir()
     for i in range(2 * 64):

@@ -3,7 +3,6 @@
 python benchmarks/speed/our_step.py CASE           # JSON, from gpu_step.py; prints JSON
 """
 
-import functools
 import json
 import math
 import sys
@@ -13,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.diffusion.noise import make_ddpm_table
-from dmpo_jax.families import SD
+from dmpo_jax.families import SD, SDXL, Family
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
-from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parallel import mesh
 from dmpo_jax.planning import flops
-from dmpo_jax.training import optim, step
+from dmpo_jax.training.build import Rate, StepSettings, build
 from dmpo_jax.training.telemetry import memory
 from dmpo_jax.types import Condition, PairBatch
 
@@ -43,40 +42,28 @@ class OurStep:
     """The compiled step, its state and one batch."""
 
     def __init__(self, case: dict[str, Any]):
-        execution = Execution(case["attention"], case["remat"], case["scan"])
-        unet = parameters.abstract(
-            UNet2DConditionModel, case["unet"], dtype=jnp.bfloat16, execution=execution
+        settings = StepSettings(
+            objective=OBJECTIVES["dmpo"],
+            hyperparameters={"beta": case["beta"], "alpha": case["alpha"]},
+            batch_size=case["batch_size"],
+            compute_dtype=jnp.bfloat16,
+            execution=Execution(case["attention"], case["remat"], case["scan"]),
+            rate=Rate(peak=case["learning_rate"]),
         )
-        structure, shapes = parameters.split(unet)
-        held = functools.partial(parameters.frozen_dtype, dtype=jnp.bfloat16)
-        params = draw(shapes)
-        self.reference = {path: jnp.array(x, held(path), copy=True) for path, x in params.items()}
-        setup = step.Setup(
-            predict=SD.make_predict(functools.partial(parameters.merge, structure)),
-            objective=functools.partial(OBJECTIVES["dmpo"], beta=case["beta"], alpha=case["alpha"]),
-            needs_reference=True,
-            needs_rejected=True,
-            schedule=make_ddpm_table(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-            ),
-            scaling_factor=1.0,
-            tx=optim.make_optimizer(case["learning_rate"]),
-        )
+        model = parameters.abstract(family(case).model, case["unet"], dtype=jnp.bfloat16)
+        structure, shapes = parameters.split(model)
+        noise = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         devices = mesh.make_mesh(devices=jax.devices()[:1])
-        everywhere = mesh.replicated(devices)
-        make_state = jax.jit(
-            functools.partial(step.make_state, tx=setup.tx),
-            out_shardings=everywhere,
-            donate_argnums=0,
-        )
-        self.state = make_state(params)
+        model = parameters.merge(structure, draw(shapes))
+        built, params = build(family(case), model, noise, make_meta(case), devices, settings)
+        del model
+        self.reference, self.state = built.reference, built.make_state(params)
         del params
-        self.reference, self.batch, self.key = jax.device_put(
-            (self.reference, make_batch(case), jax.random.key(0)), everywhere
+        self.batch, self.key = jax.device_put(
+            (make_batch(case), jax.random.key(0)), mesh.replicated(devices)
         )
-        shardings = jax.tree.map(lambda x: x.sharding, self.state)
         began = time.perf_counter()
-        jitted = step.jit_train_step(setup, shardings)
+        jitted = built.make_update(self.state)
         arguments = (self.state, self.reference, self.batch, self.key)
         self.compiled = jitted.lower(*arguments).compile()
         self.compile_seconds = time.perf_counter() - began
@@ -88,6 +75,23 @@ class OurStep:
                 self.state, self.reference, self.batch, self.key
             )
         jax.block_until_ready((self.state, self.metrics))
+
+
+def family(case: dict[str, Any]) -> Family:
+    return SDXL if case["pooled"] else SD
+
+
+def make_meta(case: dict[str, Any]) -> EncodedMeta:
+    """Of pairs as `make_batch` draws them."""
+    return EncodedMeta.expected(
+        family(case),
+        family(case).facts(case["unet"]),
+        size=(case["latents"],) * 2,
+        latent_channels=case["unet"]["in_channels"],
+        tokens=case["tokens"],
+        scaling_factor=1.0,
+        moments_dtype="float32",
+    )
 
 
 def make_batch(case: dict[str, Any]) -> PairBatch:
@@ -119,8 +123,8 @@ def matmul_flops(side: int, blocks: int = 5, products: int = 10) -> float:
 
 def pair_flops(case: dict[str, Any]) -> int:
     """What one pair needs, recomputation apart; the same for both sides."""
-    side, tokens = case["latents"], case["tokens"]
-    forward = flops.unet_forward(case["unet"], height=side, width=side, tokens=tokens)
+    model = parameters.abstract(family(case).model, case["unet"])
+    forward = flops.forward_flops(family(case), model, make_meta(case))
     return flops.step_flops(forward, needs_reference=True, needs_rejected=True)
 
 

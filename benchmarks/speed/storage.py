@@ -2,7 +2,7 @@
 
     python benchmarks/speed/storage.py [--pairs=100] [--prompts=100]
 
-Writes a few pairs with `records.write_pairs`, the very files that encode makes, and divides.
+Writes a few pairs with the pieces of encode, the very files that encode makes, and divides.
 Moments and embeddings are drawn from normal distributions with the spread of real ones, pixel by
 pixel: there is no full-size VAE here. Real ones have neighbours alike and so compress no worse.
 Raw images are noise with the 1/f spectrum of photographs, as JPEG of quality 95 without
@@ -13,18 +13,22 @@ Writes results/storage.json beside this file and prints a table.
 
 import argparse
 import json
+import math
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.data.encoded.pair import EncodedPair
-from dmpo_jax.data.encoded.prompts import PromptEmbedding
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # for the writer that the tests have too
+from dmpo_jax.data import raw as sources  # noqa: E402
+from dmpo_jax.data.encoded import folder as records  # noqa: E402
+from dmpo_jax.data.encoded.meta import EncodedMeta  # noqa: E402
+from dmpo_jax.data.encoded.pair import ARRAYS  # noqa: E402
+from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 PICK_A_PIC = {"pairs": 850_000, "prompts": 58_000, "raw_bytes": 335e9}
@@ -77,12 +81,10 @@ def measure_option(model: dict[str, Any], option: dict[str, Any], pairs: int) ->
     with tempfile.TemporaryDirectory() as folder:
         meta = {"model": "x", "scaling_factor": 1.0, "moments": option.get("moments", "sample")}
         prompts = make_prompts(2, 8, None)
-        records.write_pairs(
-            folder, {"train": make_pairs(pairs, model["latent"], **option)}, prompts, meta
-        )
+        write_pairs(folder, {"train": make_pairs(pairs, model["latent"], **option)}, prompts, meta)
         found = records.open_pairs(folder).meta
         return {
-            "array_bytes": records.pair_bytes(found.to_json()["shapes"]),
+            "array_bytes": pair_bytes(found.to_json()["shapes"]),
             "disk_bytes": disk_bytes(found, records.NAME) / pairs,
         }
 
@@ -93,8 +95,14 @@ def measure_prompts(model: dict[str, Any], prompts: int) -> float:
         drawn = make_prompts(prompts, model["context"], model["pooled"])
         pairs = make_pairs(1, 8)
         meta = {"model": "x", "scaling_factor": 1.0}
-        records.write_pairs(folder, {"train": pairs}, drawn, meta)
+        write_pairs(folder, {"train": pairs}, drawn, meta)
         return disk_bytes(records.open_pairs(folder).meta, "prompts") / prompts
+
+
+def pair_bytes(shapes: dict[str, Any]) -> int:
+    """Bytes of the arrays of one pair, before compression."""
+    arrays = [shapes[name] for name in ARRAYS if shapes.get(name)]
+    return sum(math.prod(x["shape"]) * np.dtype(x["dtype"]).itemsize for x in arrays)
 
 
 def disk_bytes(meta: EncodedMeta, begins: str) -> int:

@@ -29,6 +29,8 @@ from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import health, step
+from dmpo_jax.training.hooks import trained
+from tests.support.encoded import write_pairs
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits_dmpo.py"
 PROBABILITIES = "probabilities"  # folder
@@ -98,7 +100,7 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
         )
     prompts = [pairs.prompts[i] for i in range(pairs.meta.counts["prompts"])]
     meta = {k: v for k, v in pairs.meta.to_json().items() if k not in records.WRITTEN_META}
-    records.write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
+    write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
 
 
 def flipped_rows(preference: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -165,21 +167,22 @@ class Bench:
     def _train(self, trial: Trial) -> tuple[train.Run, dict[str, jax.Array], dict[str, Any]]:
         config = trial_config(self._budget, trial, self._work)
         run, params = train.prepare(config, self._work)
-        run = run._replace(setup=run.setup._replace(tx=rate_in_state(run.setup.tx)))
-        state = with_rate(train.make_state(run, params), trial.setting.rate, run.devices)
-        sharding = mesh.batch_sharding(run.devices)
-        batches = train.make_batches(run, 0)
+        setup = run.step.setup._replace(tx=rate_in_state(run.step.setup.tx))
+        built = run.step._replace(setup=setup)
+        run = run._replace(step=built)
+        state = with_rate(built.make_state(params), trial.setting.rate, built.mesh)
+        sharding, batches = built.batch_sharding(), run.batches()
         batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
         began = time.monotonic()
         if self._update[0] != trial.program:
-            jitted = train.make_update(run, state)
-            compiled = jitted.lower(state, run.reference, batch, run.key).compile()
+            jitted = built.make_update(state)
+            compiled = jitted.lower(state, built.reference, batch, run.key).compile()
             self._update = (trial.program, compiled)
         update, compiling = self._update[1], time.monotonic() - began
         began, cpu = time.monotonic(), time.process_time()
         last: list[dict[str, jax.Array]] = []
         for _ in range(config.train.steps):
-            state, metrics = update(state, run.reference, batch, run.key)
+            state, metrics = update(state, built.reference, batch, run.key)
             last = [*last[1 - LAST :], metrics]
             batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
         jax.block_until_ready(state)
@@ -192,11 +195,11 @@ class Bench:
             "seconds_training": _short(seconds),
             "cpu_seconds_training": _short(cpu),  # of all cores; other jobs beside it add nothing
             "seconds_compiling": _short(compiling),
-            "devices": run.devices.size,
+            "devices": built.mesh.size,
             "skipped": int(state.skipped),
             "last_updates": means,
         }
-        return run, train.trained(state), result
+        return run, trained(state), result
 
     def _measure_health(self, run: train.Run, params: dict[str, jax.Array]) -> dict[str, float]:
         """Means of HEALTH over the validation split, whose labels are never flipped.
@@ -205,9 +208,9 @@ class Bench:
         that need no reference.
         """
         pairs: Any = run.pairs
-        shares = mesh.batch_shares(run.devices)
+        shares = mesh.batch_shares(run.step.mesh)
         size = pairs.meta.counts["validation"] // shares * shares
-        sharding = mesh.batch_sharding(run.devices)
+        sharding = run.step.batch_sharding()
         rows = mesh.local_rows(sharding, size)
         local, _ = next(
             iter(pipeline.make_epoch(pairs, "validation", global_batch=size, rows=rows))
@@ -224,9 +227,9 @@ class Bench:
     def _health(self, run: train.Run) -> Any:
         # The objective and the optimizer of whichever run came first do not enter.
         if self._health_program is None:
-            setup = run.setup._replace(needs_reference=True, needs_rejected=True)
+            setup = run.step.setup._replace(needs_reference=True, needs_rejected=True)
             self._health_program = jax.jit(
-                functools.partial(validation_health, setup=step.on_mesh(setup, run.devices)),
+                functools.partial(validation_health, setup=step.on_mesh(setup, run.step.mesh)),
                 compiler_options=step.COMPILER_OPTIONS,
             )
         return self._health_program

@@ -1,24 +1,22 @@
 """A config, read into the plain arguments of training: `StepSettings` and `LoopSettings`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from dmpo_jax.config import checks
 from dmpo_jax.config.leaves import Config
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.objectives.registry import Objective
 from dmpo_jax.training.build import Lora, Rate, StepSettings
 from dmpo_jax.training.loop import LoopSettings
 
 OPTIMIZER = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
 
 
-def read_step(config: Config, objectives: Mapping[str, Objective] = OBJECTIVES) -> StepSettings:
+def read_step(config: Config) -> StepSettings:
     """What a config says of its training step."""
     optimizer = config.optimizer
     return StepSettings(
-        objective=objectives[config.objective],
+        objective=OBJECTIVES[config.objective],
         hyperparameters=config.objectives[config.objective].to_dict(),
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,

@@ -1,14 +1,15 @@
 """Files of prompts: lines of text, JSON, or tables."""
 
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet
 from etils import epath
+
+from dmpo_jax.data import tables
+from dmpo_jax.errors import UserError
 
 COLUMNS = ("prompt", "caption")  # the text's, in any case; the first that is there
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -42,22 +43,22 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
     """
     file = epath.Path(path)
     if not file.exists():
-        raise ValueError(f"prompts file {file} does not exist: give one of {', '.join(FORMATS)}")
+        raise UserError(f"prompts file {file} does not exist: give one of {', '.join(FORMATS)}")
     read = _READERS.get(file.suffix.lower(), _read_text)
     try:
         rows = list(read(file.read_bytes()))
     except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"prompts file {file} cannot be read as {file.suffix}: {error}") from error
+        raise UserError(f"prompts file {file} cannot be read as {file.suffix}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"prompts file {file} {error}") from error
+        raise UserError(f"prompts file {file} {error}") from error
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
             prompts.append(_to_prompt(row, file.parent))
         except ValueError as error:
-            raise ValueError(f"prompts file {file}, row {number}: {error}") from error
+            raise UserError(f"prompts file {file}, row {number}: {error}") from error
     if not prompts:
-        raise ValueError(f"prompts file {file} holds no prompt: write one a line")
+        raise UserError(f"prompts file {file} holds no prompt: write one a line")
     return prompts
 
 
@@ -71,17 +72,6 @@ def _read_text(content: bytes) -> Iterator[Any]:
     return (line for line in lines if line)
 
 
-def _read_json(content: bytes) -> Iterator[Any]:
-    rows = json.loads(content)
-    if not isinstance(rows, list):
-        raise ValueError(f"should hold a JSON list, but holds {type(rows).__name__}")
-    return iter(rows)
-
-
-def _read_json_lines(content: bytes) -> Iterator[Any]:
-    return (json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip())
-
-
 def _read_parquet(content: bytes) -> Iterator[Any]:
     source = pa.BufferReader(content)
     names = pyarrow.parquet.read_schema(source).names
@@ -91,34 +81,26 @@ def _read_parquet(content: bytes) -> Iterator[Any]:
 
 
 def _read_delimited(content: bytes, delimiter: str) -> Iterator[Any]:
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pyarrow.csv.open_csv(io.BytesIO(content), parse_options=parse) as reader:
-        names = reader.schema.names
-    convert = pyarrow.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.string()),  # "007" is a prompt, not 7
-        include_columns=_wanted(names),
-    )
-    table = pyarrow.csv.read_csv(io.BytesIO(content), parse_options=parse, convert_options=convert)
-    for row in table.to_pylist():  # an empty cell says nothing
-        yield {key: value or None for key, value in row.items()}
+    for row in tables.read_delimited(content, delimiter, columns=_wanted).to_pylist():
+        yield {key: value or None for key, value in row.items()}  # an empty cell says nothing
 
 
 _READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_json_lines,
+    ".json": tables.read_json,
+    ".jsonl": lambda content: map(tables.read_line, tables.split_lines(content)),
     ".parquet": _read_parquet,
     ".csv": lambda content: _read_delimited(content, ","),
     ".tsv": lambda content: _read_delimited(content, "\t"),
 }
 
 
-def _wanted(names: list[str]) -> list[str]:
+def _wanted(names: Sequence[str]) -> list[str]:
     """The columns that are read, of all."""
     column = _text_key(names)
     return [name for name in names if name == column or name in Prompt._fields[1:]]
 
 
-def _text_key(names: list[str]) -> str:
+def _text_key(names: Sequence[str]) -> str:
     lower = {name.lower(): name for name in reversed(names)}
     for wanted in COLUMNS:
         if wanted in lower:

@@ -16,7 +16,7 @@ from dmpo_jax.diffusers_io.components import (
     save_unet,
     save_vae,
 )
-from dmpo_jax.diffusers_io.folders import find_folder, read_json, write_json
+from dmpo_jax.diffusers_io.folders import find_folder, read_json
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
 from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
@@ -57,5 +57,4 @@ __all__ = [
     "to_jax",
     "to_torch",
     "torch_name",
-    "write_json",
 ]

@@ -8,6 +8,7 @@ from etils import epath
 
 from dmpo_jax.diffusers_io import folders
 from dmpo_jax.diffusers_io.weights import load_weights, save_weights
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
@@ -35,12 +36,10 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
     index = folders.read_json(path / "model_index.json")
     kind = index.get("_class_name")
     if kind not in FAMILIES:
-        raise ValueError(f"{path} is a {kind}; supported pipelines: {sorted(FAMILIES)}")
+        raise UserError(f"{path} is a {kind}; supported pipelines: {sorted(FAMILIES)}")
     for key in OTHER_CONDITIONING:
         if index.get(key):
-            raise ValueError(
-                f"{path / 'model_index.json'} has {key}={index[key]}; supported: false"
-            )
+            raise UserError(f"{path / 'model_index.json'} has {key}={index[key]}; supported: false")
     return path, FAMILIES[kind]
 
 
@@ -108,7 +107,7 @@ def text_model(path: epath.Path, config: Mapping[str, Any]) -> Callable[..., Any
 
 def _named(path: epath.Path, name: Any, known: Mapping[str, Any], what: str) -> Callable[..., Any]:
     if name not in known:
-        raise ValueError(f"{path} holds a {name}; supported {what}: {sorted(known)}")
+        raise UserError(f"{path} holds a {name}; supported {what}: {sorted(known)}")
     return known[name]
 
 

@@ -1,12 +1,13 @@
 """A diffusers folder's files: where it is, its JSON, and which files hold its weights."""
 
-import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from etils import epath
+
+from dmpo_jax import storage
+from dmpo_jax.errors import UserError
 
 SHOWN = 4  # names that a message lists before it counts the rest
 
@@ -41,35 +42,20 @@ def find_folder(folder: epath.PathLike) -> epath.Path:
             return epath.Path(snapshot_download(str(folder), allow_patterns=patterns))
         except Exception as error:
             reason = one_line(error)
-            raise ValueError(
+            raise UserError(
                 f"{str(folder)!r} is no local folder, and fetching it as a hub id failed: {reason}"
             ) from error
-    raise ValueError(f"model folder {str(folder)!r} does not exist")
+    raise UserError(f"model folder {str(folder)!r} does not exist")
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object; ValueError names the file where it is missing or broken."""
+    """A JSON object of a diffusers folder; UserError names a file that is missing or broken."""
     if not path.exists():
-        raise ValueError(f"{path} is missing: is {path.parent} a whole diffusers folder?")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path} is missing: is {path.parent} a complete diffusers folder?")
+    value = storage.read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+        raise UserError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
     return value
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Atomic on a file system, and on object storage, where a whole file is one write.
-
-    Of many processes 0 writes, the others do nothing.
-    """
-    if jax.process_index() != 0:
-        return
-    part = path.parent / f"{path.name}.part"
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)
 
 
 def component(folder: epath.PathLike, subfolder: str) -> epath.Path:
@@ -82,7 +68,7 @@ def component(folder: epath.PathLike, subfolder: str) -> epath.Path:
     if (path / "model_index.json").exists() or (path / subfolder).is_dir():
         path = path / subfolder
     if not (path / "config.json").exists():
-        raise ValueError(f"{path} has no config.json: the folder lacks its {subfolder!r} part")
+        raise UserError(f"{path} has no config.json: the folder lacks its {subfolder!r} part")
     return path
 
 
@@ -109,13 +95,13 @@ def weight_files(
         if found
         else ""
     )
-    raise ValueError(f"{single} (or its index) is missing in {folder}; found {found}{hint}")
+    raise UserError(f"{single} (or its index) is missing in {folder}; found {found}{hint}")
 
 
 def _shards(index: epath.Path) -> dict[epath.Path, frozenset[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(map(_is_name, weight_map.values())):
-        raise ValueError(
+        raise UserError(
             f"{index} should map tensors to .safetensors files of its folder under 'weight_map': "
             "copy the folder again"
         )
@@ -123,7 +109,7 @@ def _shards(index: epath.Path) -> dict[epath.Path, frozenset[str]]:
     for tensor, shard in weight_map.items():
         shards.setdefault(shard, set()).add(tensor)
     if missing := sorted(s for s in shards if not (index.parent / s).exists()):
-        raise ValueError(f"{index} names {len(missing)} shards that are missing: {some(missing)}")
+        raise UserError(f"{index} names {len(missing)} shards that are missing: {some(missing)}")
     return {index.parent / shard: frozenset(shards[shard]) for shard in sorted(shards)}
 
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
+from dmpo_jax import storage
 from dmpo_jax.diffusers_io import placement, tensor_files
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
+from dmpo_jax.errors import UserError
+from dmpo_jax.parallel import processes
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -21,7 +23,7 @@ def save_lora(
     scale: float | int,
     component: str = "unet",
 ) -> None:
-    """Writes `folder/pytorch_lora_weights.safetensors`, whole or not at all, in float32.
+    """Writes `folder/pytorch_lora_weights.safetensors` atomically, in float32.
 
     Every process must call it; process 0 writes.
 
@@ -45,14 +47,13 @@ def save_lora(
         factor = np.float32(scale if ".lora_B." in path else 1)
         return to_torch(path, factor * placement.gather(adapters[path]).astype(np.float32))
 
-    part = folder / f"{FILE}.part" if writes else None
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-    tensor_files.write(part, specs, produce)
-    if part is not None:
-        part.replace(folder / FILE)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {folder}")
+        with storage.replacing(folder / FILE) as part:
+            tensor_files.write(part, specs, produce)
+    else:
+        tensor_files.write(None, specs, produce)
+    processes.barrier(f"saved {folder}")
 
 
 def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, np.ndarray]:
@@ -64,16 +65,14 @@ def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, n
     """
     file = epath.Path(folder) / FILE
     if not file.exists():
-        raise ValueError(f"{file} is missing: is {folder} what a LoRA run wrote?")
+        raise UserError(f"{file} is missing: is {folder} what a LoRA run wrote?")
     adapters = {}
     with tensor_files.opened({file: frozenset()}) as holders:
         for name, holder in holders.items():
             prefix = f"{component}."
             head, _, leaf = name.removeprefix(prefix).rpartition(".lora_")
             if not name.startswith(prefix) or leaf not in ("A.weight", "B.weight"):
-                raise ValueError(
-                    f"{file} holds {name!r}; only adapters of its {component} are read"
-                )
+                raise UserError(f"{file} holds {name!r}; only adapters of its {component} are read")
             path = f"{head}.lora_{leaf[0]}.kernel"
             whole = tuple((0, n) for n in holder.names[name])
             adapters[path] = to_jax(path, holder.read(name, whole))

@@ -9,15 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
+from dmpo_jax import storage
 from dmpo_jax.diffusers_io import components
-from dmpo_jax.diffusers_io.folders import component, read_json, write_json
+from dmpo_jax.diffusers_io.folders import component, read_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusion.noise import NoiseTable
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.families.family import Embedded
 from dmpo_jax.models import parameters
+from dmpo_jax.parallel import processes
 
 
 class Pipeline(NamedTuple):
@@ -84,7 +86,7 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     from transformers import AutoTokenizer, CLIPTokenizer
 
     if not (path / name / "tokenizer_config.json").exists():
-        raise ValueError(f"{path} lacks its {name!r} part (tokenizer_config.json)")
+        raise UserError(f"{path} lacks its {name!r} part (tokenizer_config.json)")
     config = read_json(path / name / "tokenizer_config.json")
     # Old CLIP folders do not say what they are, and AutoTokenizer wants a config.json to guess by.
     clip = str(config.get("tokenizer_class", "CLIPTokenizer")).startswith("CLIPTokenizer")
@@ -196,9 +198,8 @@ def save_pipeline(model: Any, source: epath.PathLike, out: epath.PathLike, **kw:
                 _copy_folder(part, out / part.name)
     components.save_model(model, out / family.component, **kw)
     if jax.process_index() == 0:
-        write_json(out / "model_index.json", index)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {out}")
+        storage.write_json(out / "model_index.json", index)
+    processes.barrier(f"saved {out}")
 
 
 def _copy_folder(source: epath.Path, out: epath.Path) -> None:
@@ -217,7 +218,7 @@ def _copy_folder(source: epath.Path, out: epath.Path) -> None:
 def make_index(kind: str, parts: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """model_index.json of a pipeline class: part -> (library, class)."""
     if kind not in FAMILIES:
-        raise ValueError(f"{kind!r} is not supported; supported pipelines: {sorted(FAMILIES)}")
+        raise UserError(f"{kind!r} is not supported; supported pipelines: {sorted(FAMILIES)}")
     # PyTorch's inpainting pipeline is not opened without a version above 0.5.1.
     about = {"_class_name": kind, "_diffusers_version": "0.30.0"}
     return {**about, **{k: list(v) for k, v in parts.items()}}

@@ -10,6 +10,7 @@ from dmpo_jax.diffusers_io.folders import find_folder, read_json
 from dmpo_jax.diffusion.flow_euler import FLOW_EULER
 from dmpo_jax.diffusion.noise import NoiseTable, make_ddpm_table, make_flow_table
 from dmpo_jax.diffusion.samplers import SAMPLERS, solver_of
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES
 
 LOG = logging.getLogger(__name__)
@@ -81,12 +82,12 @@ class Sampling:
         """
         legal = sorted(name for name, solver in SAMPLERS.items() if solver.noise == self.noise)
         if sampler not in legal:
-            raise ValueError(f"sampler must be auto or one of {legal}, got {sampler!r}")
+            raise UserError(f"sampler must be auto or one of {legal}, got {sampler!r}")
         solver = SAMPLERS[sampler]
         try:
             settings = solver.read(self.config)
-        except ValueError as error:
-            raise ValueError(
+        except UserError as error:
+            raise UserError(
                 f"{self.file} asks for {error}; choose another sampler, or change the file"
             ) from error
         own = self.scheduler == solver.scheduler
@@ -111,7 +112,7 @@ def load_schedule(folder: epath.PathLike) -> tuple[NoiseTable, Sampling]:
     kind = str(read_json(index).get("_class_name")) if index.exists() else ""
     family = FAMILIES.get(kind)
     if family is not None and family.noise != table.kind:
-        raise ValueError(
+        raise UserError(
             f"{file} names {config.get('_class_name')}, whose noise is of kind {table.kind!r}, but "
             f"{kind} models are trained with {family.noise!r}: take the scheduler from the "
             "model's own pipeline"
@@ -127,7 +128,7 @@ def _make_table(file: epath.Path, config: dict[str, Any]) -> NoiseTable:
         return make_flow_table(shift, config.get("num_train_timesteps", 1000))
     if name.startswith(OTHER_NOISE):
         own = sorted(solver.scheduler for solver in SAMPLERS.values())
-        raise ValueError(
+        raise UserError(
             f"{file} names {name}, whose noise is not that of DDPM or of rectified flow as this "
             f"package reads it; supported: {own} and others of alphas_cumprod"
         )

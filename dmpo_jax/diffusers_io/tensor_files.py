@@ -10,7 +10,6 @@ spaces to a multiple of eight; the tensors. Source: https://github.com/huggingfa
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,8 +18,10 @@ import numpy as np
 from etils import epath
 from safetensors import safe_open
 
+from dmpo_jax import storage
 from dmpo_jax.diffusers_io.folders import one_line, some
 from dmpo_jax.diffusers_io.layout import Bounds
+from dmpo_jax.errors import UserError
 
 REOPEN_BYTES = 256 * 2**20  # mapped pages that may be held; reopening costs milliseconds
 CHUNK_BYTES = 64 * 2**20  # written at once
@@ -48,7 +49,7 @@ class TensorFile:
             # PyTorch's zip; or bare, where a safetensors' length would end in zeros.
             pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and any(start[3:]))
             hint = "; it is a pickle: save it again with safe_serialization=True" if pickled else ""
-            raise ValueError(
+            raise UserError(
                 f"{file} cannot be read as safetensors: {one_line(error)}{hint}"
             ) from error
         self.release()
@@ -88,18 +89,14 @@ def opened(files: Mapping[epath.Path, frozenset[str]]) -> Iterator[dict[str, Ten
     with contextlib.ExitStack() as stack:
         holders: dict[str, TensorFile] = {}
         for file, expected in files.items():
-            local = file
-            if "://" in str(file):
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                local = file.copy(epath.Path(folder) / file.name)
-            held = TensorFile(file, local)
+            held = TensorFile(file, stack.enter_context(storage.local_file(file)))
             if absent := sorted(expected - held.names.keys()):
-                raise ValueError(
+                raise UserError(
                     f"{file} lacks {len(absent)} tensors that the index says it holds: "
                     f"{some(absent)}; the folder mixes two saves: copy it again"
                 )
             if twice := sorted(holders.keys() & held.names.keys()):
-                raise ValueError(
+                raise UserError(
                     f"{file} holds {len(twice)} tensors that another shard holds too: "
                     f"{some(twice)}; the folder mixes two saves: copy it again"
                 )
@@ -126,7 +123,7 @@ def write(
     ranks = list(DTYPES)
     for name, spec in specs.items():
         if spec.dtype.name not in ranks:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {spec.dtype.name}; a model folder holds one of {sorted(ranks)}: "
                 "choose with dtype="
             )

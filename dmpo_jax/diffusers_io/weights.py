@@ -4,7 +4,6 @@ Attribute paths are PyTorch's names, so converting is `layout`'s four rules. Onl
 are opened, never a pickle. A model passes through the host a tensor at a time, both ways.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from dmpo_jax import storage
 from dmpo_jax.diffusers_io import folders, placement, tensor_files
 from dmpo_jax.diffusers_io.folders import one_line, some
 from dmpo_jax.diffusers_io.layout import (
@@ -27,7 +26,9 @@ from dmpo_jax.diffusers_io.layout import (
     to_torch,
     torch_name,
 )
+from dmpo_jax.errors import UserError
 from dmpo_jax.models import parameters
+from dmpo_jax.parallel import processes
 
 SHARD_BYTES = 5 * 2**30
 
@@ -80,7 +81,7 @@ def load_weights(
         model = parameters.abstract(make, config, dtype=dtype, param_dtype=one_dtype)
     except Exception as error:  # nothing but the config comes from outside
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(
+        raise UserError(
             f"{folder / 'config.json'} describes no model: {kind}{one_line(error)}"
         ) from error
     wanted = parameters.shapes(model)
@@ -143,7 +144,7 @@ def _match(
     wrong = {"missing": missing, "unexpected": sorted(unexpected), "misshapen": sorted(misshapen)}
     if any(wrong.values()):
         found = "; ".join(f"{len(n)} {what}: {some(n)}" for what, n in wrong.items() if n)
-        raise ValueError(
+        raise UserError(
             f"weights in {folder} do not fit its config.json: {found}. Is it whole, and are both "
             "of one model?"
         )
@@ -263,7 +264,7 @@ def save_weights(
     folder, writes = epath.Path(folder), jax.process_index() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.part"):  # of a killed save
+        for stale in folder.glob(f"*{storage.PART}"):  # of a killed save
             stale.unlink()
     for name, shard in zip(names, shards, strict=True):
 
@@ -274,12 +275,11 @@ def save_weights(
             gathered = placement.gather(array)
             return _converted(shard[tensor], gathered) if writes else None
 
-        part = folder / f"{name}.part" if writes else None
+        part = storage.temporary(folder / name) if writes else None
         tensor_files.write(part, {n: stored.spec for n, stored in shard.items()}, produce)
     if writes:
         _commit(model, folder, stem, dict(zip(names, shards, strict=True)))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"saved {folder}")
+    processes.barrier(f"saved {folder}")
 
 
 def _check_same(model: Any, arrays: Mapping[str, Any]) -> None:
@@ -287,7 +287,7 @@ def _check_same(model: Any, arrays: Mapping[str, Any]) -> None:
     wrong = sorted(wanted.keys() ^ arrays.keys())
     wrong += [k for k in wanted.keys() & arrays.keys() if wanted[k].shape != arrays[k].shape]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"params must have the paths and shapes of the {type(model).__name__}, but "
             f"{len(wrong)} differ: {some(wrong)}; save them with the model they were made for"
         )
@@ -314,10 +314,10 @@ def _commit(
     for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         stale.unlink()
     for name in shards:
-        (folder / f"{name}.part").replace(folder / name)
+        storage.temporary(folder / name).replace(folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, shard in shards.items() for key in shard}
         size = sum(tensor_files.nbytes(t.spec) for shard in shards.values() for t in shard.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    folders.write_json(folder / "config.json", model.config.given)
+        storage.write_json(folder / f"{stem}.safetensors.index.json", index)
+    storage.write_json(folder / "config.json", model.config.given)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from dmpo_jax.diffusion.noise import NoiseTable, make_flow_table, shifted
 from dmpo_jax.diffusion.walk import OFF, Latents, Predict, Solver, Table, walk
+from dmpo_jax.errors import UserError
 
 TIME_SHIFTS = ("exponential", "linear")
 Mu = Callable[[int, int], float]  # (tokens of an image, steps) -> the dynamic shift
@@ -52,21 +53,21 @@ def flow_euler(
     Source: arXiv 2403.03206; diffusers' FlowMatchEulerDiscreteScheduler.
     """
     if schedule.kind != "flow":
-        raise ValueError(
+        raise UserError(
             f"flow_euler walks rectified flow's noise, but the model's is {schedule.kind}: use "
             "another sampler"
         )
     amount = shift
     if use_dynamic_shifting:
         if tokens is None:
-            raise ValueError("use_dynamic_shifting needs the tokens of an image, but got none")
+            raise UserError("use_dynamic_shifting needs the tokens of an image, but got none")
         if mu is None:
             slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
             exponent = base_shift + slope * (tokens - base_image_seq_len)
         else:
             exponent = mu(tokens, num_steps)
         if time_shift_type not in TIME_SHIFTS:
-            raise ValueError(f"time_shift_type must be one of {TIME_SHIFTS}, got {time_shift_type}")
+            raise UserError(f"time_shift_type must be one of {TIME_SHIFTS}, got {time_shift_type}")
         amount = math.exp(exponent) if time_shift_type == "exponential" else exponent
     sigmas = flow_sigmas(
         num_steps,
@@ -98,18 +99,18 @@ def flow_sigmas(
             where not even. Others: see `flow_euler`.
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+        raise UserError(f"num_steps must be at least 1, got {num_steps}")
     if even:
         sigmas = np.linspace(1.0, 1.0 / num_steps, num_steps)
     else:
         ends = make_flow_table(table_shift, num_train_timesteps).noise
         sigmas = np.linspace(ends[-1], ends[0], num_steps, dtype=np.float64)
     if not 0 < shift < math.inf:
-        raise ValueError(f"the shift must be above 0 and finite, got {shift}; 1 shifts nothing")
+        raise UserError(f"the shift must be above 0 and finite, got {shift}; 1 shifts nothing")
     sigmas = shifted(sigmas, shift)
     if terminal:
         if not 0 < terminal < 1 or sigmas[-1] >= 1:
-            raise ValueError(
+            raise UserError(
                 f"shift_terminal must lie in (0, 1) and there must be two steps or more, got "
                 f"shift_terminal={terminal} and {num_steps} steps"
             )

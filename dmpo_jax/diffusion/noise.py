@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
+from dmpo_jax.errors import UserError
+
 DDPM_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 PREDICTION_TYPES = (*DDPM_PREDICTIONS, "flow")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -51,7 +53,7 @@ class NoiseTable:
 
     def __post_init__(self):
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}"
             )
 
@@ -78,9 +80,9 @@ def make_flow_table(shift: float | int = 1.0, num_train_timesteps: int = 1000) -
     Source: Scaling Rectified Flow Transformers, arXiv 2403.03206, equation 23.
     """
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be above 0 and finite, got {shift}; 1 shifts nothing")
+        raise UserError(f"shift must be above 0 and finite, got {shift}; 1 shifts nothing")
     if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+        raise UserError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
     even = np.arange(1, num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps
     sigma = shifted(even, shift)
     return NoiseTable(
@@ -125,7 +127,7 @@ def make_ddpm_table(
     if trained_betas is not None:
         betas = np.asarray(trained_betas, np.float32)
         if betas.shape != (num_train_timesteps,):
-            raise ValueError(
+            raise UserError(
                 f"trained_betas shape should be {(num_train_timesteps,)}, but got {betas.shape}; "
                 "set num_train_timesteps to their number"
             )
@@ -133,7 +135,7 @@ def make_ddpm_table(
         betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
     # The last beta may be 1 (zero SNR); a beta of 0 first would divide by no noise.
     if not (betas[0] > 0 and betas.min() >= 0 and betas.max() <= 1):
-        raise ValueError(
+        raise UserError(
             f"betas must be in (0, 1], got {betas.min()} to {betas.max()}; change "
             "beta_start, beta_end or trained_betas"
         )
@@ -141,7 +143,7 @@ def make_ddpm_table(
     if rescale_betas_zero_snr:
         alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
     if prediction_type not in DDPM_PREDICTIONS:
-        raise ValueError(
+        raise UserError(
             f"prediction_type must be one of {DDPM_PREDICTIONS}, got {prediction_type!r}"
         )
     return NoiseTable(
@@ -168,7 +170,7 @@ def _betas(name: str, steps: int, start: float, end: float) -> Table:
         ]
         betas = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(alpha_bar)]
         return np.asarray(betas, np.float32)
-    raise ValueError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {name!r}")
+    raise UserError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {name!r}")
 
 
 def _linspace(start: float, end: float, steps: int) -> Table:
@@ -214,7 +216,7 @@ def pack_latents(latents: Float[Array, "*batch H W C"], pack: int) -> Float[Arra
         return latents
     *batch, height, width, channels = latents.shape
     if height % pack or width % pack:
-        raise ValueError(
+        raise UserError(
             f"latents packed {pack} x {pack} need a height and width in multiples of {pack}, but "
             f"got {height} x {width}: change the resolution"
         )
@@ -263,7 +265,7 @@ def sample_latents(
         latents = moments.astype(jnp.float32)
     else:
         if moments.shape[-1] % 2:
-            raise ValueError(
+            raise UserError(
                 f"moments shape should be [..., 2C], mean then log-variance, but got "
                 f"{moments.shape}"
             )
@@ -291,7 +293,7 @@ def _by_channel(factor: Factor, latents: Latents) -> float | int | Array:
     if isinstance(factor, float | int):
         return factor
     if len(factor) != latents.shape[-1]:
-        raise ValueError(
+        raise UserError(
             f"scaling and shift factors must be numbers or vectors of {latents.shape[-1]} "
             f"channels, but got {len(factor)}: encode the pairs with this model's VAE"
         )

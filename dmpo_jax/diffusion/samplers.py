@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, Shaped
 from dmpo_jax.diffusion.flow_euler import FLOW_EULER
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.diffusion.walk import OFF, Config, Latents, Predict, Solver, Table, Times, walk
+from dmpo_jax.errors import UserError
 
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS = ("zero", "sigma_min")
@@ -50,7 +51,7 @@ def guide(
     Source: arXiv 2207.12598, equation 6; InstructPix2Pix, arXiv 2211.09800, equation 3.
     """
     if len(parts) != len(weights) or not parts:
-        raise ValueError(
+        raise UserError(
             f"guidance needs one weight for each of its parts, one at least, but got "
             f"{len(parts)} parts and weights {list(weights)}"
         )
@@ -64,7 +65,7 @@ def guide(
 
     def guided(x, timesteps):
         if rows - {len(x)}:
-            raise ValueError(
+            raise UserError(
                 f"every conditioning needs a leading axis of {len(x)}, one row per latent, "
                 f"but got leading axes {sorted(rows)}"
             )
@@ -119,7 +120,7 @@ def ddim(
     timesteps = timesteps.astype(np.int32)
     here = _ddpm(schedule)[timesteps]
     if schedule.prediction_type == "epsilon" and not here.all():
-        raise ValueError(
+        raise UserError(
             "an epsilon prediction at zero terminal SNR holds no image: use a schedule of "
             f"v_prediction or sample, or 'leading' spacing (got {timestep_spacing!r})"
         )
@@ -236,7 +237,7 @@ def dpmpp_2m(
         DPMSolverMultistepScheduler.
     """
     if solver_order not in (1, 2):
-        raise ValueError(f"solver_order must be 1 or 2, got {solver_order}")
+        raise UserError(f"solver_order must be 1 or 2, got {solver_order}")
     table = sigma_table(schedule)
     timesteps = spaced_timesteps(
         len(table),
@@ -313,7 +314,7 @@ def spaced_timesteps(
     """
     most = num_train_timesteps - ends
     if not 1 <= num_steps <= most:
-        raise ValueError(f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}")
+        raise UserError(f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}")
     points = num_steps + ends
     if timestep_spacing == "leading":
         ratio = num_train_timesteps // points
@@ -324,10 +325,10 @@ def spaced_timesteps(
     elif timestep_spacing == "linspace":
         timesteps = np.linspace(0, num_train_timesteps - 1, points)[::-1]
     else:
-        raise ValueError(f"timestep_spacing must be one of {SPACINGS}, got {timestep_spacing!r}")
+        raise UserError(f"timestep_spacing must be one of {SPACINGS}, got {timestep_spacing!r}")
     timesteps = timesteps[:num_steps]
     if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
-        raise ValueError(
+        raise UserError(
             f"timesteps must be in 0..{num_train_timesteps - 1}, got {timesteps[0]:.0f} to "
             f"{timesteps[-1]:.0f}; lower num_steps={num_steps} or steps_offset={steps_offset}"
         )
@@ -337,7 +338,7 @@ def spaced_timesteps(
 def _ddpm(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
     """alphas_cumprod; ValueError for noise that has none."""
     if schedule.alphas_cumprod is None:
-        raise ValueError(
+        raise UserError(
             f"this sampler walks DDPM's noise, but the model's noise is {schedule.kind}: use "
             "flow_euler"
         )
@@ -370,7 +371,7 @@ def _with_final(
     sigmas: Float[np.ndarray, " S"], table: Float32[np.ndarray, " T"], kind: str
 ) -> Float32[np.ndarray, " S1"]:
     if kind not in FINAL_SIGMAS:
-        raise ValueError(f"final_sigmas_type must be one of {FINAL_SIGMAS}, got {kind!r}")
+        raise UserError(f"final_sigmas_type must be one of {FINAL_SIGMAS}, got {kind!r}")
     return np.append(sigmas, 0 if kind == "zero" else table[0]).astype(np.float32)
 
 

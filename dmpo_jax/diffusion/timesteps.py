@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from dmpo_jax.diffusion.noise import NoiseTable, Table, add_noise, prediction_target, shifted
+from dmpo_jax.errors import UserError
 from dmpo_jax.types import Noised
 
 DENSITIES = ("uniform", "logit_normal")
@@ -75,21 +76,21 @@ def make_timesteps(
     steps = schedule.num_train_timesteps
     first, last = (round(x * steps) for x in (low, high))
     if not 0 <= low < high <= 1 or first == last:
-        raise ValueError(
+        raise UserError(
             f"timesteps must be a range in [0, 1] with at least one of {steps} timesteps in it, "
             f"but got low={low}, high={high}"
         )
     if density not in DENSITIES:
-        raise ValueError(f"density must be one of {DENSITIES}, got {density!r}")
+        raise UserError(f"density must be one of {DENSITIES}, got {density!r}")
     if not (0 < std < math.inf and math.isfinite(mean)):
-        raise ValueError(f"std must be above 0 and mean finite, got mean={mean}, std={std}")
+        raise UserError(f"std must be above 0 and mean finite, got mean={mean}, std={std}")
     weights = _weights(schedule, weighting, gamma)
     moved = None
     if shift is not None:
         moved = _moved(schedule, shift)
         inside = np.flatnonzero((moved >= first) & (moved < last))
         if not len(inside):
-            raise ValueError(
+            raise UserError(
                 f"no timestep of shift={shift} lies between low={low} and high={high}: widen them"
             )
         first, last = int(inside[0]), int(inside[-1]) + 1
@@ -98,12 +99,12 @@ def make_timesteps(
 
 def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table | None:
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
+        raise UserError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
     if weighting == "uniform":
         return None
     if weighting in FLOW_WEIGHTINGS:
         if schedule.kind != "flow":
-            raise ValueError(
+            raise UserError(
                 f"weighting {weighting!r} is of flow noise, but this model's noise is DDPM's: use "
                 "uniform or min_snr"
             )
@@ -111,7 +112,7 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
         cosmap = 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))
         return (cosmap if weighting == "cosmap" else sigma**-2).astype(np.float32)
     if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma must be above 0 and finite, got {gamma}; 5 is usual")
+        raise UserError(f"gamma must be above 0 and finite, got {gamma}; 5 is usual")
     # By the shares of signal and noise, of which either may be 0 at an end of the table.
     if schedule.alphas_cumprod is None:
         signal, noise = (x.astype(np.float64) ** 2 for x in (schedule.signal, schedule.noise))
@@ -131,11 +132,11 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
 def _moved(schedule: NoiseTable, shift: float | int) -> Int[np.ndarray, " T"]:
     """Timestep k of a table with this shift -> the nearest one of `schedule`."""
     if schedule.kind != "flow":
-        raise ValueError(
+        raise UserError(
             f"shift={shift} is of flow noise, but this model's noise is DDPM's: leave it unset"
         )
     if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be above 0 and finite, got {shift}; 1 shifts nothing")
+        raise UserError(f"shift must be above 0 and finite, got {shift}; 1 shifts nothing")
     steps = schedule.num_train_timesteps
     wanted = shifted(np.arange(1, steps + 1) / steps, shift)
     table = schedule.noise.astype(np.float64)

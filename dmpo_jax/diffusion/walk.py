@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Shaped
 
 from dmpo_jax.diffusion.noise import split_prediction
+from dmpo_jax.errors import UserError
 
 Latents = Float[Array, "N h w C"]
 Times = Shaped[Array, " N"]  # int32, or float32 where a level lies between two timesteps
@@ -78,7 +79,7 @@ class Solver(NamedTuple):
         for key, supported in {**only, **unknown}.items():
             value = config.get(key, supported[0])
             if value not in supported:
-                raise ValueError(f"{key}={value!r}, but {self.name} supports only {supported[0]!r}")
+                raise UserError(f"{key}={value!r}, but {self.name} supports only {supported[0]!r}")
         return {key: config.get(key, default) for key, default in defaults.items()}
 
     @property

@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from dmpo_jax import storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded import shards
 from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer, chosen_first
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import Tally
 from dmpo_jax.encoding.parts import Part, Table, Work, found_sidecar, whole_sidecars
 from dmpo_jax.encoding.pixels import Pixels, load_pixels
 from dmpo_jax.encoding.threads import map_ahead
@@ -105,18 +105,18 @@ def finish(work: Work, table: Table) -> None:
     )
 
 
-def sum_tallies(work: Work, sidecars: Iterable[Any]) -> faults.Tally:
+def sum_tallies(work: Work, sidecars: Iterable[Any]) -> Tally:
     """What the parts counted, together; TooManyBadError if that is too much already."""
     tally = make_tally(work)
     for sidecar in sidecars:
-        tally.merge(faults.Tally.from_json(sidecar["tally"]))
+        tally.merge(Tally.from_json(sidecar["tally"]))
     tally.check()
     return tally
 
 
-def make_tally(work: Work) -> faults.Tally:
+def make_tally(work: Work) -> Tally:
     """An empty one, of a part or of the whole."""
-    return faults.Tally(limit=work.max_bad, total=sum(part.rows for part in work.parts))
+    return Tally(limit=work.max_bad, total=sum(part.rows for part in work.parts))
 
 
 class _Batch(NamedTuple):
@@ -162,7 +162,7 @@ class _Files:
     tally: of the parts done; each part's is added to it, and checked, when it is whole.
     """
 
-    def __init__(self, work: Work, table: Table, tally: faults.Tally):
+    def __init__(self, work: Work, table: Table, tally: Tally):
         self._work, self._table, self._whole_tally = work, table, tally
         self._splits = records.SPLITS if work.about["validation_fraction"] else records.SPLITS[:1]
         self._stack = contextlib.ExitStack()
@@ -199,7 +199,7 @@ class _Files:
                 "shapes": shapes,
                 "tally": self._tally.to_json(),
             }
-            shards.save_json(work.sidecar("pairs", number), about)
+            storage.write_json(work.sidecar("pairs", number), about)
             self.close()
             self._whole_tally.merge(self._tally)
             self._whole_tally.check()

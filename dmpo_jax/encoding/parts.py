@@ -10,10 +10,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded import shards
 from dmpo_jax.data.encoded.prompts import PromptEmbedding
 from dmpo_jax.data.raw.splits import hash_share
 from dmpo_jax.progress import Progress
@@ -82,9 +81,9 @@ def list_prompts(work: Work, index: int, count: int) -> None:
     """Writes the distinct prompts of each of this process's parts."""
     for part in work.parts[index::count]:
         path = work.sidecar("prompts", part.number)
-        if shards.load_json(path) is None:
+        if storage.find_json(path) is None:
             found = itertools.chain.from_iterable(map(work.source.prompts, part.units))
-            shards.save_json(path, list(dict.fromkeys(found)))
+            storage.write_json(path, list(dict.fromkeys(found)))
 
 
 def load_table(work: Work) -> Table:
@@ -130,7 +129,7 @@ def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
             embedded = embed(work.pipeline, texts)
             shard, shapes = prompt_store.write_prompts(work.out, k, embedded)
             about = {"files": {"store": shard._asdict()}, "shapes": shapes}
-            shards.save_json(work.sidecar("store", k), about)
+            storage.write_json(work.sidecar("store", k), about)
             progress.advance(len(texts))
 
 
@@ -145,20 +144,20 @@ def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[Pro
 
 def whole_sidecars(work: Work, kind: str, numbers: Iterable[int]) -> dict[int, Any]:
     """What the sidecars say, of those that are whole with the files that they speak of."""
-    whole, present = {}, shards.list_names(work.out)
+    whole, present = {}, storage.list_names(work.out)
     for number in numbers:
-        found = shards.load_json(work.sidecar(kind, number))
+        found = storage.find_json(work.sidecar(kind, number))
         if found is None:
             continue
         files = {shard["name"]: shard["size"] for shard in found["files"].values()}
-        if shards.first_not_whole(work.out, files, present) is None:
+        if storage.first_incomplete(work.out, files, present) is None:
             whole[number] = found
     return whole
 
 
 def found_sidecar(work: Work, kind: str, number: int) -> Any:
     """A sidecar; ValueError where there is none."""
-    found = shards.load_json(work.sidecar(kind, number))
+    found = storage.find_json(work.sidecar(kind, number))
     if found is None:
         raise ValueError(
             f"{work.sidecar(kind, number)} is missing: is {work.out} a folder that all processes "

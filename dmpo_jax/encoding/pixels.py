@@ -9,7 +9,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from dmpo_jax.data.raw import RawPair, Skipped
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import decode_pair
 
 Place = tuple[float, float]  # of a crop: among the rows, and columns, where it may begin; [0, 1)
 
@@ -34,7 +34,7 @@ def load_pixels(
     All images of a pair are cropped at the same place, so that source and mask stay on what
     was made of them. Skipped: what is wrong with the pair, its mask's shape included.
     """
-    decoded: Any = faults.decode_pair(pair, frozenset(given))
+    decoded: Any = decode_pair(pair, frozenset(given))
     if isinstance(decoded, Skipped):
         return decoded
     place = None if crop == "center" else draw_place(pair.id)

@@ -9,11 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded import shards
 from dmpo_jax.data.encoded.meta import differences
 from dmpo_jax.encoding.parts import PARTS, Work
 from dmpo_jax.families import Family
@@ -127,13 +126,13 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an unfinished encoding of another plan is there.
     """
-    found = shards.load_json(out / PARTS / PLAN)
+    found = storage.find_json(out / PARTS / PLAN)
     if found is None:
         records.clear(out)
         if (out / PARTS).exists():
             (out / PARTS).rmtree()
         (out / PARTS).mkdir()
-        shards.save_json(out / PARTS / PLAN, dict(plan))
+        storage.write_json(out / PARTS / PLAN, dict(plan))
     elif said := _differences(found, plan):
         raise ValueError(
             f"{out} holds an unfinished encoding of another kind ({said}): delete it or choose "

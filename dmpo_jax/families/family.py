@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dmpo_jax.diffusion.noise import Factor
+from dmpo_jax.errors import UserError
 from dmpo_jax.types import Condition
 
 
@@ -189,7 +190,7 @@ class Family:
         """
         unit = self.factor(vae) * self.pack * facts.patch
         if size[0] % unit or size[1] % unit:
-            raise ValueError(f"height and width must be multiples of {unit} pixels, got {size}")
+            raise UserError(f"height and width must be multiples of {unit} pixels, got {size}")
 
     def tokens(self, facts: Facts, latents: Sequence[int]) -> int:
         """Tokens of an image, by the height and width of its packed latents."""
@@ -242,13 +243,13 @@ class Family:
         if in_channels == latent_channels + beside:
             return
         if beside and in_channels == latent_channels:
-            raise ValueError(
+            raise UserError(
                 f"the model of this {self.name} pipeline takes {in_channels} channels, the latents "
                 f"alone, and sees neither {' nor '.join(reversed(self.given_fields))}: train it as "
                 "its text-to-image class (_class_name in model_index.json), or take one of "
                 f"{latent_channels + beside} channels"
             )
-        raise ValueError(
+        raise UserError(
             f"the model takes {in_channels} channels, but {self.name} models take "
             f"{latent_channels} of the latents and {beside} of a given image, "
             f"{latent_channels + beside} in all: take the VAE, and the pairs encoded with it, that "

@@ -3,7 +3,6 @@
 import logging
 from typing import Any
 
-import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io
@@ -11,7 +10,6 @@ from dmpo_jax.config import arguments
 from dmpo_jax.config import leaves as configs
 from dmpo_jax.export import pipeline
 from dmpo_jax.export.model_card import write_card
-from dmpo_jax.export.run import write_run
 from dmpo_jax.export.verify import verify as verify_export
 from dmpo_jax.training import checkpoint
 
@@ -73,16 +71,3 @@ def convert(
     if verify:
         verify_export(out, card.trained)
     return out
-
-
-def export(
-    config: configs.Config, workdir: epath.Path, at: int, params: dict[str, jax.Array]
-) -> None:
-    """Writes `workdir/export`, a pipeline, and with LoRA also `workdir/lora`, the adapters."""
-    write_run(arguments.card(config, workdir), params, step=at)
-
-
-def adapt(model: Any, config: configs.Config) -> Any:
-    """The model that a config trains: with adapters, where it asks for LoRA."""
-    adapters = arguments.trained(config).adapters
-    return adapters.attach(model, seed=config.seed) if adapters else model

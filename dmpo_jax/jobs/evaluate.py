@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments
 from dmpo_jax.config.leaves import Config
 from dmpo_jax.data.prompt_files import Prompt, load_texts
@@ -77,7 +77,7 @@ def evaluate(
     picture = out / "samples" / "before_after.png"
     save_png(picture, before_after(base.kept, policy.kept, rows))
     (out / "report.html").write_text(render(result))
-    diffusers_io.write_json(out / "result.json", result)
+    storage.write_json(out / "result.json", result)
     print(summary(result))
     print(f"before and after: {picture}")
     return result

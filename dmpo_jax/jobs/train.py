@@ -8,21 +8,22 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, step_settings
-from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.config.checks import parse_mix
 from dmpo_jax.data.batches.mixture import Mixture, open_mixture
 from dmpo_jax.data.encoded.folder import EncodedPairs, open_pairs
 from dmpo_jax.data.prompt_files import load_texts
-from dmpo_jax.jobs.convert import export
+from dmpo_jax.export.run import write_run
 from dmpo_jax.parallel import mesh
 from dmpo_jax.planning.flops import make_cost
 from dmpo_jax.sampling.grids import make_draw, why_no_grids
 from dmpo_jax.sampling.sampler import make_sampler
-from dmpo_jax.training import checkpoint, hooks
-from dmpo_jax.training.build import TrainingStep, build
-from dmpo_jax.training.loop import run_loop
+from dmpo_jax.training import checkpoint
+from dmpo_jax.training.build import TrainingStep, build, make_batches
+from dmpo_jax.training.hooks import Draw, standard, trained
+from dmpo_jax.training.loop import run_loop, start_state
 
 LOG = logging.getLogger(__name__)
 
@@ -36,18 +37,17 @@ class Run(NamedTuple):
     key: jax.Array
 
     def batches(self, start: int = 0) -> Any:
-        return hooks.make_batches(
-            self.step, self.pairs, start=start, **step_settings.data_settings(self.config)
-        )
+        settings = step_settings.data_settings(self.config)
+        return make_batches(self.step, self.pairs, start=start, **settings)
 
 
-def train(config: configs.Config, workdir: epath.Path, extra: Sequence[Any] = ()) -> None:
+def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()) -> None:
     """Trains to `config.train.steps`, resuming from the newest valid checkpoint in workdir.
 
     Writes metrics, checkpoints and sample grids as it goes, and `workdir/export` at the end.
 
     Args:
-        extra: further hooks (`hooks.HookLike`), called after the run's own.
+        hooks: further ones (`hooks.HookLike`), called after the run's own.
 
     Raises:
         ValueError: before compiling, where model, data, mesh or workdir do not fit.
@@ -55,37 +55,25 @@ def train(config: configs.Config, workdir: epath.Path, extra: Sequence[Any] = ()
         SystemExit: stopped by SIGTERM or Ctrl-C, after saving.
     """
     run, params = prepare(config, workdir)
-    folder, identity = workdir / "checkpoints", configs.identity(config)
-    with checkpoint.Checkpoints(folder, keep=config.log.keep, identity=identity) as checkpoints:
+    with checkpoint.Checkpoints(
+        workdir / "checkpoints", keep=config.log.keep, identity=configs.identity(config)
+    ) as checkpoints:
         if jax.process_index() == 0:  # only now: the folder is this run's own
-            diffusers_io.write_json(workdir / "config.json", configs.flatten(config))
-        wanted = run.step.abstract_state(params)
-        fresh: Any = None if checkpoints.steps() else run.step.make_state(params)
-        del params  # the state's own now, or in the way of what is restored
-        start, state = checkpoints.restore(wanted) or (0, fresh)
-        if start:
-            LOG.info("going on from step %d in %s", start, folder)
-        LOG.info("%s", run.step.settings.describe_rate())
-        log = config.log
-        own = hooks.standard(
-            run.step,
-            run.pairs,
-            run.key,
-            checkpoints,
-            validate_every=log.validate_every,
-            checkpoint_every=log.checkpoint_every,
-        )
+            storage.write_json(workdir / "config.json", configs.flatten(config))
+        state = start_state(run.step, params, checkpoints)
+        every = config.log.validate_every, config.log.checkpoint_every
+        own = standard(run.step, run.pairs, run.key, checkpoints, *every)
         state = run_loop(
             run.step,
             state,
-            run.batches(start),
+            run.batches(int(state.step)),
             run.key,
-            [*own, *grids(run, workdir), *extra],
+            [*own, *grids(run, workdir), *hooks],
             step_settings.read_loop(config),
             workdir=workdir,
             cost=make_cost(run.step),
         )
-    export(config, workdir, int(state.step), hooks.trained(state))
+    write_run(arguments.card(config, workdir), trained(state), step=int(state.step))
 
 
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
@@ -96,13 +84,11 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     settings = step_settings.read_step(config)
     devices = mesh.make_mesh(**step_settings.mesh_axes(config))
     mesh.check_batch(settings.batch_size, settings.accumulation, devices)
-    mix = config_checks.parse_mix(config.data.mix or ())
+    mix = parse_mix(config.data.mix or ())
     pairs = open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
     folder, family = diffusers_io.load_family(config.model.folder)
     noise, _ = diffusers_io.load_schedule(folder)
-    model = diffusers_io.load_model(
-        folder,
-        variant=config.model.variant or None,
+    model = arguments.trained(config).load(
         dtype=settings.compute_dtype,
         param_dtype=settings.frozen_dtype if settings.lora else "float32",
         sharding=functools.partial(mesh.parameter_sharding, devices),
@@ -111,26 +97,22 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     return Run(config, pairs, built, built.make_key(config.seed)), params
 
 
-def grids(run: Run, workdir: epath.Path) -> list[hooks.Draw]:
-    """The hook that draws image grids, where there are to be any and can be.
-
-    Of the config's prompts, or of the data's first captions.
-    """
-    config, sample, every = run.config, run.config.sample, run.config.log.sample_every
-    reason = why_no_grids(run.step.family)
-    if every and reason:
+def grids(run: Run, workdir: epath.Path) -> list[Draw]:
+    """The hook that draws image grids, of the config's prompts or the data's, where it can."""
+    config, built, every = run.config, run.step, run.config.log.sample_every
+    if every and (reason := why_no_grids(built.family)):
         LOG.warning(reason)
-    if not every or reason:
+        every = 0
+    if not every:
         return []
 
     def open_sampler() -> Any:
         loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
-        settings = arguments.sampling(config)
-        return make_sampler(loaded, run.step.model, devices=run.step.mesh, **settings)
+        return make_sampler(loaded, built.model, devices=built.mesh, **arguments.sampling(config))
 
-    prompts = load_texts(sample.prompts) if sample.prompts else run.pairs.first_texts(sample.count)
-    draw = make_draw(open_sampler, prompts[: sample.count], workdir / "samples")
-    return [hooks.Draw(run.step, draw, every=every)]
+    given, count = config.sample.prompts, config.sample.count
+    prompts = load_texts(given)[:count] if given else run.pairs.first_texts(count)
+    return [Draw(built, make_draw(open_sampler, prompts, workdir / "samples"), every=every)]
 
 
 def check(config: configs.Config) -> None:

@@ -96,36 +96,6 @@ def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
     return mask is None and half and fits and tokens >= SPLASH_FROM
 
 
-def splash_cost(
-    batch: int, tokens: int, heads: int, width: int, *, backward: bool
-) -> tuple[float, float]:
-    """(FLOPs, bytes) of the splash kernel, of which XLA's cost analysis knows nothing.
-
-    Forward: two products of T x T x H a head. Backward: five, of which two make again what
-    the forward did not keep. FLOPs are those that the matrix unit spends: it works in tiles of
-    128, so heads of 40 cost it as much as heads of 128. Bytes are those that pass between HBM
-    and VMEM: a block is read again for each block that it meets.
-
-    Args:
-        batch: rows on one device; heads: heads on one device.
-        backward: the backward alone; else the forward, with what it leaves for the backward.
-    """
-    query_blocks = tokens // _block(tokens, BLOCK)
-    rows = batch * heads * tokens
-    product = 2.0 * rows * tokens * LANES * math.ceil(width / LANES)
-    wide = 2.0 * rows * LANES * math.ceil(width / LANES)  # bfloat16, a head in 128 lanes
-    narrow = 2.0 * rows * 16 * math.ceil(width / 16)  # tokens in the lanes
-    row_sums = 4.0 * rows * 8  # log-sum-exp and the like, float32 in 8 sublanes
-    if not backward:
-        lanes_of_sums = 4.0 * rows * LANES
-        return 2 * product, narrow + 2 * narrow * query_blocks + wide + lanes_of_sums
-    key_blocks = tokens // _block(tokens, BLOCK_BACKWARD)
-    read = key_blocks * (narrow + wide + 2 * row_sums) + 2 * narrow
-    # Each key block writes its share of the query's gradient, which XLA then adds up.
-    written = 2 * wide + key_blocks * wide + (key_blocks * wide + wide) * (key_blocks > 1)
-    return 5 * product, read + written
-
-
 def _plain(query, key, value, mask):
     # Heads before tokens: on CPU a batched product over adjacent axes is several times quicker.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))

@@ -3,7 +3,7 @@
 The statuses that a process ends with, for whatever launched it to act on:
 
     0     the work is done
-    1     an error in words, which running again would repeat
+    1     an error, which running again would repeat
     75    RESTART: a process was lost or hangs, or they did not find one another
     130   Ctrl-C in a run on one process: saved
     143   SIGTERM: saved (Ctrl-C in a run on many processes too)
@@ -26,18 +26,19 @@ from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from dmpo_jax.errors import UserError
+from dmpo_jax.parallel import jax_internals
 
 LOG = logging.getLogger(__name__)
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 INTERVAL = 1.0  # seconds between two looks for another process's failure
 _joined = threading.Event()  # by `join`, so that there is a store and someone looks into it
 _FAILED = "dmpo_jax/failed"  # where in the coordinator's store a failure is told
-# What JAX, gloo, NCCL and gRPC say when the other end is gone.
-_LOST = re.compile(
-    r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|coordination ?service"
-    r"|heartbeat|unavailable:|deadline_exceeded|barrier (timed out|failed)",
-    re.IGNORECASE,
-)
+ANSWER = 10  # seconds within which a process that is not lost comes to a barrier
+# What collectives raise where another process is gone; gloo's errors are ValueErrors.
+_MAY_BE_LOST = (jax.errors.JaxRuntimeError, ValueError)
 
 
 class Peers(NamedTuple):
@@ -72,7 +73,7 @@ def join(
             then aborts the others (status 134).
 
     Raises:
-        ValueError: the settings are not whole, or contradict one another.
+        UserError: the settings are not whole, or contradict one another.
     """
     if jax.distributed.is_initialized():
         return
@@ -101,7 +102,9 @@ def join(
     finally:
         alarm.cancel()
     _joined.set()
-    threading.Thread(target=_watch, args=(_client(), _index()), daemon=True).start()
+    threading.Thread(
+        target=_watch, args=(jax_internals.store(), jax_internals.process_index()), daemon=True
+    ).start()
 
 
 def find_peers(
@@ -110,7 +113,7 @@ def find_peers(
     """The processes of this job by settings, environment or cluster; None if it is one.
 
     Raises:
-        ValueError: as `join`.
+        UserError: as `join`.
     """
     coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS", "")
     processes = processes or _integer(environ, "JAX_NUM_PROCESSES", 0)
@@ -119,7 +122,7 @@ def find_peers(
         return None
     cluster = None
     if not (coordinator and processes and process_id >= 0):
-        cluster = find_cluster(environ)
+        cluster = jax_internals.find_cluster(environ)
     name, count = cluster or ("", 0)
     if not processes and count == 1:
         return None
@@ -136,16 +139,16 @@ def find_peers(
             if not there
         ]
         if missing:
-            raise ValueError(
+            raise UserError(
                 "to run on several processes, coordinator, number of processes and process_id "
                 f"must all be set, but {' and '.join(missing)} is not, and no cluster is found "
                 "that says it"
             )
     if coordinator and not re.fullmatch(r"\S+:\d+", coordinator):
-        raise ValueError(f"distributed.coordinator must be HOST:PORT, but got {coordinator!r}")
+        raise UserError(f"distributed.coordinator must be HOST:PORT, but got {coordinator!r}")
     processes = processes or count
     if process_id >= processes:
-        raise ValueError(
+        raise UserError(
             f"distributed.process_id must be below the number of processes, {processes}, but got "
             f"{process_id}"
         )
@@ -155,23 +158,6 @@ def find_peers(
         process_id if process_id >= 0 else None,
         name or "as set",
     )
-
-
-def find_cluster(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """(name, number of processes) of the cluster that this process was started by, or None."""
-    # JAX's own detection, which it makes public only as a part of initialize(): that starts
-    # services for one process too.
-    from jax._src import clusters
-
-    for kind in clusters.ClusterEnv._cluster_types:
-        if kind.opt_in_only_method:
-            continue
-        # In any pod it would ask the API server, and warn or fail where it may not.
-        if kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environ:
-            continue
-        if kind.is_env_present():
-            return kind.__name__.removesuffix("Cluster"), kind.get_process_count()
-    return None
 
 
 def local_devices(environ: Mapping[str, str]) -> list[int] | None:
@@ -194,10 +180,20 @@ def barrier(name: str) -> None:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error is what a collective, or a barrier, makes of a process that is gone."""
-    if not jax.distributed.is_initialized() or isinstance(error, OSError):
+    """Whether an error came of a process that is gone.
+
+    Collectives then raise what they raise for other reasons too, so the others are asked: an
+    error that all have is a bug, and all come to the barrier.
+    """
+    if not jax.distributed.is_initialized() or isinstance(error, UserError):
         return False
-    return _LOST.search(str(error)) is not None
+    if not isinstance(error, _MAY_BE_LOST):
+        return False
+    try:
+        multihost.get_barrier_sync_fn()(key="dmpo_jax: who is left", timeout_ms=1000 * ANSWER)
+    except Exception:
+        return True
+    return False
 
 
 def end(status: int, words: str) -> NoReturn:
@@ -217,14 +213,13 @@ def abort(status: int, words: str) -> NoReturn:
     print(words, file=sys.stderr, flush=True)
     if _joined.is_set():
         with contextlib.suppress(Exception):  # another told first, or the coordinator is gone
-            told = json.dumps([_index(), status, words.splitlines()[-1]])
-            _client().key_value_set(_FAILED, told)
+            told = json.dumps([jax_internals.process_index(), status, words.splitlines()[-1]])
+            jax_internals.store().key_value_set(_FAILED, told)
     _leave(status)
 
 
 def end_for_lost_peer(error: BaseException) -> NoReturn:
-    """`end` where `is_lost_peer`, unless the lost one has told why: then as it said."""
-    time.sleep(3 * INTERVAL)  # _watch ends this process in the meantime if there is a word
+    """`end` where `is_lost_peer`. Where the lost one has told why, `_watch` was quicker."""
     end(
         RESTART,
         f"another process was lost ({_first_line(error)}): run the same command again to go on "
@@ -273,22 +268,8 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _index() -> int:
-    from jax._src import distributed  # jax.process_index() would start the devices
-
-    return distributed.global_state.process_id
-
-
-def _client() -> Any:
-    # Not public, and the only store that all processes share without a collective. Orbax and
-    # jax.experimental.multihost_utils take it from here too.
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 def _leave(status: int) -> NoReturn:
-    if _joined.is_set() and _index() == 0:
+    if _joined.is_set() and jax_internals.process_index() == 0:
         time.sleep(3 * INTERVAL)  # with it goes the store, which the others must have read
     sys.stdout.flush()
     sys.stderr.flush()
@@ -300,7 +281,7 @@ def _integer(environ: Mapping[str, str], name: str, unset: int) -> int:
     if not text:
         return unset
     if not text.isdigit():
-        raise ValueError(f"{name} must be a whole number, but got {text!r}")
+        raise UserError(f"{name} must be a whole number, but got {text!r}")
     return int(text)
 
 

@@ -20,7 +20,6 @@ def image_grid(
     columns: int,
     *,
     labels: Sequence[str] | None = None,
-    header: Sequence[str] | None = None,
     scale: int = 1,
 ) -> Image.Image:
     """Images in rows of `columns`, first row first, on white.
@@ -29,28 +28,23 @@ def image_grid(
         images: N may leave the last row short.
         columns: images a row.
         labels: a caption over each row, such as its prompt; broken into lines that fit.
-        header: a title over each column.
         scale: whole factor to enlarge by, every pixel a square; for very small images.
 
     Raises:
-        ValueError: if there are not as many labels as rows, or headers as columns.
+        ValueError: if there are not as many labels as rows.
     """
     count, height, width = images.shape[0], images.shape[1] * scale, images.shape[2] * scale
     rows = -(-count // columns)
-    for what, texts, wanted in (("labels", labels, rows), ("header", header, columns)):
-        if texts is not None and len(texts) != wanted:
-            raise ValueError(f"{what} must have {wanted} texts, but got {len(texts)}")
+    if labels is not None and len(labels) != rows:
+        raise ValueError(f"labels must have {rows} texts, but got {len(labels)}")
 
     size = min(max(width // 16, 13), 28)  # pixels: legible, and small beside the images
     font, gap = ImageFont.load_default(size=size), max(size // 3, 4)
     line = size + gap
     full = columns * (width + gap) + gap
     captions = [_wrap(text, font, full - 2 * gap) for text in labels or [""] * rows]
-    titles = [_wrap(text, font, width) for text in header or []]
-    rule = gap + line * max((len(t) for t in titles), default=0)
-    top = rule + (2 * gap if header else 0)
     heights = [height + gap + (line * len(c) if labels else 0) for c in captions]
-    sheet = Image.new("RGB", (full, top + sum(heights)), "white")
+    sheet = Image.new("RGB", (full, gap + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
 
     def write(x: int, y: int, texts: list[str]) -> int:
@@ -59,11 +53,7 @@ def image_grid(
             y += line
         return y
 
-    for column, title in enumerate(titles):
-        write(gap + column * (width + gap), gap, title)
-    if header:  # a line parts the titles from the first row's caption
-        draw.line((gap, rule, full - gap, rule), fill="grey")
-    y = top
+    y = gap
     for row, (caption, row_height) in enumerate(zip(captions, heights, strict=True)):
         below = write(gap, y, caption) if labels else y
         for column, image in enumerate(images[row * columns : (row + 1) * columns]):

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
@@ -96,11 +96,11 @@ def write_digits(out: epath.PathLike, *, seed: int, vae_steps: int) -> None:
     unet = parameters.initialise(UNet2DConditionModel, UNET, seed)
     diffusers_io.save_unet(unet, out / "unet")
     (out / "scheduler").mkdir(exist_ok=True)
-    diffusers_io.write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    storage.write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     (out / "prompts.txt").write_text("\n".join(digits.CAPTIONS) + "\n")
     sources.write_pick_a_pic(out / "real_digits.parquet", real_pairs(seed))
     index = diffusers_io.make_index("StableDiffusionPipeline", INDEX)
-    diffusers_io.write_json(out / "model_index.json", index | {"requires_safety_checker": False})
+    storage.write_json(out / "model_index.json", index | {"requires_safety_checker": False})
 
 
 SPECIAL = {"bos": "startoftext", "eos": "endoftext", "pad": "endoftext"}
@@ -131,8 +131,8 @@ def write_tokenizer(folder: epath.Path) -> dict[str, int]:
     end = "<|endoftext|>"
     special = {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, **special}
-    diffusers_io.write_json(folder / "tokenizer_config.json", config)
-    diffusers_io.write_json(folder / "special_tokens_map.json", special)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
     return vocabulary
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.families import Family, Published
 from dmpo_jax.models import parameters
@@ -96,9 +96,10 @@ def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
     diffusers_io.save_model(model, out / family.component)
     (out / "scheduler").mkdir(exist_ok=True)
     scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
-    diffusers_io.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     index = diffusers_io.make_index(family.pipeline, index)
-    diffusers_io.write_json(out / "model_index.json", index)
+    if jax.process_index() == 0:
+        storage.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
+        storage.write_json(out / "model_index.json", index)
 
 
 def synthetic_pairs(count: int, *, given: Sequence[str] = ()) -> list[dict]:

@@ -7,12 +7,13 @@ then nothing is computed, and the step is the same program.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.diffusion.timesteps import make_timesteps
@@ -23,6 +24,7 @@ from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives.registry import Objective
 from dmpo_jax.parallel import mesh as meshes
 from dmpo_jax.training import health, optim, step
+from dmpo_jax.types import PairBatch
 
 Params = dict[str, Any]
 AUTO = "auto"  # of Execution.attention: the best kernel of the mesh's devices
@@ -336,6 +338,33 @@ def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
             f"the encoded pairs do not fit a {family.name} model (pooled prompt embeddings "
             f"{'present' if arrays.pooled else 'absent'}): encode them with this model"
         )
+
+
+def make_batches(
+    built: TrainingStep,
+    pairs: Any,
+    *,
+    seed: int,
+    start: int = 0,
+    prompt_dropout: float | int = 0.0,
+    flip: bool = False,
+    num_threads: int = 4,
+    prefetch: int = 4,
+) -> Iterator[PairBatch]:
+    """This process's rows of the training batches from update `start` on, without end."""
+    size = built.settings.batch_size
+    return pipeline.make_batches(
+        pairs,
+        "train",
+        global_batch=size,
+        rows=meshes.local_rows(built.batch_sharding(), size),
+        seed=seed,
+        start_step=start,
+        prompt_dropout=prompt_dropout,
+        flip=flip,
+        num_threads=num_threads,
+        prefetch=prefetch,
+    )
 
 
 def place(shapes: Any, shardings: Any) -> Any:

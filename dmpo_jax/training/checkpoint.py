@@ -16,33 +16,23 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from dmpo_jax import storage
+from dmpo_jax.errors import UserError
+from dmpo_jax.parallel import processes
 from dmpo_jax.training import checksums
+from dmpo_jax.training.orbax_handler import Failure, IndexHandler, StateHandler, array_registry
 
 _LOG = logging.getLogger(__name__)
 # Not a sign of a broken file: the machine is too small, or the files are not ours to read.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 _NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
 _FULL = ("No space left", "Disk quota exceeded")
-
-
-def _write_small_arrays_whole() -> None:
-    """Orbax has every replica write a slice of every array: with thousands of small ones on
-    eight devices that is six seconds a save, for nothing."""
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    level = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it would warn of what is meant here
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    absl.logging.set_verbosity(level)
-
-
-_write_small_arrays_whole()
 
 
 class Checkpoints:
@@ -61,7 +51,7 @@ class Checkpoints:
         read_only: leave the folder as it is, also what a run is just writing there.
 
     Raises:
-        ValueError: if the folder belongs to a run of another identity, or is to be read and
+        UserError: if the folder belongs to a run of another identity, or is to be read and
             is not there.
     """
 
@@ -75,11 +65,9 @@ class Checkpoints:
         read_only: bool = False,
     ):
         if keep < 1:
-            raise ValueError(f"keep must be at least 1 checkpoint, but got {keep}")
+            raise UserError(f"keep must be at least 1 checkpoint, but got {keep}")
         check_folder(folder)
-        self._folder = epath.Path(folder)
-        if "://" not in os.fspath(folder):  # of a URL it would make a folder of that name here
-            self._folder = self._folder.absolute()
+        self._folder = storage.absolute(folder)
         self._warn = warn
         self._read_only, self._writing = read_only, False
         self._last = -1  # whose writing was begun last
@@ -92,16 +80,25 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        self._manager = _Manager(self._folder, options=options)
+        self._failure = Failure()
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        state = StateHandler(self._failure, type_handler_registry=array_registry())
+        registry.add("state", ocp.args.PyTreeSave, state)
+        registry.add("index", ocp.args.JsonSave, IndexHandler(self._failure))
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, handler_registry=registry
+        )
         # Reads with a barrier for this process alone: where one of many cannot read its
         # part, the others must not wait in Orbax for it, but hear of it in _attempt.
-        self._alone = alone = ocp.options.MultiprocessingOptions(
+        alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
             barrier_sync_key_prefix=f"process_{jax.process_index()}",
         )
         self._reader = ocp.Checkpointer(
-            ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            ocp.PyTreeCheckpointHandler(
+                multiprocessing_options=alone, type_handler_registry=array_registry()
+            ),
             multiprocessing_options=alone,
         )
 
@@ -120,7 +117,7 @@ class Checkpoints:
         """The steps that have a committed checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
+    def save(self, step: int, state: Any) -> None:
         """Writes `state`, a pytree of arrays, as checkpoint `step`.
 
         Returns once the arrays are copied off the devices, so that they may be donated;
@@ -131,27 +128,23 @@ class Checkpoints:
         Args:
             step: how many updates `state` has seen; the checkpoint's name.
             state: what to save.
-            wait: return only when the checkpoint is whole on disk.
         """
-        if step not in self._whole:
-            leaves = checksums.describe(state)
-            for leaf, checksum in zip(leaves.values(), checksums.compute(state), strict=True):
-                leaf["checksum"] = checksum
-            index = {"leaves": leaves, "digest": checksums.digest(leaves)}
-            items = ocp.args.Composite(
-                state=ocp.args.StandardSave(state), index=ocp.args.JsonSave(index)
-            )
-            self.wait()  # for the one before
-            self._last = step
-            self._saving(lambda: self._manager.save(step, args=items, force=True))
-            self._whole.add(step)
-            self._writing = True
-        if wait:
-            self.wait()
+        if step in self._whole:
+            return
+        leaves = checksums.describe(state)
+        for leaf, checksum in zip(leaves.values(), checksums.compute(state), strict=True):
+            leaf["checksum"] = checksum
+        index = {"leaves": leaves, "digest": checksums.digest(leaves)}
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), index=ocp.args.JsonSave(index))
+        self.wait()  # for the one before
+        self._last = step
+        self._saving(lambda: self._manager.save(step, args=items, force=True))
+        self._whole.add(step)
+        self._writing = True
 
     def check(self) -> None:
         """SaveError where writing has gone wrong by now; waits for nothing."""
-        if self._writing and not self._manager.is_writing():
+        if self._writing and not self._is_writing():
             self._writing = False
             self.wait()
 
@@ -174,7 +167,7 @@ class Checkpoints:
                 "command again to go on from it"
             ) from error
 
-    def restore(self, abstract: Any, *, step: int | None = None) -> tuple[int, Any] | None:
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """The newest whole checkpoint, or None where there is none at all.
 
         A checkpoint is whole if every file can be read and every array has the checksum
@@ -185,24 +178,20 @@ class Checkpoints:
             abstract: the state's shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`s
                 (arrays will do). The shardings are those wanted now; the checkpoint may
                 have been saved from another mesh or number of hosts.
-            step: this one and no other.
 
         Returns:
             (step, state), the state sharded as `abstract` says.
 
         Raises:
-            ValueError: if a checkpoint is readable and is of another state: names, shapes
-                or dtypes differ; or if there is no checkpoint `step`.
-            RuntimeError: if there are checkpoints and none is whole. Nothing is renamed
+            UserError: if a checkpoint is readable and is of another state: names, shapes
+                or dtypes differ.
+            UserError: if there are checkpoints and none is whole. Nothing is renamed
                 then, so that the next start cannot take the folder for a new run's.
         """
         abstract = jax.tree.map(checksums.abstract_leaf, abstract)
         self.wait()
         broken: dict[int, str] = {}
-        steps = self.steps() if step is None else [step]
-        if step is not None and step not in self.steps():
-            raise ValueError(f"no checkpoint {step} in {self._folder}; there are {self.steps()}")
-        for found in reversed(steps):
+        for found in reversed(self.steps()):
             try:
                 state = self._read(found, abstract)
             except _Unreadable as error:
@@ -218,7 +207,7 @@ class Checkpoints:
             return found, state
         if broken:
             reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
-            raise RuntimeError(
+            raise UserError(
                 f"no checkpoint in {self._folder} is whole ({reasons}). Put a good copy back, "
                 "or choose another --workdir to start afresh"
             )
@@ -236,18 +225,18 @@ class Checkpoints:
             step: this one and no other; None is the newest whole one.
 
         Raises:
-            ValueError: there is no such checkpoint, or its fields are not these.
-            RuntimeError: none asked for is whole. Nothing is set aside.
+            UserError: there is no such checkpoint, or its fields are not these.
+            UserError: none asked for is whole. Nothing is set aside.
         """
         abstract = jax.tree.map(checksums.abstract_leaf, abstract)
         self.wait()
         if not self.steps() or step not in [None, *self.steps()]:
             wanted = "checkpoint" if step is None else f"checkpoint {step}"
-            raise ValueError(f"no {wanted} in {self._folder}; there are {self.steps()}")
+            raise UserError(f"no {wanted} in {self._folder}; there are {self.steps()}")
         broken: dict[int, str] = {}
         for found in reversed(self.steps()) if step is None else [step]:
             try:
-                part = self._read_part(found, abstract)
+                part = self._read(found, abstract, part=True)
             except _Unreadable as error:
                 broken[found] = str(error)
                 continue
@@ -255,44 +244,24 @@ class Checkpoints:
                 self._warn(f"checkpoint {bad} is not whole ({reason}): this is checkpoint {found}")
             return found, part
         reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
-        raise RuntimeError(
+        raise UserError(
             f"no checkpoint asked for in {self._folder} is whole ({reasons}): choose another of "
             f"{self.steps()}"
         )
 
-    def _read_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        # A state is a NamedTuple, whose leaves are named by attribute, a part is a dict.
-        described = {}
-        for field, tree in abstract.items():
-            described |= {
-                f".{field}{name}": leaf for name, leaf in checksums.describe(tree).items()
-            }
-        leaves = self._attempt(lambda: self._read_index(step))
-        held = {n: v for n, v in leaves.items() if n.startswith(tuple(f".{f}" for f in abstract))}
-        checksums.check_same(step, held, described)
-        part = self._attempt(lambda: self._restore_part(step, abstract))
-        found_sums = [x for tree in part.values() for x in checksums.compute(tree)]
-        for name, checksum in zip(described, found_sums, strict=True):
-            if leaves[name]["checksum"] != checksum:
-                raise _Unreadable(f"the values of {name} are not those that were saved")
-        return part
-
-    def _restore_part(self, step: int, abstract: dict[str, Any]) -> dict[str, Any]:
-        arguments = ocp.args.PyTreeRestore(
-            item=abstract,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-            partial_restore=True,
-        )
-        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=self._alone)
-        reader = ocp.Checkpointer(handler, multiprocessing_options=self._alone)
-        with contextlib.closing(reader):
-            return reader.restore(self._folder / str(step) / "state", args=arguments)
-
     def wait(self) -> None:
         """Returns when nothing is being written; SaveError where that went wrong."""
-        while self._manager.is_writing():
+        while self._is_writing():
             time.sleep(0.01)
-        self._saving(self._manager.raise_or_wait)
+        self._saving(self._finish)
+
+    def _is_writing(self) -> bool:
+        return self._failure.error is None and self._manager.is_saving_in_progress()
+
+    def _finish(self) -> None:
+        if self._failure.error is not None:
+            raise self._failure.error
+        self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then lets go of Orbax's threads. The object is of no use afterwards."""
@@ -304,19 +273,17 @@ class Checkpoints:
         """Writes the identity, or compares it with the one that is there."""
         path = self._folder / "identity.json"
         if self._read_only and not path.exists():
-            raise ValueError(f"there are no checkpoints in {self._folder}")
+            raise UserError(f"there are no checkpoints in {self._folder}")
         if jax.process_index() == 0 and not path.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
-            part = path.with_name("identity.json.part")
-            part.write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n")
-            part.replace(path)  # a kill leaves no half-written identity to be compared with
-        _barrier("identity")
+            storage.write_json(path, identity, sort_keys=True)
+        processes.barrier("identity")
         if not path.exists():
-            raise ValueError(
+            raise UserError(
                 f"process {jax.process_index()} does not see {path}, which process 0 has written: "
                 "--workdir must be a folder that all processes share"
             )
-        ours, theirs = _flatten(identity), _flatten(json.loads(path.read_text()))
+        ours, theirs = _flatten(identity), _flatten(storage.read_json(path))
         missing = "(not set)"
         differing = [
             f"{key}: {theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} now"
@@ -324,20 +291,32 @@ class Checkpoints:
             if ours.get(key, missing) != theirs.get(key, missing)
         ]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{self._folder} holds the checkpoints of another run:\n  "
                 + "\n  ".join(differing)
                 + "\nChange these back to continue it, or choose another --workdir."
             )
 
-    def _read(self, step: int, abstract: Any) -> Any:
-        """One checkpoint, verified; raises _Unreadable on every process if on any."""
+    def _read(self, step: int, abstract: Any, *, part: bool = False) -> Any:
+        """One checkpoint, or some fields of it, verified.
+
+        Raises:
+            _Unreadable: on every process if on any.
+        """
+        described = checksums.describe(abstract)
         leaves = self._attempt(lambda: self._read_index(step))
-        checksums.check_same(step, leaves, checksums.describe(abstract))
-        path, args = self._folder / str(step) / "state", ocp.args.StandardRestore(abstract)
-        state = self._attempt(lambda: self._reader.restore(path, args=args))
-        for (name, leaf), checksum in zip(leaves.items(), checksums.compute(state), strict=True):
-            if leaf["checksum"] != checksum:
+        if part:
+            leaves = {name: leaf for name, leaf in leaves.items() if name in described}
+        checksums.check_same(step, leaves, described)
+        path = self._folder / str(step) / "state"
+        arguments = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=part,
+        )
+        state = self._attempt(lambda: self._reader.restore(path, args=arguments))
+        for name, checksum in zip(described, checksums.compute(state), strict=True):
+            if leaves[name]["checksum"] != checksum:
                 raise _Unreadable(f"the values of {name} are not those that were saved")
         return state
 
@@ -369,10 +348,10 @@ class Checkpoints:
         name = f"{step}.corrupt"
         while (self._folder / name).exists():
             name += "-again"
-        _barrier(f"aside {step}")  # all have chosen the name before it exists
+        processes.barrier(f"aside {step}")  # all have chosen the name before it exists
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / name)
-        _barrier(f"aside {step} done")
+        processes.barrier(f"aside {step} done")
         self._manager.reload()
         return name
 
@@ -381,38 +360,13 @@ def check_folder(folder: epath.PathLike) -> None:
     """ValueError where Orbax can write no checkpoints: object storage other than Google's."""
     scheme, url, _ = os.fspath(folder).partition("://")
     if url and scheme != "gs":
-        raise ValueError(
+        raise UserError(
             f"checkpoints are written to local folders and gs://, but got {os.fspath(folder)}: "
             "choose such a --workdir, or mount the bucket as a folder. Encoded pairs may stay there"
         )
 
 
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, which says at once when writing has failed on this process.
-
-    Orbax first waits for the other processes, which may be waiting for this one's part: up to
-    its timeout of 600 s. Where another version has no such method to override, so does this.
-    """
-
-    failed: Exception | None = None
-
-    def is_writing(self) -> bool:
-        return self.failed is None and self.is_saving_in_progress()
-
-    def raise_or_wait(self) -> None:
-        if self.failed is not None:
-            raise self.failed
-        self.wait_until_finished()
-
-    def _wait_for_checkpointers(self) -> None:  # in the thread that commits
-        try:
-            super()._wait_for_checkpointers()
-        except Exception as error:
-            self.failed = error
-            raise
-
-
-class SaveError(RuntimeError):
+class SaveError(UserError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
@@ -426,8 +380,3 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     parts = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items()]
     return functools.reduce(lambda a, b: a | b, parts, {})
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoints: {name}")

@@ -11,18 +11,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dmpo_jax.errors import UserError
+
 
 def abstract_leaf(x: Any) -> jax.ShapeDtypeStruct:
     if getattr(x, "sharding", None) is None:
-        raise ValueError(f"restore needs a sharding on every leaf of the state, but got {x}")
+        raise UserError(f"restore needs a sharding on every leaf of the state, but got {x}")
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def describe(state: Any) -> dict[str, dict]:
-    """{name: {"shape", "dtype"}} of every leaf, in the tree's own order."""
+    """{name: {"shape", "dtype"}} of every leaf, in the tree's own order.
+
+    A state is a NamedTuple; a dict of some of its fields has the same names for them.
+    """
+    if isinstance(state, dict):
+        fields = [(f".{field}", tree) for field, tree in sorted(state.items())]
+    else:
+        fields = [("", state)]
     return {
-        jax.tree_util.keystr(path): {"shape": list(x.shape), "dtype": str(x.dtype)}
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
+        f"{prefix}{jax.tree_util.keystr(path)}": {"shape": list(x.shape), "dtype": str(x.dtype)}
+        for prefix, tree in fields
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
@@ -41,7 +51,7 @@ def check_same(step: int, saved: dict[str, dict], wanted: dict[str, dict]) -> No
     ]
     if differing:
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise ValueError(
+        raise UserError(
             f"checkpoint {step} is whole, but does not match this run's state:\n  "
             + "\n  ".join(differing[:8])
             + f"{more}\nUse the model and optimizer it was saved with, or another --workdir."

@@ -11,7 +11,7 @@ with `name`, `every` and `__call__(state, update)`; `Hook` is one to start from:
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -23,7 +23,6 @@ from dmpo_jax.parallel import mesh as meshes
 from dmpo_jax.training.build import TrainingStep
 from dmpo_jax.training.step import TrainState
 from dmpo_jax.training.trace import Trace
-from dmpo_jax.types import PairBatch
 
 Scalars = Mapping[str, float] | None
 
@@ -196,7 +195,6 @@ def standard(
     pairs: Any,
     key: Key[Array, ""],
     checkpoints: Any,
-    *,
     validate_every: int,
     checkpoint_every: int,
 ) -> list[Hook]:
@@ -217,30 +215,3 @@ def trained(state: TrainState) -> dict[str, jax.Array]:
 
 def is_multiple(update: int, every: int) -> bool:
     return every > 0 and update % every == 0
-
-
-def make_batches(
-    built: TrainingStep,
-    pairs: Any,
-    *,
-    seed: int,
-    start: int = 0,
-    prompt_dropout: float | int = 0.0,
-    flip: bool = False,
-    num_threads: int = 4,
-    prefetch: int = 4,
-) -> Iterator[PairBatch]:
-    """This process's rows of the training batches from update `start` on, without end."""
-    size = built.settings.batch_size
-    return pipeline.make_batches(
-        pairs,
-        "train",
-        global_batch=size,
-        rows=meshes.local_rows(built.batch_sharding(), size),
-        seed=seed,
-        start_step=start,
-        prompt_dropout=prompt_dropout,
-        flip=flip,
-        num_threads=num_threads,
-        prefetch=prefetch,
-    )

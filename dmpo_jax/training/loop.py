@@ -68,6 +68,7 @@ def run_loop(
     profile, sharding = Profile(settings.profile, workdir / "profile"), built.batch_sharding()
     known = [profile, *map(as_hook, hooks)]
     watch = make_watch(built, settings, start, cost)
+    LOG.info("%s", built.settings.describe_rate())
     with (
         profile.trace,
         MetricsWriter(
@@ -109,6 +110,20 @@ def run_loop(
                 stop.leave(number)
     if (close := getattr(batches, "close", None)) is not None:
         close()
+    return state
+
+
+def start_state(built: TrainingStep, params: dict[str, Any], checkpoints: Any) -> TrainState:
+    """The state of the newest valid checkpoint, or the first one, of these parameters.
+
+    params: emptied: they are the state's own now, or in the way of what is restored.
+    """
+    wanted = built.abstract_state(params)
+    fresh: Any = None if checkpoints.steps() else built.make_state(params)
+    params.clear()
+    start, state = checkpoints.restore(wanted) or (0, fresh)
+    if start:
+        LOG.info("going on from step %d", start)
     return state
 
 

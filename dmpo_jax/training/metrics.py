@@ -12,9 +12,8 @@ import jax
 from etils import epath
 
 from dmpo_jax import storage
+from dmpo_jax.errors import MissingPackageError
 from dmpo_jax.extras import install_hint
-
-_OBJECT_STORAGE = ("gs://", "s3://", "az://")
 
 
 class MetricsWriter:
@@ -57,7 +56,7 @@ class MetricsWriter:
             self._wandb = _start_wandb(wandb, workdir)  # first: it fails before anything is cut
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._in_parts = os.fspath(self._workdir).startswith(_OBJECT_STORAGE)
+        self._in_parts = storage.is_remote(self._workdir)
         for path in sorted(self._workdir.glob("metrics*.jsonl")):
             _drop_after(path, resume_step)
         if self._in_parts:
@@ -131,13 +130,11 @@ def _start_wandb(project: str, workdir: epath.PathLike) -> Any:
     try:
         import wandb  # pyright: ignore[reportMissingImports]  (an extra)
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"logging to the W&B project {project!r} needs wandb, which is not installed: "
             f"{install_hint('wandb')}, or set log.wandb to ''"
         ) from error
-    path = epath.Path(workdir)
-    if "://" not in os.fspath(path):  # absolute() makes a local folder of a URL
-        path = path.absolute()
+    path = storage.absolute(workdir)
     # An id made from the folder, so that a resumed run goes on in its own curves.
     run_id = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=path.name, id=run_id, resume="allow")

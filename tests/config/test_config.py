@@ -1,19 +1,18 @@
-"""Tests for dmpo_jax/config/leaves.py and dmpo_jax/config/command_line.py."""
+"""Tests for dmpo_jax/config/leaves.py, checks.py and what is derived from a leaf."""
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from dmpo_jax import families
 from dmpo_jax.config import checks as config_checks
-from dmpo_jax.config import command_line as flags
 from dmpo_jax.config import leaves as config_lib
-from dmpo_jax.diffusion import timesteps as drawn_timesteps
-from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.training import optim
+from dmpo_jax.config import parsing, reference
+from dmpo_jax.config.declare import ITSELF, Leaf, OneOf
+from dmpo_jax.config.leaves import LEAVES, declared
+from dmpo_jax.objectives import OBJECTIVES, Hyperparameter, objective
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def valid(**overrides):
@@ -26,14 +25,13 @@ def valid(**overrides):
 
 def test_every_leaf_has_a_default_and_a_meaning():
     config = config_lib.defaults()
-    assert set(config_lib.flatten(config)) == set(config_lib.LEAVES) - {"objectives.sft"}
-    assert all(meaning for _, meaning in config_lib.LEAVES.values())
-    described = config_lib.describe()
+    assert set(config_lib.flatten(config)) == set(declared())
+    assert all(leaf.meaning for leaf in declared().values())
+    assert all(leaf.fits(leaf.default) for leaf in declared().values())
+    described = reference.describe()
     assert "train.steps=2000 " in described
     assert "data.resolution=unset " in described
-    for section in config.values():
-        if hasattr(section, "keys"):
-            assert len(section) <= 12
+    assert len(described.split("\n")) >= len(declared())
 
 
 def test_defaults_are_fresh_and_locked():
@@ -48,15 +46,125 @@ def test_defaults_are_fresh_and_locked():
         config.objectives.sft.beta = 1.0
 
 
-def test_names_equal_those_of_optim():
-    assert config_lib.OPTIMIZERS == optim.OPTIMIZERS
-    assert config_lib.WEIGHTINGS == drawn_timesteps.WEIGHTINGS
-    assert config_lib.DENSITIES == drawn_timesteps.DENSITIES
-    assert config_lib.SCHEDULES == optim.SCHEDULES
+def another(leaf: Leaf):
+    """A value that is not the default, of those that the leaf takes."""
+    if isinstance(leaf.check, OneOf):
+        tried = tuple(leaf.check)
+    else:
+        numbers = (leaf.default or 0) + 1, 16, 0.5, -1
+        tried = {bool: (not leaf.default,), str: ("x",), tuple: (("train", "x"),)}.get(
+            leaf.kind, [leaf.kind(x) for x in numbers]
+        )
+    return next(value for value in tried if value != leaf.default and leaf.fits(value))
 
 
-def test_debug_families_are_those_of_models():
-    assert set(config_lib.FAMILIES) == {family.name for family in families.FAMILIES.values()}
+@pytest.mark.parametrize("path", declared())
+def test_identity_is_what_a_leaf_says_that_it_affects(path):
+    """With every leaf that it counts with changed too."""
+    leaf, known = declared()[path], declared()
+    others = [p for p in leaf.counts_with.split() if p != ITSELF]
+    base = config_lib.flatten(config_lib.defaults())
+    base |= {other: another(known[other]) for other in others}
+    if path.startswith("objectives."):
+        base["objective"] = path.split(".")[1]
+    before, after = (config_lib.from_flat(flat) for flat in (base, {**base, path: another(leaf)}))
+    changes = config_lib.identity(after) != config_lib.identity(before)
+    assert changes == ("run" in leaf.affects.split())
+    changes = config_lib.program_leaves(after) != config_lib.program_leaves(before)
+    assert changes == ("program" in leaf.affects.split())
+    if others:  # and without them it counts for nothing
+        plain = config_lib.flatten(config_lib.defaults())
+        if not set(leaf.counts_with.split()) & {path, ITSELF}:
+            alone = config_lib.from_flat({**plain, path: another(leaf)})
+            assert config_lib.identity(alone) == config_lib.identity(config_lib.defaults())
+
+
+def test_identity_stays_what_older_runs_have_written():
+    """identity.json of a run, as version 0.1.0 wrote it."""
+    written = {
+        "objective": "sft",
+        "objectives": {"sft": {}},
+        "seed": 0,
+        "model": {"folder": "somewhere", "variant": "", "compute_dtype": "bfloat16"},
+        "data": {
+            "source": "",
+            "encoded": "",
+            "resolution": None,
+            "prompt_dropout": 0.2,
+            "validation_fraction": 0.01,
+        },
+        "train": {"batch_size": 2048},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 2.048e-5,
+            "warmup_steps": 500,
+            "schedule": "constant",
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+        },
+        "debug": {"family": ""},
+    }
+    assert config_lib.identity(valid(objective="sft")) == written
+    written["lora"] = {
+        "rank": 4,
+        "alpha": None,
+        "dropout": 0.0,
+        "targets": ["to_q", "to_k", "to_v", "to_out.0"],
+    }
+    written["timesteps"] = {"low": 0.0, "high": 0.9}
+    changed = valid(objective="sft", lora__rank=4, timesteps__high=0.9)
+    assert config_lib.identity(changed) == written
+
+
+def test_a_leaf_declared_on_one_line_is_everywhere(monkeypatch):
+    line = Leaf(1.0, "how hard it pulls", "(0, 2]", affects="run", counts_with=ITSELF)
+    before = config_lib.identity(valid())
+    monkeypatch.setitem(LEAVES, "train.pull", line)
+    assert "train.pull=1.0 " in reference.describe()
+    assert "how hard it pulls; in (0, 2]" in reference.describe()
+    assert "| pull | `1.0` | how hard it pulls | in (0, 2] | run |" in reference.render()
+    with pytest.raises(ValueError, match=r"train.pull must be in \(0, 2\], but got 3.0"):
+        config_checks.validate(valid(train__pull=3.0))
+    assert config_lib.identity(valid()) == before  # runs from before it can be resumed
+    assert config_lib.identity(valid(train__pull=2.0))["train"]["pull"] == 2.0
+    interface = parsing.Interface({"pull": "train.pull"}, {})
+    config, _ = parsing.parse(["x", "--pull=0.5"], interface)
+    assert config.train["pull"] == 0.5
+    assert "--pull=1.0" in parsing.describe(interface)
+
+
+def test_an_objectives_hyperparameters_are_leaves():
+    @objective(
+        needs_reference=False,
+        needs_rejected=False,
+        pull=Hyperparameter(2.0, "how hard it pulls", "(0, 4]"),
+    )
+    def of_a_test(policy, reference, target, preference, *, pull, power=2):
+        return preference * pull**power
+
+    try:
+        config = valid(objective="of_a_test")
+        assert config.objectives.of_a_test.to_dict() == {"pull": 2.0, "power": 2}
+        assert "objectives.of_a_test.pull=2.0" in reference.describe()
+        assert config_lib.identity(config)["objectives"] == {"of_a_test": {"pull": 2.0, "power": 2}}
+        config.objectives.of_a_test.pull = 5.0
+        with pytest.raises(ValueError, match=r"pull must be .*in \(0, 4\], got pull=5.0; how hard"):
+            config_checks.validate(config)
+        saved = config_lib.flatten(config)
+    finally:
+        del OBJECTIVES["of_a_test"]
+    # A saved config is read where the file that defined the objective is not loaded.
+    assert config_lib.flatten(config_lib.from_flat(saved))["objectives.of_a_test.pull"] == 5.0
+    with pytest.raises(ValueError, match="got 'of_a_test': did you mean"):
+        config_checks.validate(config_lib.from_flat(saved))
+
+
+def test_the_reference_page_is_current():
+    page = (ROOT / "docs" / "config_reference.md").read_text()
+    assert page == reference.render(), "python -m dmpo_jax.config.reference writes it"
 
 
 def test_valid_is_valid():
@@ -117,14 +225,10 @@ def test_validate_refuses_in_words(change, match):
         config_checks.validate(valid(**change))
 
 
-def test_validate_tells_all_faults_and_a_missing_section():
+def test_validate_tells_all_faults():
     with pytest.raises(ValueError) as error:
         config_checks.validate(valid(train__steps=0, log__keep=0))
     assert len(str(error.value).splitlines()) == 2
-    with pytest.raises(ValueError, match=r"no section objectives\.ours"):
-        config_checks.validate(
-            valid(objective="ours"), objectives={**OBJECTIVES, "ours": OBJECTIVES["dmpo"]}
-        )
 
 
 def test_identity_is_what_changes_the_run_and_nothing_else():
@@ -179,134 +283,4 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
     ],
 )
 def test_nearest_is_the_one_meant(meant, wrong):
-    assert config_lib.nearest(wrong, list(config_lib.LEAVES)) == meant
-
-
-def test_split_leaves_the_rest_to_absl():
-    line = "x --config=a.py -config.a.b=1 --workdir=w --config.c -1 --config.d --noconfig.e"
-    rest, overrides = flags.split([*line.split(), "--config.a.b=a=b", "--", "--config.f=1"])
-    assert rest == ["x", "--config=a.py", "--workdir=w", "--", "--config.f=1"]
-    assert overrides == {"a.b": "a=b", "c": "-1", "d": "true", "e": "false"}
-
-
-@pytest.mark.parametrize(
-    ("path", "text", "value"),
-    [
-        ("train.steps", "7", 7),
-        ("mesh.data", "-1", -1),
-        ("optimizer.learning_rate", "1e-4", 1e-4),
-        ("optimizer.learning_rate", "1", 1.0),
-        ("log.tensorboard", "false", False),
-        ("log.wandb", "12", "12"),
-        ("data.source", "folder:a=b", "folder:a=b"),
-        ("data.resolution", "512", 512),
-        ("jobs", "encode,train", ("encode", "train")),
-        ("jobs", "('train',)", ("train",)),
-        ("evaluate.judges", "a, b", ("a", "b")),
-    ],
-)
-def test_override_reads_the_leafs_type(path, text, value):
-    config = config_lib.defaults()
-    flags.apply_overrides(config, {path: text})
-    got = config_lib.flatten(config)[path]
-    assert got == value
-    assert type(got) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("path", "text", "match"),
-    [
-        ("train.stepz", "3", r"there is no train.stepz; did you mean --config.train.steps\?"),
-        ("train.steps", "abc", "train.steps must be an integer, but got 'abc'"),
-        ("train.steps", "1.5", "train.steps must be an integer, but got '1.5'"),
-        ("train.steps.x", "1", "did you mean --config.train.steps"),
-        ("data.resolution", "big", "data.resolution must be an integer, but got 'big'"),
-        ("optimizer.b1", "", "optimizer.b1 must be a number, but got ''"),
-        ("log.tensorboard", "maybe", "true or false, but got 'maybe'"),
-        ("jobs", "(1", "names with commas"),
-        ("mesh", "4", "mesh is a section; its leaves are mesh.cpu_devices, mesh.data, mesh.fsdp"),
-    ],
-)
-def test_override_refuses(path, text, match):
-    with pytest.raises(ValueError, match=match):
-        flags.apply_overrides(config_lib.defaults(), {path: text})
-
-
-CONFIG = """
-from dmpo_jax.config.leaves import defaults
-
-def get_config(variant=""):
-    config = defaults()
-    config.model.folder = "somewhere"
-    if variant == "debug":
-        config.train.steps = 3
-    elif variant:
-        config.train[variant] = 1
-    return config
-"""
-SCRIPT = """'''Trains, as its docstring says.'''
-import functools
-from absl import flags as absl_flags
-from dmpo_jax.config import leaves as config, checks as config_checks, command_line as flags
-from dmpo_jax.objectives import OBJECTIVES
-WORKDIR = absl_flags.DEFINE_string("workdir", "here", "where to")
-def main(config):
-    print(config.train.steps, config.jobs, WORKDIR.value)
-if __name__ == "__main__":
-    flags.run(main, check=functools.partial(config_checks.validate, objectives=OBJECTIVES))
-"""
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("script")
-    (folder / "c.py").write_text(CONFIG)
-    (folder / "run.py").write_text(SCRIPT)
-    return folder
-
-
-def run(script, *argv):
-    root = pathlib.Path(__file__).parents[2]
-    return subprocess.run(
-        [sys.executable, script / "run.py", *argv],
-        cwd=script,
-        env={"PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_command_line_end_to_end(script):
-    # The override may come first, and absl's own flags between.
-    done = run(script, "--config.jobs=encode,train", "--workdir", "there", "--config=c.py:debug")
-    assert (done.returncode, done.stdout) == (0, "3 ('encode', 'train') there\n"), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("argv", "says"),
-    [
-        ("--config=c.py --config.train.stepz=3", "did you mean --config.train.steps?"),
-        ("--config=c.py --config.train.steps=abc", "train.steps must be an integer, but got 'abc'"),
-        ("--config=c.py --config.train.steps=0", "train.steps must be at least 1, but got 0"),
-        ("--config=c.py:stepz", 'c.py:10: Key "stepz" does not exist'),
-        ("--config=nowhere.py", "cannot read nowhere.py (No such file or directory)"),
-        ("--confi=c.py", "confi"),
-        ("--config=c.py stray", "takes flags only, but got ['stray']"),
-        ("", "--config must name a config file"),
-    ],
-)
-def test_command_line_refuses_shortly(argv, says, script):
-    done = run(script, *argv.split())
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
-    assert len(done.stderr.splitlines()) <= 3
-
-
-def test_help_lists_every_leaf(script):
-    done = run(script, "--help")
-    assert done.returncode == 0
-    assert "as its docstring says" in done.stdout
-    assert "--workdir" in done.stdout
-    assert "optimizer.clip_norm=1.0" in done.stdout
+    assert config_lib.nearest(wrong, declared()) == meant

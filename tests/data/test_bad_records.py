@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import (
+    HANDFUL,
+    MAX_LOGGED,
+    Decoded,
+    Tally,
+    TooManyBadError,
+    decode_pair,
+)
 from tests.support.raw_pairs import image
 
 
@@ -33,13 +40,13 @@ def other_file_of_the_same_pixels():
 
 
 def test_a_good_pair_is_decoded():
-    decoded = faults.decode_pair(pair(source=image(2), mask=image(3)), frozenset())
-    assert isinstance(decoded, faults.Decoded)
+    decoded = decode_pair(pair(source=image(2), mask=image(3)), frozenset())
+    assert isinstance(decoded, Decoded)
     for i, array in enumerate(decoded.images):
         np.testing.assert_array_equal(array, np.array(Image.open(io.BytesIO(image(i)))))
     assert (decoded.source, decoded.mask) == (None, None)
     needs = frozenset({"source", "mask"})
-    decoded = faults.decode_pair(pair(source=image(2), mask=image(3, size=(4, 4))), needs)
+    decoded = decode_pair(pair(source=image(2), mask=image(3, size=(4, 4))), needs)
     assert decoded.source.shape == (6, 8, 3)
     assert decoded.mask.shape == (4, 4, 1)
 
@@ -67,16 +74,16 @@ def test_a_good_pair_is_decoded():
 )
 def test_bad_pairs_are_named(changes, reason):
     needs = frozenset({"source", "mask"} if {"source", "mask"} & set(changes) else ())
-    skipped = faults.decode_pair(pair(**changes), needs)
+    skipped = decode_pair(pair(**changes), needs)
     assert isinstance(skipped, sources.Skipped)
-    assert (skipped.id, skipped.reason, skipped.fault) == ("x:0", reason, True)
+    assert (skipped.id, skipped.reason, skipped.bad) == ("x:0", reason, True)
 
 
 def test_no_other_program_is_asked_to_decode():
     """Pillow would run Ghostscript."""
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4)).save(buffer, "EPS")
-    skipped = faults.decode_pair(pair(images=(image(0), buffer.getvalue())))
+    skipped = decode_pair(pair(images=(image(0), buffer.getvalue())))
     assert skipped.detail.endswith("not one of JPEG, PNG, WEBP, GIF, BMP, TIFF")  # and no address
 
 
@@ -92,57 +99,57 @@ def test_16_bit_greys_are_scaled():
         sources.decode_image(buffer.getvalue())
 
 
-def fault(i=0):
+def bad_record(i=0):
     return sources.Skipped(f"x:{i}", "no image", "no file y.png")
 
 
 def test_the_limit_stops_and_says_why(caplog):
-    tally = faults.Tally(0.01, total=1000)
+    tally = Tally(0.01, total=1000)
     for i in range(10):
-        tally.skip(fault(i))
+        tally.skip(bad_record(i))
     assert "x:9 is left out: no image: no file y.png" in caplog.text
     for _ in range(500):
-        tally.skip(sources.Skipped("x:1", "no label", fault=False))
+        tally.skip(sources.Skipped("x:1", "no label", bad=False))
     with pytest.raises(
-        faults.TooManyBadError,
+        TooManyBadError,
         match=r"11 of 1000 .*limit of 1\.00% \(500 no label, 11 no image\).*x:10: no image: no",
     ):
-        tally.skip(fault(10))
-    assert issubclass(faults.TooManyBadError, ValueError)
+        tally.skip(bad_record(10))
+    assert issubclass(TooManyBadError, ValueError)
 
 
 def test_a_handful_never_stops_a_small_job():
-    tally = faults.Tally(total=5)
-    for _ in range(faults.HANDFUL):
-        tally.skip(fault())
-    with pytest.raises(faults.TooManyBadError, match="4 of 5"):
-        tally.skip(fault())
+    tally = Tally(total=5)
+    for _ in range(HANDFUL):
+        tally.skip(bad_record())
+    with pytest.raises(TooManyBadError, match="4 of 5"):
+        tally.skip(bad_record())
 
 
 def test_the_log_has_an_end(caplog):
-    tally = faults.Tally(1.0, total=1000)
+    tally = Tally(1.0, total=1000)
     with caplog.at_level(logging.WARNING):
         for i in range(500):
-            tally.skip(fault(i))
-    assert len(caplog.records) == faults.MAX_LOGGED
+            tally.skip(bad_record(i))
+    assert len(caplog.records) == MAX_LOGGED
     assert tally.counts == {"no image": 500}
 
 
 def test_tallies_add_up_and_are_stored():
-    parts = [faults.Tally(0.01, total=100) for _ in range(3)]
+    parts = [Tally(0.01, total=100) for _ in range(3)]
     for part in parts:
         part.ok(0.5)
         part.ok(1.0)
         part.ok()
-        part.skip(fault())
-        part.skip(fault())
-    whole = faults.Tally(0.01, total=100)
+        part.skip(bad_record())
+        part.skip(bad_record())
+    whole = Tally(0.01, total=100)
     for part in parts:
-        read = faults.Tally.from_json(json.loads(json.dumps(part.to_json())))
+        read = Tally.from_json(json.loads(json.dumps(part.to_json())))
         assert read == part
         assert whole.merge(read) is whole
-    assert (whole.good, whole.ties, whole.faults, whole.counts) == (9, 3, 6, {"no image": 6})
-    with pytest.raises(faults.TooManyBadError, match="6 of 100"):
+    assert (whole.good, whole.ties, whole.bad, whole.counts) == (9, 3, 6, {"no image": 6})
+    with pytest.raises(TooManyBadError, match="6 of 100"):
         whole.check()
     with pytest.raises(ValueError, match="share from 0 to 1, but is 2"):
-        faults.Tally(2, total=1)
+        Tally(2, total=1)

@@ -8,7 +8,9 @@ import pytest
 
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded.folder import EncodedPair, PromptEmbedding
+from dmpo_jax.data.encoded.pair import EncodedPair
+from dmpo_jax.data.encoded.prompts import PromptEmbedding
+from tests.support.encoded import write_pairs
 
 PAIRS, PROMPTS, BATCH = 22, 5, 8  # 22: batches straddle epochs
 
@@ -28,9 +30,7 @@ def write(folder, pooled=True, image_kind=""):
         return PromptEmbedding("p" * j, np.full((3, 2), j, np.float16), vector if pooled else None)
 
     meta = {"model": "tiny", "scaling_factor": 1.0, "image_kind": image_kind}
-    records.write_pairs(
-        folder, {"train": map(pair, range(PAIRS))}, map(prompt, range(PROMPTS)), meta
-    )
+    write_pairs(folder, {"train": map(pair, range(PAIRS))}, map(prompt, range(PROMPTS)), meta)
     return records.open_pairs(folder)
 
 

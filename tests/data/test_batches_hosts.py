@@ -9,8 +9,10 @@ import pytest
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded.folder import EncodedPair, PromptEmbedding
+from dmpo_jax.data.encoded.pair import EncodedPair
+from dmpo_jax.data.encoded.prompts import PromptEmbedding
 from dmpo_jax.parallel import mesh as mesh_lib
+from tests.support.encoded import write_pairs
 from tests.support.meshes import permuted_mesh, pretend_process
 
 BATCH, STEPS = 16, 5
@@ -29,7 +31,7 @@ def write(folder, first, count):
         for j in range(5)
     ]
     meta = {"model": "tiny", "scaling_factor": 1.0}
-    records.write_pairs(folder, {"train": map(pair, range(count))}, prompts, meta)
+    write_pairs(folder, {"train": map(pair, range(count))}, prompts, meta)
     return records.open_pairs(folder)
 
 
@@ -135,7 +137,7 @@ def test_flips_must_have_been_stored(tmp_path, sets):
     pair = sets[0].split("train")[0]._replace(flipped=None)
     prompts = list(sets[0].prompts)
     meta = {"model": "tiny", "scaling_factor": 1.0}
-    records.write_pairs(tmp_path, {"train": [pair]}, prompts, meta)
+    write_pairs(tmp_path, {"train": [pair]}, prompts, meta)
     without = records.open_pairs(tmp_path)
     with pytest.raises(ValueError, match="the folder of encoded pairs does not hold them: encode"):
         make(without, range(BATCH))

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import Tally, decode_pair
 from tests.support.raw_pairs import image, write_images
 
 ROWS = 6
@@ -118,7 +118,7 @@ def is_label(value):
 
 def run(spec, name, expected, outcomes):
     """Reads all of a source; pairs are compared with expected(id) -> RawPair."""
-    tally = faults.Tally(1.0, total=10_000)
+    tally = Tally(1.0, total=10_000)
     try:
         source = sources.open_source(spec)
         length, units = len(source), source.units()
@@ -138,7 +138,7 @@ def run(spec, name, expected, outcomes):
             continue
         assert item == expected(item.id), item.id
         assert 0 <= item.preference <= 1
-        decoded = faults.decode_pair(item)
+        decoded = decode_pair(item)
         if isinstance(decoded, sources.Skipped):
             tally.skip(decoded)
         else:
@@ -357,7 +357,7 @@ def test_jpeg():
         pair = sources.RawPair(str(seed), "a", (other, data), 1.0)
         with time_limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of files that it can read in part
-            found = faults.decode_pair(pair)
+            found = decode_pair(pair)
             if isinstance(found, sources.Skipped):
                 assert found.id == str(seed)
                 reasons[found.reason] += 1

@@ -9,7 +9,9 @@ import pytest
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded.folder import EncodedPair, PromptEmbedding
+from dmpo_jax.data.encoded.pair import EncodedPair
+from dmpo_jax.data.encoded.prompts import PromptEmbedding
+from tests.support.encoded import write_pairs
 
 BATCH = 8
 META = {"model": "tiny", "scaling_factor": 1.0}
@@ -28,7 +30,7 @@ def write(folder, first, count, *, validation=0, width=2, meta=META, side=2):
     splits = {"train": map(pair, range(count))}
     if validation:
         splits["validation"] = map(pair, range(count, count + validation))
-    records.write_pairs(folder, splits, prompts, meta)
+    write_pairs(folder, splits, prompts, meta)
     return records.open_pairs(folder)
 
 

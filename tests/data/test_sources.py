@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dmpo_jax.data import raw as sources
+from tests.support import raw_pairs
 
 
 def encoded(value=0, size=(6, 4), mode="RGB", kind="PNG"):
@@ -32,12 +33,12 @@ def test_round_trip(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.parquet"]
     source = sources.open_source(f"pickapic:{tmp_path}/a/b.parquet")
     assert len(source) == 150
-    for i, (got, want) in enumerate(zip(source, rows, strict=True)):
+    for i, (got, want) in enumerate(zip(raw_pairs.read(source), rows, strict=True)):
         images = (want["jpg_0"], want["jpg_1"])
         wanted = (f"b.parquet:{i}", want["caption"], images, want["label_0"])
         assert got == (*wanted, want.get("jpg_source"), want.get("mask"))
-    assert len({pair.id for pair in source}) == 150
-    assert not source.skipped
+    assert len({pair.id for pair in raw_pairs.read(source)}) == 150
+    assert not raw_pairs.skipped(source)
     stored = pq.read_table(tmp_path / "a" / "b.parquet").to_pylist()
     assert stored[0]["best_image_uid"] == stored[0]["image_1_uid"]
     assert stored[1]["best_image_uid"] == "tie"
@@ -56,13 +57,13 @@ def test_skips_are_counted_and_ties_kept(tmp_path):
     ]
     sources.write_pick_a_pic(tmp_path / "x.parquet", rows)
     source = sources.PickAPic(tmp_path / "x.parquet")
-    for _ in range(2):  # a second pass counts anew
-        assert [pair.preference for pair in source] == [0.5, 0.0]
-        assert source.skipped == {"no label": 1, "equal images": 2, "no image": 1}
+    for _ in range(2):
+        assert [pair.preference for pair in raw_pairs.read(source)] == [0.5, 0.0]
+        assert raw_pairs.skipped(source) == {"no label": 1, "equal images": 2, "no image": 1}
     assert len(source) == 6
     dropping = sources.open_source(f"pickapic:{tmp_path}", ties="drop")
-    assert [pair.preference for pair in dropping] == [0.0]
-    assert dropping.skipped["tie"] == 1
+    assert [pair.preference for pair in raw_pairs.read(dropping)] == [0.0]
+    assert raw_pairs.skipped(dropping)["tie"] == 1
 
 
 def test_folders_and_patterns(tmp_path):
@@ -70,7 +71,7 @@ def test_folders_and_patterns(tmp_path):
         sources.write_pick_a_pic(tmp_path / f"{name}.parquet", [row(1)])
     (tmp_path / "README.md").write_text("not parquet")
     assert len(sources.PickAPic(tmp_path)) == 3
-    ids = [pair.id for pair in sources.PickAPic(tmp_path / "train-*.parquet")]
+    ids = [pair.id for pair in raw_pairs.read(sources.PickAPic(tmp_path / "train-*.parquet"))]
     assert ids == ["train-0.parquet:0", "train-1.parquet:0"]
     with pytest.raises(FileNotFoundError, match="no parquet file"):
         sources.PickAPic(tmp_path / "absent")
@@ -80,7 +81,7 @@ def test_folders_and_patterns(tmp_path):
 
 def test_only_four_columns_are_required(tmp_path):
     pq.write_table(pa.Table.from_pylist([row(0, 0.25)]), tmp_path / "x.parquet")
-    (pair,) = sources.PickAPic(tmp_path)
+    (pair,) = raw_pairs.read(sources.PickAPic(tmp_path))
     assert pair.preference == 0.25
 
 
@@ -97,7 +98,7 @@ def test_wrong_labels_are_skipped(tmp_path):
     (unit,) = source.units()
     pair, *skipped = source.read(unit)
     assert pair.id == "x.parquet:0"
-    assert [(s.id, s.reason, s.fault) for s in skipped] == [
+    assert [(s.id, s.reason, s.bad) for s in skipped] == [
         (f"x.parquet:{i}", "bad label", True) for i in range(1, 5)
     ]
     assert "is 2.0" in skipped[0].detail
@@ -118,7 +119,7 @@ def test_reads_a_few_rows_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
     source = sources.PickAPic(tmp_path)
     sizes.clear()
-    assert next(iter(source)).prompt == "prompt 0"
+    assert next(source.read(source.units()[0])).prompt == "prompt 0"
     assert sizes == [sources.ROWS_AT_ONCE]
 
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 
 from dmpo_jax.data import raw as sources
-from tests.support.raw_pairs import check_units, image, write_images
+from tests.support.raw_pairs import check_units, image, read, write_images
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,12 @@ def test_images_are_read_undecoded(datasets, tmp_path):
     for i, item in enumerate(found):
         assert item.id == f"data:{i}"
         if i % 5 > 2:
-            assert (item.reason, item.fault) == [("bad label", True), ("no label", False)][
-                i % 5 - 3
-            ]
+            assert (item.reason, item.bad) == [("bad label", True), ("no label", False)][i % 5 - 3]
         else:
             second = paths[1] if i == 69 else image(2 * i + 1)
             assert item[1:4] == (f"prompt {i}", (image(2 * i), second), rows["label_0"][i])
     data.select(range(9, -1, -1)).save_to_disk(tmp_path / "reversed")  # by an index
-    prompts = [pair.prompt for pair in sources.open_source(f"hf:{tmp_path}/reversed")]
+    prompts = [pair.prompt for pair in read(sources.open_source(f"hf:{tmp_path}/reversed"))]
     assert prompts == [f"prompt {i}" for i in (7, 6, 5, 2, 1, 0)]
 
 

@@ -10,7 +10,14 @@ import pytest
 
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.raw import source as base
-from tests.support.raw_pairs import check_units, image, make_bucket, write_images
+from tests.support.raw_pairs import (
+    check_units,
+    image,
+    make_bucket,
+    read,
+    skipped,
+    write_images,
+)
 
 FORMATS = ["jsonl", "json", "csv", "tsv", "parquet"]
 
@@ -74,10 +81,10 @@ def test_labels_votes_and_scores(kind, names, values, preferences, tmp_path):
     assert [pair.preference for pair in pairs] == preferences
     assert {pair.images for pair in pairs} == {tuple(images)}
     dropping = sources.open_source(spec, ties="drop")
-    assert [pair.preference for pair in dropping] == [p for p in preferences if p != 0.5]
-    assert dropping.skipped == {"tie": 1}
+    assert [pair.preference for pair in read(dropping)] == [p for p in preferences if p != 0.5]
+    assert skipped(dropping) == {"tie": 1}
     (tie,) = [x for u in dropping.units() for x in dropping.read(u) if hasattr(x, "reason")]
-    assert (tie.id, tie.fault) == (f"t.{kind}:2", False)
+    assert (tie.id, tie.bad) == (f"t.{kind}:2", False)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -107,8 +114,8 @@ def test_ranked_lists_become_pairs(kind, names, better, tmp_path):
     assert len(seen) == 10
     assert pairs[10].preference == float(better < 0)
     dropping = sources.open_source(f"table:{tmp_path}/t.{kind}", ties="drop")
-    assert len(list(dropping)) == 10
-    assert dropping.skipped == {"tie": 1}
+    assert len(read(dropping)) == 10
+    assert skipped(dropping) == {"tie": 1}
 
 
 def test_editing_triples(tmp_path):
@@ -191,12 +198,12 @@ def test_bad_rows_are_skipped_by_reason(tmp_path):
     assert pair.prompt == "a"
     reasons = [reason for reason, _ in bad] + ["not JSON"] * 4 + ["not UTF-8"]
     assert [s.reason for s in skipped] == reasons
-    assert all(s.fault for s in skipped)
+    assert all(s.bad for s in skipped)
     assert [s.id for s in skipped] == [f"t.jsonl:{i}" for i in range(1, 18)]
 
 
 @pytest.mark.parametrize(
-    ("change", "reason", "fault"),
+    ("change", "reason", "bad"),
     [
         ({"votes_0": 0, "votes_1": 0}, "no label", False),
         ({"votes_0": None}, "no label", False),
@@ -204,12 +211,12 @@ def test_bad_rows_are_skipped_by_reason(tmp_path):
         ({"votes_0": 1e308, "votes_1": 1e308}, "bad label", True),
     ],
 )
-def test_votes_that_say_nothing(change, reason, fault, tmp_path):
+def test_votes_that_say_nothing(change, reason, bad, tmp_path):
     write_images(tmp_path, 2)
     row = {"prompt": "a", "image_0": "0.png", "image_1": "1.png", "votes_0": 2, "votes_1": 1}
     source = sources.open_source(write(tmp_path, [{**row, **change}]))
     (got,) = check_units(source, 1)
-    assert (got.reason, got.fault) == (reason, fault)
+    assert (got.reason, got.bad) == (reason, bad)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.raw import web_dataset
-from tests.support.raw_pairs import check_units, image, make_bucket
+from tests.support.raw_pairs import check_units, image, make_bucket, read, skipped
 
 
 def write(file, samples):
@@ -53,8 +53,8 @@ def test_shards_are_read_as_webdataset_reads_them(tmp_path):
         assert pair.prompt == json.loads(want["json"])["prompt"] == f"prompt {i}"
         assert pair.preference == (i % 3) / 2
     dropping = sources.open_source(f"webdataset:{tmp_path}/a*.tar", ties="drop")
-    assert len(list(dropping)) == 20
-    assert dropping.skipped == {"tie": 10}
+    assert len(read(dropping)) == 20
+    assert skipped(dropping) == {"tie": 10}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_bad_samples_are_skipped_by_reason(tmp_path, monkeypatch):
     first, *skipped, last = check_units(sources.open_source(f"webdataset:{tmp_path}"), len(samples))
     assert (first.prompt, last.prompt) == ("prompt 0", "prompt 2")
     assert [s.reason for s in skipped] == [reason for reason, _ in bad]
-    assert [s.fault for s in skipped] == [reason != "no label" for reason, _ in bad]
+    assert [s.bad for s in skipped] == [reason != "no label" for reason, _ in bad]
 
 
 def damage(data, kind):

@@ -17,9 +17,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
 from dmpo_jax.data.raw import counts, splits
+from dmpo_jax.data.raw.bad_records import TooManyBadError, decode_pair
 from dmpo_jax.data.tfds import PairsConfig, PreferencePairs, build
+from tests.support.raw_pairs import read
 
 ROOT = pathlib.Path(__file__).parents[2]
 BAD = 3  # undecodable rows of `write`: a handful
@@ -52,7 +53,7 @@ def write(folder, files=4, each=30):
             bad += [{**row, "has_label": False} for row in rows(9100, 2)]
         sources.write_pick_a_pic(folder / f"{k}.parquet", [*rows(k * each, each), *bad])
     found = sources.open_source(f"pickapic:{folder}")
-    return [p for p in found if not isinstance(faults.decode_pair(p), sources.Skipped)]
+    return [p for p in found if not isinstance(decode_pair(p), sources.Skipped)]
 
 
 def make(folder, data_dir, **changes):
@@ -97,7 +98,7 @@ def test_what_is_built_is_the_source(example):
         for pair in pairs
         if splits.is_held_out(pair.prompt, 0.3) == held_out
     ]
-    assert list(source) == wanted  # every field, in order
+    assert read(source) == wanted  # every field, in order
     assert len(source) == len(wanted) == 120
     assert source.given == {"source", "mask"}
     assert [p for unit in source.units() for p in source.prompts(unit)] == [
@@ -139,8 +140,8 @@ def test_statistics(example):
 def test_a_build_can_be_built_again(example, tmp_path):
     _, _, builder = example
     again = built("", tmp_path, source=f"tfds:{builder.data_dir}", ties="drop")
-    kept = list(sources.open_source(f"tfds:{again.data_dir}"))
-    assert kept == list(sources.open_source(f"tfds:{builder.data_dir}", ties="drop"))
+    kept = read(sources.open_source(f"tfds:{again.data_dir}"))
+    assert kept == read(sources.open_source(f"tfds:{builder.data_dir}", ties="drop"))
     assert len(kept) == 90
     found = json.loads((again.data_path / "statistics.json").read_text())
     assert found["skipped"] == {"tie": 30}
@@ -163,7 +164,7 @@ def test_too_many_bad_rows_leave_nothing(tmp_path):
     path = tmp_path / "raw" / "00.parquet"  # in another shard than the other bad rows
     sources.write_pick_a_pic(path, [{**row, "jpg_1": b"no"} for row in rows(8000, 2)])
     builder = make(tmp_path / "raw", tmp_path / "out")
-    with pytest.raises(faults.TooManyBadError, match="5 undecodable image"):
+    with pytest.raises(TooManyBadError, match="5 undecodable image"):
         builder.download_and_prepare()
     assert not builder.data_path.exists()
     built(tmp_path / "raw", tmp_path / "out", max_bad=0.05)
@@ -180,7 +181,7 @@ def test_bad_rows_of_all_shards_add_up(tmp_path, monkeypatch):
         written.append((job, shard))
 
     monkeypatch.setattr(build, "write_shard", write_shard)
-    with pytest.raises(faults.TooManyBadError, match="4 of 110 pairs are bad"):
+    with pytest.raises(TooManyBadError, match="4 of 110 pairs are bad"):
         built(tmp_path / "raw", tmp_path / "out", shard_pairs=20)
     assert len(written) == 2  # one process stops as soon as it can
     # What Beam's workers report is added up at the end.
@@ -189,7 +190,7 @@ def test_bad_rows_of_all_shards_add_up(tmp_path, monkeypatch):
     for _, shard in list(written):
         write_shard(job, shard)
         reports.append(build.take_report(job, shard))
-    with pytest.raises(faults.TooManyBadError, match="4 of 110 pairs are bad"):
+    with pytest.raises(TooManyBadError, match="4 of 110 pairs are bad"):
         build.summarize(job, reports)
 
 

@@ -1,6 +1,5 @@
 """Tests for dmpo_jax/encoding: raw pairs in, the same files out however it was run."""
 
-import itertools
 import os
 import pathlib
 import random
@@ -16,11 +15,11 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded.pair import flip_sizes
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import TooManyBadError
 from dmpo_jax.encoding import encode as job
 from dmpo_jax.encoding import pairs as encode_pairs
 from dmpo_jax.encoding import parts as encode_parts
@@ -29,7 +28,7 @@ from dmpo_jax.families import SD_INPAINT
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
 from tests.support import tiny
-from tests.support.raw_pairs import png
+from tests.support.raw_pairs import png, read
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = (7, 5, 9, 6)  # of the files: every one a unit, and 8 pairs make a batch
@@ -112,7 +111,7 @@ def stored(pairs):
 
 def test_every_pair_is_there_once(made, whole):
     pairs = records.open_pairs(whole)
-    raw = {pair.id: pair for pair in sources.open_source(made[0])}
+    raw = {pair.id: pair for pair in read(sources.open_source(made[0]))}
     found = stored(pairs)
     assert len(raw) == sum(ROWS)
     assert set(found) == set(raw)
@@ -126,7 +125,7 @@ def test_every_pair_is_there_once(made, whole):
 def test_prompts_are_numbered_by_first_occurrence(made, whole, monkeypatch):
     texts = [prompt.text for prompt in records.open_pairs(whole).prompts]
     assert texts == list(
-        dict.fromkeys(["", *(pair.prompt for pair in sources.open_source(made[0]))])
+        dict.fromkeys(["", *(pair.prompt for pair in read(sources.open_source(made[0])))])
     )
 
 
@@ -251,7 +250,7 @@ class KilledError(BaseException):
 @pytest.mark.parametrize("where", ["prompts-00001", "pairs-00002"])
 def test_what_is_done_is_not_done_again(where, made, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    save = encode_parts.shards.save_json
+    save = storage.write_json
 
     def dying(path, value):
         if where in path.name:
@@ -259,7 +258,7 @@ def test_what_is_done_is_not_done_again(where, made, whole, tmp_path, monkeypatc
         save(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encode_parts.shards, "save_json", dying)
+        patch.setattr(storage, "write_json", dying)
         with pytest.raises(KilledError):
             encode(made, out)
     assert not list(out.glob(".*"))
@@ -359,7 +358,7 @@ def mirrored(made, tmp_path_factory):
 
 
 def check_moments(made, pairs, moments, dtype):
-    raw = list(itertools.islice(sources.open_source(made[0]), 8))
+    raw = read(sources.open_source(made[0]))[:8]
     want = expected(made, [pixels.load_pixels(pair, (), SIDE) for pair in raw])
     assert want.shape[-1] == 8
     want = want[..., :4] if moments == "mean" else want
@@ -391,7 +390,7 @@ def test_other_moments_are_the_vaes_but_for_rounding(moments, dtype, made, tmp_p
 
 def test_flips_are_of_both_images(made, mirrored):
     assert mirrored.meta.flipped
-    raw = list(itertools.islice(sources.open_source(made[0]), 8))
+    raw = read(sources.open_source(made[0]))[:8]
     loaded = [pixels.load_pixels(pair, (), SIDE) for pair in raw]
     want = expected(made, [x._replace(images=x.images[:, :, ::-1]) for x in loaded])
     plain = expected(made, loaded)
@@ -445,7 +444,7 @@ def test_bad_records_are_counted_and_left_out(made, tmp_path):
     for row in rows[15:]:
         row["jpg_0"] = b"no image"
     sources.write_pick_a_pic(tmp_path / "bad.parquet", rows)
-    with pytest.raises(faults.TooManyBadError):
+    with pytest.raises(TooManyBadError):
         encode((f"pickapic:{tmp_path / 'bad.parquet'}", made[1]), tmp_path / "bad")
     assert not list((tmp_path / "bad").glob("encoded*"))
     assert not list((tmp_path / "bad").glob(".*"))

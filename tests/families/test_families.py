@@ -1,6 +1,7 @@
 """Every supported pipeline, from a folder of PyTorch's to one that PyTorch opens again."""
 
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -25,13 +26,16 @@ from PIL import Image
 from dmpo_jax import diffusers_io, families
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.encoding.pixels import load_pixels
 from dmpo_jax.families import editing
-from dmpo_jax.jobs import train
 from dmpo_jax.jobs.run import run
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
-from tests.support import launched, tiny, torch_pipelines
+from dmpo_jax.training import step
+from dmpo_jax.training.build import check_fits
+from tests.support import tiny, torch_pipelines
+from tests.support.quick import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDE = torch_pipelines.SIDE
@@ -76,9 +80,7 @@ def leaves(model, source) -> dict:
 
 
 def train_here(model, source, workdir, monkeypatch):
-    monkeypatch.setattr(
-        train.step, "COMPILER_OPTIONS", {**train.step.COMPILER_OPTIONS, **launched.QUICK}
-    )
+    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **QUICK})
     run(tiny.make_config("", "", **leaves(model, source)), workdir)
 
 
@@ -225,9 +227,7 @@ def assert_same_unet(pipeline, folder):
         wanted = pipeline.unet(sample, times, context, added_cond_kwargs=added).sample
     arrays = (sample.permute(0, 2, 3, 1), times, context, pooled, ids)
     structure, params = parameters.split(unet)
-    call = jax.jit(
-        lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=launched.QUICK
-    )
+    call = jax.jit(lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=QUICK)
     found = call(params, *[None if x is None else jnp.asarray(x.numpy()) for x in arrays])
     np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1), atol=2e-4, rtol=2e-4)
 
@@ -374,15 +374,17 @@ def test_a_pair_without_its_source_is_left_out(inpainting, tmp_path):
     assert records.open_pairs(tmp_path / "out").meta.skipped == {"no source": 1}
 
 
-def test_pairs_of_another_kind_are_refused(inpainting):
-    shapes = {"moments": {"shape": [2, 8, 8, 8]}, "context": {"shape": [8, 16]}, "pooled": None}
-    unet = diffusers_io.load_unet(inpainting)
-    pairs = records.EncodedPairs.__new__(records.EncodedPairs)
-    pairs.meta = {"shapes": shapes, "image_kind": "inpaint"}
-    train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
-    pairs.meta.image_kind = ""
+def test_pairs_of_another_kind_are_refused():
+    family = FAMILY["sd_inpaint"]
+    facts = family.facts(debug.model_config(family))
+    meta = EncodedMeta.expected(
+        family, facts, size=(8, 8), latent_channels=4, tokens=8, scaling_factor=1.0
+    )
+    check_fits(family, facts, meta)
     with pytest.raises(ValueError, match="images of kind 'inpaint', the encoded pairs hold ''"):
-        train.check_fits(unet, FAMILY["sd_inpaint"], pairs)
+        check_fits(family, facts, dataclasses.replace(meta, image_kind=""))
+    with pytest.raises(ValueError, match="packed 1 x 1, the encoded pairs are packed 2 x 2"):
+        check_fits(family, facts, dataclasses.replace(meta, pack=2))
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dmpo_jax.config import arguments
-from dmpo_jax.config.leaves import from_leaves
+from dmpo_jax.config.leaves import from_flat
 from dmpo_jax.jobs import collect, encode, evaluate
 from dmpo_jax.jobs import run as jobs_run
 from dmpo_jax.jobs.run import run
@@ -47,7 +47,7 @@ def test_what_the_last_job_lacks_is_said_before_the_first(changes, message, star
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     made = {"PROMPTS": str(tmp_path / "prompts.txt"), "MODEL": str(tmp_path)}
     changes = {path: made.get(value, value) for path, value in changes.items()}
-    config = from_leaves({**DIGITS, "jobs": ("train", "evaluate"), **changes})
+    config = from_flat({**DIGITS, "jobs": ("train", "evaluate"), **changes})
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path / "run")
     assert started == []
@@ -55,20 +55,20 @@ def test_what_the_last_job_lacks_is_said_before_the_first(changes, message, star
 
 def test_the_jobs_run_in_order_once_all_are_checked(started, tmp_path):
     jobs = ("collect", "encode", "train", "evaluate")
-    run(from_leaves({**DIGITS, "jobs": jobs}), tmp_path / "run")
+    run(from_flat({**DIGITS, "jobs": jobs}), tmp_path / "run")
     assert started == list(jobs)
 
 
 def test_a_source_of_no_kind_is_refused_before_collecting(started, tmp_path):
     changes = {"jobs": ("collect", "encode"), "data.source": "parquet:x"}
     with pytest.raises(ValueError, match="KIND one of hf, pickapic"):
-        run(from_leaves({**DIGITS, **changes}), tmp_path / "run")
+        run(from_flat({**DIGITS, **changes}), tmp_path / "run")
     assert started == []
 
 
 @pytest.mark.parametrize("job", ["collect", "evaluate"])
 def test_vae_and_sampler_reach_what_is_drawn(job, monkeypatch, tmp_path):
-    config = from_leaves({**DIGITS, "model.vae": "other-vae", "sample.sampler": "euler"})
+    config = from_flat({**DIGITS, "model.vae": "other-vae", "sample.sampler": "euler"})
     asked = {}
 
     class ReachedError(Exception):
@@ -92,5 +92,5 @@ def test_vae_and_sampler_reach_what_is_drawn(job, monkeypatch, tmp_path):
 def test_every_leaf_of_sample_that_draws_is_passed_on():
     """No drift between commands: what is drawn is a function of all of these."""
     elsewhere = {"images_per_prompt", "prompts", "count"}
-    config = from_leaves({})
+    config = from_flat({})
     assert set(arguments.sampling(config)) == set(config.sample) - elsewhere

@@ -13,7 +13,6 @@ from dmpo_jax.models.attention import (
     RESIDUALS,
     attention,
     best_kernel,
-    splash_cost,
     takes_cudnn,
     takes_splash,
 )
@@ -190,13 +189,3 @@ def test_refusals():
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match=r"needs NVIDIA GPUs.*use 'plain'"):
             attention(*inputs, kernel="cudnn")
-
-
-def test_splash_cost():
-    """Five products after two; a head of 40 costs what one of 128 does, and reads less."""
-    forward, read = splash_cost(2, 4096, 8, 40, backward=False)
-    assert forward == 2 * 2 * 2 * 8 * 4096**2 * 128
-    assert splash_cost(2, 4096, 8, 40, backward=True)[0] == 2.5 * forward
-    wider = splash_cost(2, 4096, 8, 128, backward=False)
-    assert wider[0] == forward
-    assert wider[1] > read

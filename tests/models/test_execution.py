@@ -17,6 +17,7 @@ from dmpo_jax.parallel import mesh as meshes
 from dmpo_jax.parallel import placement
 from dmpo_jax.planning import hlo
 from tests.support import full_size
+from tests.support.quick import QUICK
 
 UNET = {
     "block_out_channels": [16, 32],
@@ -65,8 +66,7 @@ def loss_and_gradient(how: Execution, mesh=None):
     if mesh is not None:
         params = jax.device_put(params, meshes.parameter_sharding(mesh, params))
         given = jax.device_put(given, meshes.batch_sharding(mesh))
-    quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(jax.value_and_grad(loss), compiler_options=quick)
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
     compiled = run.lower(params, *given).compile()
     return jax.device_get(compiled(params, *given)), compiled
 

@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
-from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.training import step
+from dmpo_jax.training import build, step
 from dmpo_jax.types import Condition, PairBatch
+from tests.support import steps
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv", "proj_in", "time_emb_proj")
@@ -35,8 +34,6 @@ TWO = {
     "attention_head_dim": 2,
 }
 F32, BF16 = jnp.float32, jnp.bfloat16
-DMPO = functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01)
-SCHEDULE = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 @functools.cache
@@ -72,16 +69,9 @@ def make_batch(pairs, size=16):
 
 
 def make_setup(merge, **changes):
-    setup = step.Setup(
-        predict=SD.make_predict(merge),
-        objective=DMPO,
-        needs_reference=True,
-        needs_rejected=True,
-        schedule=SCHEDULE,
-        scaling_factor=0.18215,
-        tx=optax.adamw(1e-2),
-        adapters=True,
-    )
+    given = steps.settings(lora=build.Lora(rank=4))
+    (structure,) = merge.args
+    setup = build.make_setup(SD, structure, steps.SCHEDULE, steps.META, optax.adamw(1e-2), given)
     return setup._replace(**changes)
 
 

@@ -12,6 +12,7 @@ from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 from tests.support import full_size, torch_models
+from tests.support.quick import QUICK
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -44,8 +45,8 @@ def unet_inputs(model, size, seed=1):
 
 
 def compiled(fn, *args):
-    """`fn` jitted. LLVM's optimisation takes half of the time here and changes no meaning."""
-    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})(*args)
+    """`fn` jitted. The compiler's optimisation takes most of the time and changes no meaning."""
+    return jax.jit(fn, compiler_options=QUICK)(*args)
 
 
 GRADIENTS = ("small", "sd15", "sdxl")  # these are checked forward as well

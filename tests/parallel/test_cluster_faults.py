@@ -208,7 +208,6 @@ import pathlib, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[4]))
 from dmpo_jax.parallel import mesh, processes
-from dmpo_jax.training import step
 from dmpo_jax.diffusers_io import placement
 from dmpo_jax.jobs import train
 from tests.support import tiny
@@ -220,16 +219,16 @@ keep = optax.GradientTransformation(  # for its state
     lambda params: jax.tree.map(jnp.zeros_like, params),
     lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
 )
-run = run._replace(setup=run.setup._replace(tx=keep))
-state = train.make_state(run, params)
+built = run.step._replace(setup=run.step.setup._replace(tx=keep))
+run = run._replace(step=built)
+state = built.make_state(params)
 # Also away from the reference, where rounding counts more: u is no longer small.
 away = jax.jit(lambda s: (s.step + 0, {k: 1.01 * v for k, v in s.params.items()}))(state)
-update = step.jit_train_step(run.setup, jax.tree.map(lambda x: x.sharding, state))
-sharding = mesh.batch_sharding(run.devices)
-batch = mesh.shard_batch(next(train.make_batches(run, 0)), sharding, config.train.batch_size)
+update = built.make_update(state)
+batch = mesh.shard_batch(next(run.batches()), built.batch_sharding(), config.train.batch_size)
 found = {}
 for place in ("start", "moved"):
-    state, _ = update(state, run.reference, batch, run.key)
+    state, _ = update(state, built.reference, batch, run.key)
     found |= {f"{place} {k}": placement.gather(v) for k, v in state.opt_state.items()}
     state = state._replace(step=away[0], params=away[1])
 if jax.process_index() == 0:

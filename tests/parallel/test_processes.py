@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/parallel/processes.py and jobs/stopping.py: what needs no training run."""
+"""Tests for dmpo_jax/parallel/processes.py and training/stopping.py: what needs no training run."""
 
 import os
 import subprocess
@@ -6,9 +6,7 @@ import sys
 
 import pytest
 
-from dmpo_jax.config import command_line as flags
 from dmpo_jax.parallel import processes
-from dmpo_jax.training import stopping
 from tests.support import launched
 
 ADDRESS = "10.0.0.1:8476"
@@ -90,71 +88,40 @@ def test_a_task_alone_on_its_node_takes_every_gpu():
     assert processes.local_devices(gpus) is None
 
 
-def test_errors_of_our_own_are_words_and_others_are_bugs():
-    def caught(act):
-        with pytest.raises(ValueError) as error:
-            act()
-        return flags.words_of(error.value)
+WATCHED = """
+import time
+from dmpo_jax.training import stopping
 
-    assert "must be HOST:PORT" in caught(lambda: find(FULL, coordinator="node3"))
-    assert caught(lambda: int("x")) == ""
-    assert caught(lambda: processes._integer({"a": "³"}, "a", 0)) == ""  # raised by int, in ours
-    assert flags.words_of(OSError(28, "No space left on device", "/full")) == (
-        "/full: No space left on device"
+with stopping.Watchdog(0):  # no limit
+    time.sleep(0.2)
+with stopping.Watchdog(0.1):
+    pass
+time.sleep(0.5)  # training has ended: nothing is watched
+with stopping.Watchdog(1) as watchdog:
+    time.sleep(1.5)  # the first update may compile: thrice as long
+    for i in range(2, 17):
+        watchdog.alive(f"update {i}")
+        time.sleep(0.1)
+    watchdog.alive("a checkpoint", slow=True)
+    time.sleep(1.5)
+    print("spared", flush=True)
+    watchdog.alive("update 17")
+    time.sleep(60)
+"""
+
+
+def test_the_watchdog_ends_what_hangs_and_spares_what_moves():
+    run = subprocess.run(
+        [sys.executable, "-c", WATCHED],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
-
-
-class Clock:
-    """Time that passes only in waiting, and what is done meanwhile."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(stopping.faulthandler, "dump_traceback", lambda: None)
-        monkeypatch.setattr(processes, "abort", lambda *ending: self.ended.append(ending))
-        self.ended = []
-        self.script = []  # (second, call), in order; a call that returns True ends the waiting
-
-    def wait(self, seconds):
-        until = self.now + seconds
-        while self.script and self.script[0][0] <= until:
-            self.now, call = self.script.pop(0)
-            if call():
-                return True
-        self.now = until
-        return False
-
-
-def test_the_watchdog_ends_what_hangs_and_spares_what_moves(monkeypatch):
-    clock = Clock(monkeypatch)
-    watchdog = stopping.Watchdog(10)
-    watchdog._done = clock
-    clock.script = [
-        (29, lambda: watchdog.alive("update 2")),  # the first may compile: thrice as long
-        (38, lambda: watchdog.alive("update 3")),
-        (47, lambda: watchdog.alive("a checkpoint", slow=True)),
-        (76, lambda: watchdog.alive("update 4")),
-    ]
-    watchdog._watch()
-    assert clock.now == 86
-    ((status, words),) = clock.ended
-    assert status == processes.RESTART
-    assert words.startswith("update 4 has not come to an end within 10 s (train.hang_limit)")
-
-
-def test_the_watchdog_stops_when_training_does(monkeypatch):
-    clock = Clock(monkeypatch)
-    watchdog = stopping.Watchdog(10)
-    watchdog._done = clock
-    clock.script = [(5, lambda: True)]
-    watchdog._watch()
-    assert not clock.ended
-
-
-def test_no_limit_starts_no_watch(monkeypatch):
-    monkeypatch.setattr(stopping.threading, "Thread", None)
-    with stopping.Watchdog(0) as watchdog:
-        watchdog.alive("update 1")
+    assert run.stdout == "spared\n", run.stderr
+    assert run.returncode == processes.RESTART
+    assert "update 17 has not come to an end within 1 s (train.hang_limit)" in run.stderr
+    assert 'File "<string>", line 20 in <module>' in run.stderr  # where it stands
 
 
 JOIN = """
@@ -211,3 +178,45 @@ def test_all_end_with_the_words_and_status_of_the_first_that_fails():
             process.kill()
     assert [process.returncode for process in both] == [1, 1], said
     assert "process 1 has failed, so this one ends: the disk of process 1 is full" in said[0]
+
+
+LOST = """
+import os, sys, jax
+from jax.experimental import multihost_utils
+from dmpo_jax.parallel import processes
+jax.config.update("jax_num_cpu_devices", 1)
+processes.join(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+processes.barrier("both are here")
+processes.ANSWER = 3
+if sys.argv[3] == "gone" and jax.process_index() == 1:
+    os._exit(9)
+try:
+    if sys.argv[3] == "gone":
+        for i in range(100):
+            processes.barrier(f"which process 1 never comes to {i}")
+    raise ValueError("a bug, which both have")
+except Exception as error:
+    print(processes.is_lost_peer(error), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(("what", "lost"), [("gone", "True"), ("bug", "False")])
+def test_a_process_that_does_not_answer_is_lost(what, lost):
+    address = f"127.0.0.1:{launched.free_port()}"
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOST, address, str(i), what],
+            env=environ,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert said[0].splitlines()[-1] == lost

@@ -1,117 +1,145 @@
-"""The analytic count equals the traced program's, and the full-size models' known numbers."""
+"""FLOPs counted from traced programs, and the full-size models' known numbers."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from dmpo_jax.families import SD, SDXL
+from dmpo_jax.data.encoded.meta import EncodedMeta
+from dmpo_jax.families import PUBLISHED, SD, SDXL, SDXL_EDIT
 from dmpo_jax.models import lora, parameters
-from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.planning import flops
+from dmpo_jax.toy import tiny
 from dmpo_jax.types import Condition
-from tests.support import full_size
 
-TOKENS, BATCH = 5, 2
-SMALL = {"in_channels": 4, "out_channels": 4, "norm_num_groups": 4, "layers_per_block": 1}
-CONFIGS = {
-    "sd": {**SMALL, **SD.tiny.model},
-    "sdxl": {**SMALL, **SDXL.tiny.model, "layers_per_block": 2},
-    "sd2_valid_downsampling": {
-        **SMALL,
-        **SD.tiny.model,
-        "use_linear_projection": True,
-        "downsample_padding": 0,
-        "transformer_layers_per_block": [1, 2, 1, 1],
-    },
-}
+TOKENS = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1")
-# Their input is data: the one product of their backward that would give it a gradient is spared.
-AT_THE_EDGE = ("conv_in", "_embedding.linear_1", "attn2.to_k", "attn2.to_v")
+FAMILIES = {"sd": SD, "sdxl": SDXL, "sdxl_edit": SDXL_EDIT}
 
 
-def trace(config, size, *, rank: int = 0, gradient: bool = False) -> int:
-    """FLOPs of the jaxpr of a forward, or of a forward and a backward, as a TPU runs them: on a
-    CPU, convolutions of few pixels leave out what only padding meets."""
-    unet = parameters.abstract(UNet2DConditionModel, config)
-    if rank:
-        unet = lora.attach(unet, rank=rank, alpha=rank, targets=TARGETS, seed=0)
-    structure, params = parameters.split(unet)
-    predict = SD.make_predict(functools.partial(parameters.merge, structure))
-    frozen, trained = lora.partition(params) if rank else ({}, params)
+def make(family, size=(8, 8)):
+    """(abstract model, meta) of a family's tiny model."""
+    config = tiny.model_config(family)
+    meta = EncodedMeta.expected(
+        family,
+        family.facts(config),
+        size=size,
+        latent_channels=4,
+        tokens=TOKENS,
+        scaling_factor=1.0,
+        moments_dtype="float32",
+    )
+    return parameters.abstract(family.model, config), meta
 
-    def shape(*dims):
-        return jax.ShapeDtypeStruct((BATCH, *dims), jnp.float32)
 
-    added = config.get("addition_embed_type")
-    conditioning = Condition(
-        shape(TOKENS, config["cross_attention_dim"]),
-        shape(24) if added else None,
-        shape(6) if added else None,
+def trace(family, model, meta, *, to: str) -> int:
+    """FLOPs of the jaxpr of one image's forward, or of it and a backward, as a TPU runs them.
+
+    to: "none", "all" (of parameters and every input), or "adapters".
+    """
+    structure, params = parameters.split(parameters.without_arrays(model))
+    predict = family.make_predict(functools.partial(parameters.merge, structure))
+    frozen, adapters = lora.partition(params)
+    told = meta.abstract_batch(1).condition
+    told = Condition(
+        **{
+            name: None if x is None else jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            for name, x in told._asdict().items()
+        }
     )
 
-    def forward(trained, frozen, *inputs):
-        return predict({**frozen, **trained}, *inputs).sum()
+    def forward(adapters, frozen, latents, times, told):
+        return predict({**frozen, **adapters}, latents, times, told.per_image(1)).sum()
 
-    program = jax.value_and_grad(forward) if gradient else forward
-    device = jax.sharding.AbstractDevice("TPU v5", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.make_jaxpr(program)(trained, frozen, shape(*size, 4), shape(), conditioning)
-    return flops.jaxpr_flops(traced)
+    wanted = {"none": None, "all": (0, 1, 2, 3, 4), "adapters": (0,)}[to]
+    program = forward if wanted is None else jax.grad(forward, wanted)
+    latents = jax.ShapeDtypeStruct((1, *meta.latents), jnp.float32)
+    times = jax.ShapeDtypeStruct((1,), jnp.float32)
+    with jax.sharding.use_abstract_mesh(flops._one_tpu()):
+        return flops.jaxpr_flops(jax.make_jaxpr(program)(adapters, frozen, latents, times, told))
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("sd", (9, 10)), ("sdxl", (7, 10)), ("sd2_valid_downsampling", (8, 16))]
+    ("name", "size"), [("sd", (9, 10)), ("sdxl", (7, 10)), ("sdxl_edit", (8, 8))]
 )
-def test_forward_equals_the_jaxpr(name, size):
-    config = CONFIGS[name]
-    counted = flops.unet_forward(config, height=size[0], width=size[1], tokens=TOKENS, batch=BATCH)
-    assert counted.total == trace(config, size)
+def test_a_forward_is_counted_whatever_its_execution(name, size):
+    """Blocks as loops, as they are counted, are as many FLOPs as blocks one after another."""
+    family = FAMILIES[name]
+    model, meta = make(family, size)
+    before = model.execution
+    counted = flops.forward_flops(family, model, meta)
+    assert counted.total == trace(family, model, meta, to="none")
+    assert counted.weights > counted.attention > 0
+    assert counted.adapters == 0
+    assert model.execution == before
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_backward_equals_the_jaxpr(name):
-    """To the last FLOP, once the gradients that the inputs are spared are taken off."""
-    shape = {"height": 8, "width": 8, "tokens": TOKENS}
-    one = flops.unet_forward(CONFIGS[name], **shape)
-    products = flops.unet_products(CONFIGS[name], **shape)
-    spared = sum(p.flops for p in products if p.path.endswith(AT_THE_EDGE))
+@pytest.mark.parametrize("name", ["sdxl"])
+def test_a_backward_is_twice_a_forward(name):
+    """To the last FLOP, with the gradients of inputs, which a step is spared."""
+    family = FAMILIES[name]
+    model, meta = make(family)
+    one = flops.forward_flops(family, model, meta)
     counted = flops.step_flops(one, needs_reference=False, needs_rejected=False)
     assert counted == 3 * one.total
-    assert BATCH * (counted - spared) == trace(CONFIGS[name], (8, 8), gradient=True)
+    assert counted == trace(family, model, meta, to="all")
 
 
 def test_adapters():
     """The forward exactly; the backward short of what lies before the first adapter."""
-    config = CONFIGS["sd"]
-    rank = {"rank": 3, "targets": TARGETS}
-    one = flops.unet_forward(config, height=8, width=8, tokens=TOKENS, **rank)
-    assert BATCH * one.total == trace(config, (8, 8), rank=3)
+    model, meta = make(SD)
+    plain = flops.forward_flops(SD, model, meta)
+    adapted = lora.attach(model, rank=3, alpha=3, targets=TARGETS, seed=0)
+    one = flops.forward_flops(SD, adapted, meta)
+    assert one[:2] == plain[:2]
+    assert one.total == trace(SD, adapted, meta, to="none")
     counted = flops.step_flops(one, needs_reference=False, needs_rejected=False, lora=True)
     # Small as they are, these models spend far more on their edges than full-size ones.
-    np.testing.assert_allclose(
-        BATCH * counted, trace(config, (8, 8), rank=3, gradient=True), rtol=0.15
-    )
+    assert counted == pytest.approx(trace(SD, adapted, meta, to="adapters"), rel=0.15)
     assert counted < flops.step_flops(one, needs_reference=False, needs_rejected=False)
 
 
 @pytest.mark.parametrize(
-    ("config", "side", "forward", "pair"),
-    [(full_size.SD15, 64, 0.8033, 6.426), (full_size.SDXL, 128, 6.7612, 54.09)],
-    ids=["sd15", "sdxl"],
+    ("name", "forward", "pair"), [("sd15", 0.8033, 6.426), ("sdxl", 6.7612, 54.09)]
 )
-def test_full_size(config, side, forward, pair):
-    """TFLOP, as counted from the jaxpr of the models at full size."""
-    one = flops.unet_forward(config, height=side, width=side, tokens=77)
+def test_full_size(name, forward, pair):
+    """TFLOP, as counted by hand from the published models."""
+    published = PUBLISHED[name]
+    family, facts = published.family, published.family.facts(published.model)
+    meta = EncodedMeta.expected(
+        family,
+        facts,
+        size=facts.latent_size,
+        latent_channels=published.latent_channels,
+        tokens=published.tokens,
+        scaling_factor=published.scaling_factor,
+    )
+    model = parameters.abstract(family.model, dict(published.model), dtype="bfloat16")
+    one = flops.forward_flops(family, model, meta)
     assert one.total / 1e12 == pytest.approx(forward, rel=1e-4)
-    whole = flops.step_flops(one, needs_reference=True, needs_rejected=True)
-    assert whole / 1e12 == pytest.approx(pair, rel=1e-4)
-    assert whole == 8 * one.total
-    sft = flops.step_flops(one, needs_reference=False, needs_rejected=False)
-    assert sft == 3 * one.total
+    both = flops.step_flops(one, needs_reference=True, needs_rejected=True)
+    assert both / 1e12 == pytest.approx(pair, rel=1e-4)
+    assert both == 8 * one.total
+
+
+def test_products_are_told_apart_by_what_they_are_made_of():
+    """Weights, adapters and data keep their kind through calls, loops and reshapes."""
+    x, w = jnp.zeros((4, 4)), jnp.zeros((4, 4))
+    product = 2 * 4**3
+
+    def program(frozen, adapter, data):
+        for _ in range(2):
+            data = jax.jit(lambda a, b: jnp.tanh(a @ b.T))(data, frozen)
+        data, _ = jax.lax.scan(lambda a, b: (a @ b, None), data, jnp.stack([frozen] * 3))
+        return data @ (2 * adapter), data @ data
+
+    traced = jax.make_jaxpr(program)(w, w, x).jaxpr
+    counts, kinds = flops._count(traced, [flops.FROZEN, flops.ADAPTER, flops.DATA])
+    assert counts[flops.FROZEN] == 5 * product
+    assert counts[flops.ADAPTER] == product
+    assert counts[flops.DATA] == product
+    assert kinds == [flops.DATA, flops.DATA]
 
 
 def test_loops_and_branches():
@@ -139,8 +167,3 @@ def test_sharded_kernels_count_every_device():
     square = jnp.zeros((4, 4))
     product = jax.shard_map(lambda x: x @ square, mesh=mesh, in_specs=rows, out_specs=rows)
     assert flops.jaxpr_flops(jax.make_jaxpr(product)(jnp.zeros((16, 4)))) == 2 * 16 * 4 * 4
-
-
-def test_even_kernels_are_refused():
-    with pytest.raises(ValueError, match="conv_in_kernel=4"):
-        flops.unet_forward({"conv_in_kernel": 4}, height=8, width=8, tokens=TOKENS)

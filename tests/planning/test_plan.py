@@ -7,22 +7,22 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from etils import epath
 
 from dmpo_jax.config import leaves as configs
-from dmpo_jax.config.files import load_config
-from dmpo_jax.families import PUBLISHED
+from dmpo_jax.config import step_settings
+from dmpo_jax.families import FAMILIES, PUBLISHED
 from dmpo_jax.jobs import train
+from dmpo_jax.jobs.plan import load_model, plan, prepare_process
 from dmpo_jax.parallel import mesh as meshes
-from dmpo_jax.planning import chips, compiled
+from dmpo_jax.planning import chips
 from dmpo_jax.planning import report as plan_report
-from dmpo_jax.planning.plan import check_topology, open_devices, plan
-from dmpo_jax.planning.planned_step import load_model, make_planned
+from dmpo_jax.planning.plan import check_topology, open_devices
 from dmpo_jax.planning.report import Memory, Parts
-from tests.support import full_size, tiny
+from dmpo_jax.planning.step import make_planned
+from dmpo_jax.training.build import check_fits
+from tests.support import full_size, steps, tiny
 
 ROOT = epath.Path(__file__).parents[2]
 GB = 10**9
@@ -38,37 +38,44 @@ def config(folders):
     return tiny.make_config(*folders, mesh__fsdp=2, mesh__data=-1, train__batch_size=16)
 
 
-def test_the_step_is_the_one_that_training_compiles(config, tmp_path):
+def planned_of(config):
+    """The step that a config's plan compiles, on this process's devices."""
+    settings = step_settings.read_step(config)
+    axes = step_settings.mesh_axes(config)
+    return make_planned(load_model(config), settings, axes, jax.devices())
+
+
+def described(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
+
+
+@pytest.mark.parametrize("leaves", [{}, {"lora__rank": 4, "train__ema_decay": 0.9}])
+def test_the_step_is_the_one_that_training_compiles(folders, leaves, tmp_path):
     """The same program, to the letter, from shapes alone."""
+    config = tiny.make_config(*folders, mesh__fsdp=2, mesh__data=-1, train__batch_size=16, **leaves)
     run, params = train.prepare(config, epath.Path(tmp_path))
-    state = train.abstract_state(run, params)
-    planned = make_planned(config, load_model(config), jax.devices())
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = train.step.jit_train_step(run.setup, shardings)
-    arguments = (state, run.reference, planned.arguments[2], run.key)
-    assert compiled.identity(config, run.setup, arguments, run.devices) == compiled.identity(
-        config, planned.setup, planned.arguments, planned.devices
-    )
+    state = run.step.abstract_state(params)
+    planned = planned_of(config)
+    arguments = (state, run.step.reference, planned.arguments[2], run.key)
+    assert described(arguments) == described(planned.arguments)
+    update = run.step.make_update(state)
     ours, theirs = planned.update.lower(*planned.arguments), update.lower(*arguments)
     assert ours.as_text() == theirs.as_text()
 
 
 def test_the_batch_is_the_one_that_the_pipeline_makes(config, tmp_path):
     run, _ = train.prepare(config, epath.Path(tmp_path))
-    real = next(train.make_batches(run, 0))
-    planned = make_planned(config, load_model(config), jax.devices()).arguments[2]
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), planned) == jax.tree.map(
+    real = next(run.batches())
+    model = load_model(config)
+    batch = model.meta.abstract_batch(config.train.batch_size)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype), real
     )
-    with_assumed = load_model(config)
-    assumed = make_meta_without_data(config)
-    assert assumed["shapes"]["moments"] == with_assumed.meta["shapes"]["moments"]
-
-
-def make_meta_without_data(config):
     with config.unlocked():
         config.data.encoded = ""
-    return load_model(config).meta
+    assumed = load_model(config).meta
+    assert assumed.arrays == model.meta.arrays
+    assert assumed.scaling_factor == model.meta.scaling_factor
 
 
 def test_a_plan_and_its_cache(quick_steps, config, tmp_path, monkeypatch):
@@ -87,37 +94,6 @@ def test_a_plan_and_its_cache(quick_steps, config, tmp_path, monkeypatch):
     assert "A model, not a measurement" in text
     monkeypatch.setattr("dmpo_jax.planning.plan.plan_one", None)
     assert plan(config, ["cpu:8"], cache=tmp_path / "cache") == json.loads(json.dumps(made))
-
-
-def test_a_saved_step_trains(quick_steps, config, tmp_path):
-    """A run that loads its step does what one that compiles it does; another is refused."""
-    file = tmp_path / "step.compiled"
-    plan(config, ["cpu:8"], save=file, cache=tmp_path / "cache")
-    run, params = train.prepare(config, epath.Path(tmp_path))
-    batch = train.mesh.shard_batch(
-        next(train.make_batches(run, 0)), train.mesh.batch_sharding(run.devices), 16
-    )
-    results = []
-    for path in ("", str(file)):
-        config.train.compiled = path
-        state = train.make_state(run, jax.tree.map(jnp.copy, params))
-        update = train.make_update(run._replace(config=config), state)
-        results.append(update(state, run.reference, batch, run.key))
-    for a, b in zip(*(jax.tree.leaves(result) for result in results), strict=True):
-        np.testing.assert_array_equal(a, b)
-    config.optimizer.learning_rate = 0.5
-    changed = compiled.identity(config, run.setup, (params, None, None), run.devices)
-    with pytest.raises(ValueError, match=r"another run; it has config\.optimizer\.learning_rate"):
-        compiled.load(file, changed, ())
-
-
-def test_what_is_no_saved_step_is_refused(tmp_path):
-    file = tmp_path / "x"
-    with pytest.raises(ValueError, match=r"launch/plan\.py --save"):
-        compiled.load(file, {}, ())
-    file.write_bytes(b"[1]\nabc")
-    with pytest.raises(ValueError, match="no compiled step"):
-        compiled.load(file, {}, ())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +123,12 @@ def test_published_models_need_no_folder():
     """At full size, in shapes: parts a chip add up to the model's known sizes."""
     config = configs.defaults()
     config.mesh.fsdp, config.mesh.data, config.train.batch_size = 8, 1, 32
-    planned = make_planned(config, load_model(config, "sd15"), jax.devices())
+    planned = make_planned(
+        load_model(config, "sd15"),
+        step_settings.read_step(config),
+        step_settings.mesh_axes(config),
+        jax.devices(),
+    )
     assert planned.pair_flops / 1e12 == pytest.approx(6.426, rel=1e-3)
     parts = plan_report.count_parts(planned.arguments)
     count = full_size.MODELS["sd15_unet"][2]
@@ -163,6 +144,26 @@ def test_published_models_need_no_folder():
     assert PUBLISHED["sdxl"].scaling_factor == 0.13025
 
 
+def test_every_familys_tiny_model_is_planned_by_its_name():
+    for family in FAMILIES.values():
+        config = configs.debug(configs.defaults(), family.name)
+        model = load_model(config)
+        assert model.meta.arrays.moments.shape == (2, 8, 8, 8)
+        check_fits(family, family.facts(model.config), model.meta)
+
+
+def test_a_plan_leaves_the_process_as_it_is(config, tmp_path, monkeypatch):
+    """What JAX may look for is set by the command, not by the function that plans."""
+    monkeypatch.setattr("dmpo_jax.planning.plan.plan_one", lambda *a, **kw: {"topology": "x"})
+    before = dict(os.environ), jax.config.values["jax_platforms"]
+    plan(config, ["cpu:8"], cache=tmp_path)
+    assert (dict(os.environ), jax.config.values["jax_platforms"]) == before
+    monkeypatch.setattr(os, "environ", environment := {})
+    prepare_process(["v5e:2x2", "gpu:1"])
+    assert environment == {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
+    assert jax.config.values["jax_platforms"] == before[1]
+
+
 def test_a_folder_must_be_there():
     config = configs.defaults()
     config.model.folder = "someone/on-the-hub"
@@ -172,12 +173,11 @@ def test_a_folder_must_be_there():
 
 def test_what_would_make_it_fit():
     """SDXL, 8 chips of 32 GB, nothing sharded: fsdp alone does, accumulation does not."""
-    config = configs.defaults()
-    config.train.batch_size = 32
+    settings = steps.settings(batch_size=32)
     parts = Parts(int(10.3 * GB), int(20.5 * GB), 0, int(5.1 * GB), 10**6, 0)
     memory = Memory(sum(parts[:5]), 26 * GB, 0, 0)
     mesh = {"data": 8, "fsdp": 1, "tensor": 1}
-    lines = plan_report.suggest(config, memory=memory, parts=parts, limit=32e9, mesh=mesh)
+    lines = plan_report.suggest(settings, memory=memory, parts=parts, limit=32e9, mesh=mesh)
     (fsdp,) = [line for line in lines if "mesh.fsdp=4" in line]
     assert "fits" in fsdp
     (accumulation,) = [line for line in lines if "train.accumulation" in line]
@@ -186,7 +186,7 @@ def test_what_would_make_it_fit():
     assert any("adafactor" in line for line in lines)
     assert any("model.remat" in line for line in lines)
     fits = memory._replace(arguments=10**9, temporaries=10**9)
-    assert not plan_report.suggest(config, memory=fits, parts=parts, limit=32e9, mesh=mesh)
+    assert not plan_report.suggest(settings, memory=fits, parts=parts, limit=32e9, mesh=mesh)
 
 
 def test_the_model_of_time():
@@ -196,9 +196,11 @@ def test_the_model_of_time():
     assert plan_report.model_time(None, flops=1, traffic=1, moved=1) is None
 
 
-def test_a_tpu_step(config, tmp_path):
+def test_a_tpu_step(config, tmp_path, monkeypatch):
     """By the TPU's compiler, a tiny step: it fits, and has rates."""
     pytest.importorskip("libtpu")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     try:  # one process at a time has it, where no environment variable says otherwise
         (one,) = plan(config, ["v5e:2x2"], cache=tmp_path / "cache")
     except RuntimeError as error:
@@ -219,4 +221,3 @@ def test_the_command(tmp_path):
     assert run.returncode == 1
     assert "a topology is one of v4" in run.stderr
     assert "Traceback" not in run.stderr
-    assert load_config(str(ROOT / "configs" / "sd15_dmpo.py")).train.compiled == ""

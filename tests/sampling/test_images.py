@@ -17,8 +17,8 @@ def test_grid_places_every_image_and_draws_captions():
         y, x = gap + i // 3 * (16 + gap), gap + i % 3 * (18 + gap)
         np.testing.assert_array_equal(plain[y : y + 16, x : x + 18], image)
     assert (plain[gap + 16 + gap :, gap + 2 * (18 + gap) :] == 255).all()
-    told = np.asarray(image_files.image_grid(images, 3, labels=["one", "two"], header=list("abc")))
-    white = np.asarray(image_files.image_grid(images, 3, labels=["", ""], header=[""] * 3))
+    told = np.asarray(image_files.image_grid(images, 3, labels=["one", "two"]))
+    white = np.asarray(image_files.image_grid(images, 3, labels=["", ""]))
     assert told.shape == white.shape
     assert told.sum() < white.sum()
     with pytest.raises(ValueError, match="labels must have 2 texts, but got 1"):

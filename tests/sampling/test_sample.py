@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.config.leaves import from_leaves
+from dmpo_jax.config.leaves import from_flat
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.families import SD_INPAINT, SDXL
 from dmpo_jax.jobs.sample import sample as jobs_sample
@@ -83,7 +83,7 @@ def test_images_are_written_as_batches_finish(tmp_path, monkeypatch):
         "sample.height": 32,
         "sample.width": 48,
     }
-    out = jobs_sample(from_leaves(leaves), prompts=tmp_path / "prompts.json", out=tmp_path / "out")
+    out = jobs_sample(from_flat(leaves), prompts=tmp_path / "prompts.json", out=tmp_path / "out")
     assert out == tmp_path / "out"
     assert written == [0, 8]
     abouts = []

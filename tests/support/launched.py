@@ -7,16 +7,11 @@ import subprocess
 import sys
 import time
 
-import jax
-
 from dmpo_jax.config import leaves as configs
 from tests.support import tiny
+from tests.support.quick import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Compiles in a third of the time; the programs are the same for every number of processes.
-QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 12):  # which has no other emitters
-    QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 def free_port() -> int:

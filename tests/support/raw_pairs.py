@@ -1,11 +1,14 @@
 """Pairs of noise as people keep them, for the tests of sources."""
 
+import collections
 import io
 
 import numpy as np
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
+
+from dmpo_jax.data.raw import RawPair
 
 
 def image(seed: int, kind: str = "PNG", size=(8, 6)) -> bytes:
@@ -25,6 +28,21 @@ def write_images(folder, count: int) -> list[bytes]:
     return images
 
 
+def read(source) -> list:
+    """Every pair of a source."""
+    return [pair for unit in source.units() for pair in source.read(unit) if is_pair(pair)]
+
+
+def skipped(source) -> collections.Counter:
+    """How many records a source leaves out, by reason."""
+    found = (item for unit in source.units() for item in source.read(unit))
+    return collections.Counter(item.reason for item in found if not is_pair(item))
+
+
+def is_pair(item) -> bool:
+    return isinstance(item, RawPair)
+
+
 def check_units(source, rows: int) -> list:
     """That units cover every row once, in order, and read the same twice; all they hold."""
     units = source.units()
@@ -37,12 +55,11 @@ def check_units(source, rows: int) -> list:
     assert len({unit.name for unit in units}) == len(units)
     held = [list(source.read(unit)) for unit in units]
     assert [list(source.read(unit)) for unit in reversed(units)] == held[::-1]
-    assert [pair for part in held for pair in part if hasattr(pair, "prompt")] == list(source)
     assert len({item.id for part in held for item in part}) == sum(map(len, held))
     assert len(source) >= sum(map(len, held))
     for unit, part in zip(units, held, strict=True):
         prompts = set(source.prompts(unit))
-        assert {pair.prompt for pair in part if hasattr(pair, "prompt")} <= prompts
+        assert {pair.prompt for pair in part if is_pair(pair)} <= prompts
     return [item for part in held for item in part]
 
 

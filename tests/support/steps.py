@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dmpo_jax.data.encoded.meta import Arrays, ArraySpec, EncodedMeta
 from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD
 from dmpo_jax.models import parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.training import step
+from dmpo_jax.training import build
 from dmpo_jax.types import Condition, PairBatch
 
 MOVED = 1e-4  # far enough for margins of order 1, near enough for slopes that are not 0
@@ -25,7 +26,13 @@ UNET = {
     "cross_attention_dim": 8,
     "attention_head_dim": 2,
 }
-DMPO = functools.partial(OBJECTIVES["dmpo"], beta=2000.0, alpha=0.01)
+HYPERPARAMETERS = {"beta": 2000.0, "alpha": 0.01}
+DMPO = functools.partial(OBJECTIVES["dmpo"], **HYPERPARAMETERS)
+META = EncodedMeta(
+    model="random",
+    scaling_factor=0.18215,
+    arrays=Arrays(ArraySpec((2, 4, 4, 8), "float32"), ArraySpec((5, 8), "float32")),
+)
 SCHEDULE = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 # An optimizer that keeps the gradient for its state, where a test reads it unrounded.
 KEEP_GRADIENT = optax.GradientTransformation(
@@ -46,16 +53,16 @@ unet = functools.cache(functools.partial(make_unet, UNET))
 
 @functools.cache
 def make_setup(accumulation=1, tx=None):
-    return step.Setup(
-        predict=unet()[0],
-        objective=DMPO,
-        needs_reference=True,
-        needs_rejected=True,
-        schedule=SCHEDULE,
-        scaling_factor=0.18215,
-        tx=tx or optax.adamw(1e-3),
-        accumulation=accumulation,
+    structure, _ = parameters.split(parameters.abstract(UNet2DConditionModel, UNET))
+    return build.make_setup(
+        SD, structure, SCHEDULE, META, tx or optax.adamw(1e-3), settings(accumulation=accumulation)
     )
+
+
+def settings(**changes):
+    """Settings of a DMPO step."""
+    given = {"objective": OBJECTIVES["dmpo"], "hyperparameters": HYPERPARAMETERS, "batch_size": 8}
+    return build.StepSettings(**{**given, **changes})
 
 
 def make_batch(pairs: int, seed: int = 0, size: int = 4) -> PairBatch:

@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.training import checkpoint, checksums
 
 # When one array cannot be read, Orbax leaves the tasks that read the others, and their event
@@ -86,7 +87,8 @@ def test_round_trip_keeps_the_newest_and_starts_from_none(tmp_path):
         assert checkpoints.restore(abstract(make_state(0))) is None
         for step in (1, 2, 3):
             checkpoints.save(step, make_state(step))
-        checkpoints.save(3, make_state(3), wait=True)  # again: no error, no second write
+        checkpoints.save(3, make_state(3))  # again: no error, no second write
+        checkpoints.wait()
         assert checkpoints.steps() == [2, 3]
     with opened(tmp_path, keep=2) as checkpoints:
         step, state = checkpoints.restore(abstract(make_state(0)))
@@ -141,7 +143,8 @@ def test_one_broken_file_never_goes_unnoticed(breakage, saved, tmp_path):
                 assert "checkpoint 1" in said[0]
                 assert (folder / "2.corrupt").is_dir()
                 assert checkpoints.steps() == [1]
-                checkpoints.save(2, make_state(2), wait=True)  # the step is free again
+                checkpoints.save(2, make_state(2))  # the step is free again
+                checkpoints.wait()
                 assert_same(checkpoints.restore(abstract(state))[1], make_state(2))
     assert 3 <= fallen < len(files)  # some files hold nothing that a restore needs
 
@@ -160,7 +163,7 @@ def test_all_broken_is_an_error_every_time(folder):
     for step in ("1", "2"):
         shutil.rmtree(folder / step / "index")
     for _ in range(2):  # the first refusal must not make the second look like a new run
-        with opened(folder) as checkpoints, pytest.raises(RuntimeError, match="no checkpoint in"):
+        with opened(folder) as checkpoints, pytest.raises(UserError, match="no checkpoint in"):
             checkpoints.restore(abstract(make_state(0)))
 
 
@@ -276,7 +279,8 @@ def test_a_full_disk_is_told_soon_and_keeps_the_checkpoint_before(small_disk):
         return {"w": jnp.asarray(noise)}
 
     checkpoints = opened(small_disk)
-    checkpoints.save(1, state(1), wait=True)
+    checkpoints.save(1, state(1))
+    checkpoints.wait()
     checkpoints.check()
     checkpoints.save(2, state(2))
 
@@ -305,7 +309,7 @@ def test_reading_leaves_what_is_being_written_and_passes_over_what_is_broken(fol
         assert step == 1
         assert_same(got["params"], make_state(1).params)
         assert said[0].startswith("checkpoint 2 is not whole (")
-        with pytest.raises(RuntimeError, match=r"is whole \(2: "):
+        with pytest.raises(UserError, match=r"is whole \(2: "):
             checkpoints.restore_part(params, step=2)
     assert sorted(f.relative_to(folder) for f in folder.rglob("*")) == before
     with pytest.raises(ValueError, match="there are no checkpoints in"):

@@ -173,13 +173,22 @@ def make_mesh(devices: int, **shape):
     return meshes.make_mesh(devices=jax.devices()[:devices], **shape)
 
 
+def rounding(*starts) -> float:
+    """The largest |u| at step 0, beta / 2 = 1000 times the margin: what rounding alone gives.
+
+    Exactly 0 before JAX 0.12, whose CPU compiler rounds the policy's and the reference's forward
+    of small latents differently: by some 1e-7 in errors near 1.
+    """
+    u = 1000 * max(float(metrics["margin_abs_max"]) for _, metrics in starts)
+    assert u <= (0 if jax.__version_info__ < (0, 12) else 5e-4)
+    return u
+
+
 @pytest.fixture(scope="module")
 def one_device():
     """The gradients of 8 pairs at beta 2000 on one device, in one piece."""
-    if jax.__version_info__ >= (0, 12):
-        pytest.skip("its CPU compiler rounds the two forwards of 4 x 4 latents differently")
     start, moved = gradients_of(make_mesh(1))
-    assert start[1]["margin_abs_max"] == 0
+    rounding(start)
     assert 0.1 < 1000 * moved[1]["margin_abs_max"] < 8  # |u|: off zero and not saturated
     return start, moved
 
@@ -214,14 +223,15 @@ def test_gradient_does_not_depend_on_the_layout(
         split = meshes.parameter_sharding(mesh, unet()[1])["mid_block.resnets.0.conv1.kernel"]
         assert not split.is_fully_replicated
     start, moved = gradients_of(mesh, accumulation)
-    assert start[1]["margin_abs_max"] == 0
-    assert relative_error(start[0], one_device[0][0]) <= 1e-5
+    u = rounding(start, one_device[0])
+    assert relative_error(start[0], one_device[0][0]) <= 1e-5 + u  # a pair's weight moves by u
     # Off the reference beta / 2 multiplies the rounding of every prediction: an absolute
     # error of some 1e-7 in a mean over 64 numbers becomes 1e-4 in the logit.
     assert relative_error(moved[0], one_device[1][0]) <= 3e-4
     for name, want in one_device[1][1].items():
         got, want = ordered(name, moved[1][name]), ordered(name, want)
-        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6, err_msg=name)
+        atol = 1e-6 + u if name == "pairs" else 1e-6
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=atol, err_msg=name)
 
 
 def test_gradient_is_what_pmap_takes(one_device):
@@ -238,7 +248,8 @@ def test_gradient_is_what_pmap_takes(one_device):
         return jax.lax.pmean(jax.grad(loss, has_aux=True)(params)[0], "data")
 
     taken = jax.pmap(gradient, "data", in_axes=(None, None, 0))
-    for moved, bound, (want, _) in zip((0.0, MOVED), (1e-5, 3e-4), one_device, strict=True):
+    bounds = (1e-5 + rounding(one_device[0]), 3e-4)
+    for moved, bound, (want, _) in zip((0.0, MOVED), bounds, one_device, strict=True):
         grads = taken(perturbed(reference, moved), reference, parts)
         assert relative_error({k: np.asarray(g)[0] for k, g in grads.items()}, want) <= bound
 

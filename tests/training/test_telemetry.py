@@ -13,7 +13,6 @@ import pytest
 import rich.console
 from etils import epath
 
-from dmpo_jax.config import leaves as configs
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
 from dmpo_jax.training import telemetry as watch
@@ -30,16 +29,17 @@ class Rig:
     """A watch, its clock, and what it writes."""
 
     def __init__(self, folder, *, start=0, every=1, peak=PEAK):
-        config = configs.defaults()
-        config.train.batch_size, config.log.every = BATCH, every
         self.now, self.shown = 100.0, io.StringIO()
         self._file = folder / "metrics.jsonl"
         self._writer = MetricsWriter(folder, tensorboard=False)
         console = rich.console.Console(file=self.shown)
         self._progress = Progress(4, start, console=console)
         self.watch = watch.Watch(
-            config,
             start,
+            total=1000,
+            batch_size=BATCH,
+            every=every,
+            skip_limit=0,
             learning_rate=lambda step: jax.numpy.float32(step),
             cost=watch.Cost(FLOPS, CHIPS, peak),
             curves=health.Curves(beta=2.0, alpha=0.1, timesteps=10),

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from dmpo_jax import diffusers_io, objectives
 from dmpo_jax.config import checks as config_checks
@@ -23,6 +25,8 @@ from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
 from dmpo_jax.objectives import OBJECTIVES, registry
+from dmpo_jax.training import hooks
+from dmpo_jax.training import step as training_step
 from dmpo_jax.training import telemetry as watch
 from tests.support import tiny
 
@@ -186,26 +190,60 @@ def test_every_objective_trains_with_accumulation_in_bfloat16(made, objective, t
     assert not any("by_timestep" in name for name in rows[-1])
 
 
-def test_an_objective_is_one_function_and_one_config_line(made, tmp_path, monkeypatch):
-    """A test row is the third: `plain_objectives.ROWS`, which test_objectives holds complete."""
-    monkeypatch.setattr(registry, "OBJECTIVES", known := dict(OBJECTIVES))
-    monkeypatch.setattr(train, "OBJECTIVES", known)
+def test_an_objective_is_one_function(made, tmp_path, monkeypatch):
+    """Registered, it is in every config, checked, and trained with."""
+    monkeypatch.setattr(registry, "OBJECTIVES", OBJECTIVES)  # what is added is taken out again
+    monkeypatch.setitem(OBJECTIVES, "slic", OBJECTIVES["sft"])
+    monkeypatch.delitem(OBJECTIVES, "slic")
 
     @registry.objective(needs_reference=True, needs_rejected=True)
-    def slic(policy, reference, target, preference, *, beta):
-        registry.positive("beta", beta, "2000 is usual")
+    def slic(policy, reference, target, preference, *, beta=2000.0):
         return jnp.logaddexp(0.0, 1 - beta * objectives.margin(policy, reference, target))
 
-    line = {"objectives.slic.beta": (2000.0, "steepness")}
-    monkeypatch.setattr(configs, "LEAVES", {**configs.LEAVES, **line})
     config = tiny.make_config(*made, objective="slic", train__steps=1, log__validate_every=0)
-    assert "steepness" in configs.describe(config)
     config_checks.validate(config)
     run(config, tmp_path)
     assert lines(tmp_path)[-1]["loss"] == pytest.approx(np.log1p(np.e), rel=1e-5)  # margin 0
-    config.objectives.slic.beta = -1.0
-    with pytest.raises(ValueError, match=r"objectives\.slic: beta must be .* got beta=-1.0"):
-        config_checks.validate(config)
+
+
+class Count(hooks.Hook):
+    """A hook as a user writes one."""
+
+    name, every, at_start = "count", 2, True
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, state, update):
+        self.seen.append((update, int(state.step)))
+        return {"updates_seen": float(len(self.seen))}
+
+
+def test_a_callers_hooks_are_called_and_their_scalars_written(made, tmp_path):
+    ours, plain = Count(), []
+
+    class Plain:  # no `Hook`, but like one
+        name, every = "plain", 3
+
+        def __call__(self, state, update):
+            plain.append(update)
+
+    train.train(
+        tiny.make_config(*made, train__steps=4, log__validate_every=0),
+        epath.Path(tmp_path),
+        hooks=(ours, Plain()),
+    )
+    assert ours.seen == [(0, 0), (2, 2), (4, 4)]
+    assert plain == [3]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["updates_seen"]) for r in rows if "updates_seen" in r] == [
+        (0, 1.0),
+        (2, 2.0),
+        (4, 3.0),
+    ]
+    assert [r["step"] for r in rows if "seconds_count" in r] == [1, 3]
+    with pytest.raises(TypeError, match="no every"):
+        hooks.as_hook(types.SimpleNamespace(name="x"))
 
 
 @pytest.fixture
@@ -237,7 +275,7 @@ def test_refusals_come_before_compiling(made, tmp_path, monkeypatch):
     def compiled(*args, **kw):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(train.step, "jit_train_step", compiled)
+    monkeypatch.setattr(training_step, "jit_train_step", compiled)
     cases = {
         "must be a multiple of": {"train__batch_size": 12},
         "mesh has 8 devices": {"mesh__fsdp": 3},
@@ -256,8 +294,6 @@ def test_pairs_of_another_model_are_refused(made, tmp_path):
         text={"text_encoder": {"hidden_size": 24}},
     )
     family = dataclasses.replace(tiny.FAMILY, tiny=wide)
-    from etils import epath
-
     from dmpo_jax.toy import tiny as debug
 
     debug.write_tiny_pipeline(epath.Path(tmp_path / "other"), family)

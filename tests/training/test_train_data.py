@@ -8,12 +8,13 @@ from etils import epath
 
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
-from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.jobs import train
 from dmpo_jax.toy import tiny as debug
+from dmpo_jax.training import hooks
 from tests.support import tiny
+from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs
 
 SIDE, WIDTH, PROMPTS = 8, 16, 3
 
@@ -24,16 +25,12 @@ def write(folder, *, moments="sample", channels=4, flipped=False, value=0.0):
 
     def pair(i):
         x, sizes = np.full(shape, value, np.float16), np.full((2, 6), 64, np.int32)
-        return records.EncodedPair(
-            str(i), 1 + i % 2, 0.75, x, sizes, flipped=-x if flipped else None
-        )
+        return EncodedPair(str(i), 1 + i % 2, 0.75, x, sizes, flipped=-x if flipped else None)
 
-    prompts = [
-        records.PromptEmbedding("p" * j, np.full((4, WIDTH), j, np.float16)) for j in range(PROMPTS)
-    ]
+    prompts = [PromptEmbedding("p" * j, np.full((4, WIDTH), j, np.float16)) for j in range(PROMPTS)]
     meta = {"model": "tiny", "scaling_factor": 1.0, "shift_factor": 0.0, "moments": moments}
     splits = {"train": map(pair, range(8)), "validation": map(pair, range(8, 12))}
-    records.write_pairs(folder, splits, prompts, meta)
+    write_pairs(folder, splits, prompts, meta)
     return str(folder)
 
 
@@ -51,9 +48,10 @@ def prepare(config, workdir):
 @pytest.mark.parametrize("moments", ["sample", "mean"])
 def test_the_kind_of_moments_is_the_folders_word(model, tmp_path, moments):
     run = prepare(tiny.make_config(model, write(tmp_path, moments=moments)), tmp_path)
-    assert run.setup.mean_only == (moments == "mean")
-    assert pipeline.latent_channels(run.pairs.meta) == 4
-    metrics = train.make_validate(run)(run.reference)
+    assert run.step.setup.mean_only == (moments == "mean")
+    assert run.pairs.meta.latent_channels == 4
+    validate = hooks.Validate(run.step, run.pairs, run.key, batch_size=8, every=1)
+    metrics = validate.measure(run.step.reference)
     assert np.isfinite(metrics["validation_loss"])
 
 
@@ -74,7 +72,7 @@ def test_a_mixture_trains_and_validates_on_every_folder(model, tmp_path):
     mix = (f"{folders[0]}=1", f"{folders[1]}=3.0")
     run = prepare(tiny.make_config(model, "", data__mix=mix), tmp_path)
     assert isinstance(run.pairs, Mixture)
-    batches = train.make_batches(run, 0)
+    batches = run.batches()
     values = np.concatenate([next(batches).moments[:, 0, 0, 0, 0] for _ in range(128)])
     assert (values == 1).mean() == pytest.approx(0.25, abs=0.01)
     assert run.pairs.meta.counts["validation"] == 8
@@ -85,12 +83,12 @@ def test_flips_are_drawn_where_asked_for(model, tmp_path):
     signs = []
     for flip in (False, True):
         run = prepare(tiny.make_config(model, encoded, data__flip=flip), tmp_path)
-        batches = train.make_batches(run, 0)
+        batches = run.batches()
         signs.append({float(x) for _ in range(4) for x in next(batches).moments.ravel()})
     assert signs == [{1.0}, {1.0, -1.0}]
     plain = tiny.make_config(model, write(tmp_path / "b"), data__flip=True)
     with pytest.raises(ValueError, match="encode with flips"):
-        train.make_batches(prepare(plain, tmp_path), 0)
+        prepare(plain, tmp_path).batches()
 
 
 @pytest.mark.parametrize(

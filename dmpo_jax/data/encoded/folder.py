@@ -17,7 +17,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,20 +26,18 @@ from etils import epath
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.splits import SplitDict
 
+from dmpo_jax import storage
 from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded import shards
 from dmpo_jax.data.encoded.examples import read_example
 from dmpo_jax.data.encoded.meta import FORMAT, MARKER, REQUIRED, Arrays, EncodedMeta
 from dmpo_jax.data.encoded.pair import (
     ARRAYS,
     EncodedPair,
-    PairSerializer,
-    chosen_first,
     make_features,
-    pair_bytes,
 )
-from dmpo_jax.data.encoded.prompts import PromptEmbedding, PromptStore
-from dmpo_jax.data.encoded.shards import Shard, ShardWriter
+from dmpo_jax.data.encoded.prompts import PromptStore
+from dmpo_jax.data.encoded.shards import Shard
+from dmpo_jax.errors import MissingFileError, UserError
 
 FEATURES = "features.json"
 NAME = "encoded_pairs"
@@ -54,84 +52,18 @@ WRITTEN_META = {
     "flipped",
 }
 OURS = re.compile(
-    rf"\.?({NAME}-.*\.array_record-\d+|{prompt_store.FILE.pattern})(\.partial)?"
+    rf"({NAME}-.*\.array_record-\d+|{prompt_store.FILE.pattern})({re.escape(storage.PART)})?"
     r"|(dataset_info|features)\.json"
 )
-SHARD_BYTES = 256 * 2**20  # of what `write_pairs` writes
 
 
-class NotWholeError(ValueError):
+class NotWholeError(UserError):
     """The folder's encoding did not finish, or its copy did not."""
 
 
 def shard_name(split: str, k: int) -> str:
     """The name of a split's k-th file."""
     return f"{NAME}-{split}.array_record-{k:05d}"
-
-
-def write_pairs(
-    folder: epath.PathLike,
-    splits: Mapping[str, Iterable[EncodedPair]],
-    prompts: Iterable[PromptEmbedding],
-    meta: Mapping[str, Any],
-) -> None:
-    """Writes a whole folder of encoded pairs, swapped so that index 0 is chosen.
-
-    Args:
-        folder: local or remote. Leftovers of a write that did not finish are removed.
-        splits: "train" and, if wanted, "validation". Read once, in order, after prompts.
-        prompts: read once. The first is the empty prompt.
-        meta: goes into encoded.json: at least `model` (its identity) and `scaling_factor`
-            (of the VAE); `image_kind`, a `Family.image`, where the pairs have images;
-            `moments`, "mean" where they are means alone; anything JSON can hold. Counts,
-            shapes and dtypes are added.
-
-    Raises:
-        ValueError: if the folder is already whole; if a pair or a prompt is malformed, not
-            finite or unlike the first, naming it. The folder is then not whole.
-    """
-    folder = epath.Path(folder)
-    if unknown := set(splits) - set(SPLITS):
-        raise ValueError(f"splits are {SPLITS}, but got {sorted(unknown)}")
-    if "train" not in splits:
-        raise ValueError(f"a 'train' split is needed, but got {sorted(splits)}")
-    _check_meta(meta)
-    clear(folder)
-    stored, shapes = _write_store(folder, iter(prompts))
-    count = sum(shard.records for shard in stored)
-    serialize, written = None, {}
-    for split in sorted(splits):
-        pairs, written[split] = iter(splits[split]), []
-        while (pair := next(pairs, None)) is not None:
-            if serialize is None:
-                imaged, moments = bool(meta.get("image_kind")), meta.get("moments", "sample")
-                serialize = PairSerializer(pair, prompts=count, imaged=imaged, moments=moments)
-            most = max(1, SHARD_BYTES // max(pair_bytes(serialize.shapes), 1))
-            with ShardWriter(folder, shard_name(split, len(written[split]))) as writer:
-                for each in itertools.chain([pair], itertools.islice(pairs, most - 1)):
-                    writer.write(serialize(chosen_first(each)))
-                written[split].append(writer.close())
-        if serialize is None or not written[split]:
-            raise ValueError(f"split {split!r} needs at least one pair, but got none")
-        shapes = {**serialize.shapes, **shapes}
-    finish(folder, meta, written, stored, shapes)
-
-
-def _write_store(
-    folder: epath.Path, prompts: Iterator[PromptEmbedding]
-) -> tuple[list[Shard], dict[str, Any]]:
-    """The files of the prompt store, and the shapes of what is in them."""
-    stored, shapes, first = [], {}, next(prompts, None)
-    while first is not None or not stored:  # no prompt at all is refused as it is written
-        rest = itertools.islice(prompts, prompt_store.PER_SHARD - 1)
-        chunk = [] if first is None else itertools.chain([first], rest)
-        shard, got = prompt_store.write_prompts(folder, len(stored), chunk)
-        shapes = shapes or got
-        if got != shapes:
-            raise ValueError(f"the prompts of {shard.name} should be {shapes}, but got {got}")
-        stored.append(shard)
-        first = next(prompts, None)
-    return stored, shapes
 
 
 def finish(
@@ -144,7 +76,9 @@ def finish(
     """Writes the TFDS metadata of files that are there, and, last, encoded.json.
 
     Args:
-        meta: as of `write_pairs`.
+        meta: goes into encoded.json: at least `model` (its identity) and `scaling_factor`
+            (of the VAE); `image_kind`, where the pairs have images; `moments`, "mean" where
+            they are means alone; anything JSON can hold. Counts, shapes and dtypes are added.
         splits: the files of each split, `shard_name(split, k)` for k from 0 on.
         prompts: the files of the prompt store.
         shapes: of the pairs' arrays, and of the prompts' `context` and `pooled`.
@@ -167,9 +101,9 @@ def finish(
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
     if missing := set(REQUIRED) - set(meta):
-        raise ValueError(f"meta needs {REQUIRED}, but {sorted(missing)} is missing")
+        raise UserError(f"meta needs {REQUIRED}, but {sorted(missing)} is missing")
     if reserved := WRITTEN_META & set(meta):
-        raise ValueError(f"meta may not set {sorted(reserved)}: the writer adds them")
+        raise UserError(f"meta may not set {sorted(reserved)}: the writer adds them")
     json.dumps(dict(meta))  # fails here rather than after hours of encoding
 
 
@@ -177,7 +111,7 @@ def _write_info(
     folder: epath.Path, splits: Mapping[str, Sequence[Shard]], shapes: Mapping[str, Any]
 ) -> None:
     """dataset_info.json and features.json."""
-    with shards.local_copy_of(folder) as local:
+    with storage.local_folder(folder) as local:
         identity = DatasetIdentity(
             name=NAME,
             version=tfds.core.Version(f"{FORMAT}.0.0"),
@@ -220,9 +154,9 @@ def clear(folder: epath.Path) -> None:
     except NotWholeError:
         pass
     except ValueError as error:  # of another format, or not ours
-        raise ValueError(f"{folder} already holds encoded pairs: {error}") from error
+        raise UserError(f"{folder} already holds encoded pairs: {error}") from error
     else:
-        raise ValueError(f"{folder} already holds encoded pairs: delete it or choose another")
+        raise UserError(f"{folder} already holds encoded pairs: delete it or choose another")
     (folder / MARKER).unlink(missing_ok=True)
     for path in folder.iterdir():
         if OURS.fullmatch(path.name):
@@ -230,7 +164,7 @@ def clear(folder: epath.Path) -> None:
 
 
 def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
-    """Opens what `write_pairs` wrote; reads nothing but the metadata.
+    """Opens a folder of encoded pairs; reads nothing but the metadata.
 
     Local and gs:// folders are read in place; others, which ArrayRecord cannot open, are
     first copied to the machine's temporary folder, once.
@@ -242,8 +176,8 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
     """
     folder = epath.Path(folder)
     meta = load_meta(folder)
-    if shards.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
-        folder = shards.stage(folder, meta.files, NAME)
+    if storage.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
+        folder = storage.stage(folder, meta.files, NAME)
     return EncodedPairs(folder, meta)
 
 
@@ -251,12 +185,12 @@ def load_meta(folder: epath.PathLike) -> EncodedMeta:
     """encoded.json of a complete folder; raises as `open_pairs`."""
     folder = epath.Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"no encoded pairs at {folder}: run encode first")
+        raise MissingFileError(f"no encoded pairs at {folder}: run encode first")
     unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
     meta = EncodedMeta.load(folder)
     if meta is None:
         raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)")
-    if name := shards.first_not_whole(folder, meta.files):
+    if name := storage.first_incomplete(folder, meta.files):
         raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
     return meta
 
@@ -283,7 +217,7 @@ class EncodedPairs:
         """
         if name not in self._builder.info.splits:
             names = sorted(self._builder.info.splits)
-            raise ValueError(f"there is no split {name!r}, only {names}")
+            raise UserError(f"there is no split {name!r}, only {names}")
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = self._builder.as_data_source(name, deserialize_method=raw)
         return PairSource(source, self.meta.arrays)

@@ -11,7 +11,7 @@ import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
 import numpy as np
 from etils import epath
 
-from dmpo_jax.data.encoded import shards
+from dmpo_jax import storage
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.families.family import Facts
 from dmpo_jax.types import Condition, PairBatch
@@ -194,7 +194,7 @@ class EncodedMeta:
             ValueError: it has another format, or is damaged, naming the folder and the key.
         """
         path = epath.Path(folder) / MARKER
-        values = shards.load_json(path)
+        values = storage.find_json(path)
         if values is None:
             return None
         if not isinstance(values, dict) or values.get("format") not in READABLE:
@@ -210,7 +210,7 @@ class EncodedMeta:
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes encoded.json."""
-        shards.save_json(epath.Path(folder) / MARKER, self.to_json())
+        storage.write_json(epath.Path(folder) / MARKER, self.to_json())
 
     @classmethod
     def expected(

@@ -1,6 +1,5 @@
 """One encoded pair: what it holds, how it is mirrored, checked and made a record of."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dmpo_jax.data.encoded.prompts import check_floats, described
+from dmpo_jax.errors import UserError
 
 ARRAYS = ("moments", "image", "flipped", "flipped_image")
 
@@ -44,7 +44,7 @@ class EncodedPair(NamedTuple):
             ValueError: if the mirrored variant was not stored.
         """
         if self.flipped is None:
-            raise ValueError(
+            raise UserError(
                 f"pair {self.id!r} has no flipped variant: encode with flip, or train without"
             )
         return self._replace(
@@ -204,9 +204,3 @@ def make_features(shapes: Mapping[str, Any]) -> tfds.features.FeaturesDict:
             if shapes.get(name)
         }
     )
-
-
-def pair_bytes(shapes: Mapping[str, Any]) -> int:
-    """Bytes of the arrays of one pair, before compression."""
-    arrays = [shapes[name] for name in ARRAYS if shapes.get(name)]
-    return sum(math.prod(x["shape"]) * np.dtype(x["dtype"]).itemsize for x in arrays)

@@ -18,9 +18,10 @@ from jaxtyping import Float, Int
 from dmpo_jax.data.encoded.examples import read_example, write_example
 from dmpo_jax.data.encoded.meta import Arrays
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
+from dmpo_jax.errors import UserError
 
 PROMPTS = "prompts.array_record"
-FILE = re.compile(rf"{re.escape(PROMPTS)}(-\d+)?")
+FILE = re.compile(rf"{re.escape(PROMPTS)}-\d+")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
 ARRAYS = ("context", "pooled", "length")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -51,7 +52,7 @@ class PromptStore:
         files: Any = [_Whole(f, 0, n, n) for f, n in zip(names, counts, strict=True)]
         self._source = ArrayRecordDataSource(files)
         if len(self._source) != total:
-            raise ValueError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
+            raise UserError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -115,7 +116,7 @@ def check_floats(what: str, array: np.ndarray, dtypes: Sequence[str] = DTYPES) -
     if array.dtype.name not in dtypes:
         raise ValueError(f"{what} should be one of {dtypes}, but got {array.dtype.name}")
     if not np.isfinite(array).all():
-        raise ValueError(f"{what} is not finite")
+        raise UserError(f"{what} is not finite: encode in float32, or with another VAE")
 
 
 def checked_index(i: int, length: int) -> int:

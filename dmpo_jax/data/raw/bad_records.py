@@ -70,14 +70,14 @@ class Tally:
         limit: the share of `total` that may be bad.
         total: pairs of the whole source, as by `len`; every part of a job has the same.
 
-    What a rule leaves out (`Skipped.fault` is False) is counted, but never too much.
+    What a rule leaves out (`Skipped.bad` is False) is counted, but never too much.
     """
 
     def __init__(self, limit: float | int = 0.01, total: int = 0):
         if not 0 <= limit <= 1:
             raise ValueError(f"limit should be a share from 0 to 1, but is {limit}")
         self.limit, self.total = limit, total
-        self.good = self.faults = self.ties = 0
+        self.good = self.bad = self.ties = 0
         self.counts: collections.Counter[str] = collections.Counter()  # skipped, by reason
 
     def ok(self, preference: float | int | None = None) -> None:
@@ -92,26 +92,26 @@ class Tally:
             TooManyBadError: more than `limit` of all are bad, and more than a handful.
         """
         self.counts[skipped.reason] += 1
-        self.faults += skipped.fault
+        self.bad += skipped.bad
         detail = f": {skipped.detail}" if skipped.detail else ""
         if self.counts[skipped.reason] <= MAX_LOGGED:
-            level = logging.WARNING if skipped.fault else logging.DEBUG
+            level = logging.WARNING if skipped.bad else logging.DEBUG
             LOG.log(level, "%s is left out: %s%s", skipped.id, skipped.reason, detail)
-        self.check(f"; the last is {skipped.id}: {skipped.reason}{detail}" if skipped.fault else "")
+        self.check(f"; the last is {skipped.id}: {skipped.reason}{detail}" if skipped.bad else "")
 
     def check(self, last: str = "") -> None:
         """Raises TooManyBadError past the limit; for sums of tallies."""
-        if self.faults > max(self.limit * self.total, HANDFUL):
+        if self.bad > max(self.limit * self.total, HANDFUL):
             counts = ", ".join(f"{n} {reason}" for reason, n in self.counts.most_common())
             raise TooManyBadError(
-                f"{self.faults} of {self.total} pairs are bad, above the limit of "
+                f"{self.bad} of {self.total} pairs are bad, above the limit of "
                 f"{self.limit:.2%} ({counts}){last}. Mend the source, or raise the limit"
             )
 
     def merge(self, other: "Tally") -> "Tally":
         """Adds what another part of the job counted, in place. Does not check."""
         self.good += other.good
-        self.faults += other.faults
+        self.bad += other.bad
         self.ties += other.ties
         self.counts.update(other.counts)
         return self
@@ -119,13 +119,13 @@ class Tally:
     def to_json(self) -> dict[str, Any]:
         """What `from_json` takes; keys of `counts` sorted, so that equal tallies are equal text."""
         counts = dict(sorted(self.counts.items()))
-        own = ("limit", "total", "good", "faults", "ties")
+        own = ("limit", "total", "good", "bad", "ties")
         return {name: getattr(self, name) for name in own} | {"counts": counts}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Tally":
         tally = cls(value["limit"], value["total"])
-        tally.good, tally.faults, tally.ties = value["good"], value["faults"], value["ties"]
+        tally.good, tally.bad, tally.ties = value["good"], value["bad"], value["ties"]
         tally.counts.update(value["counts"])
         return tally
 

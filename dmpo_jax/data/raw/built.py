@@ -63,7 +63,7 @@ class BuiltSource(Source):
                 row["mask"],
             )
             if self.ties == "drop" and pair.preference == 0.5:
-                yield Skipped(pair.id, "tie", fault=False)
+                yield Skipped(pair.id, "tie", bad=False)
             else:
                 yield pair
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dmpo_jax.data.raw.source import RawPair, Skipped, Unfit
+from dmpo_jax.data.raw.source import RawPair, SkipError, Skipped
 
 LOG = logging.getLogger(__name__)
 # Ours -> what else it may be called; the first that is there.
@@ -72,20 +72,20 @@ class Layout(NamedTuple):
     def prompt(self, row: Mapping[str, Any]) -> str:
         prompt = row.get(self.columns["prompt"])
         if prompt is None:
-            raise Unfit("no prompt")
+            raise SkipError("no prompt")
         if not isinstance(prompt, str):
-            raise Unfit("no prompt", f"should be a text, but is {prompt!r:.80}")
+            raise SkipError("no prompt", f"should be a text, but is {prompt!r:.80}")
         return prompt
 
     def preferences(self, row: Mapping[str, Any]) -> list[Preference]:
         """Every two images of a row, compared.
 
         Raises:
-            Unfit: there is no label, or none that says what is preferred.
+            SkipError: there is no label, or none that says what is preferred.
         """
         values = [row.get(self.columns[name]) for name in self.values]
         if any(value is None for value in values):
-            raise Unfit("no label", fault=False)
+            raise SkipError("no label", bad=False)
         if len(self.images) == 1:
             return _compare_all(values[0], lower_is_better=self.values == ("ranks",))
         if not values:
@@ -94,7 +94,7 @@ class Layout(NamedTuple):
         if self.values == ("label_0",):
             (label,) = numbers
             if not 0 <= label <= 1:
-                raise Unfit("bad label", f"should lie in [0, 1], but is {label}")
+                raise SkipError("bad label", f"should lie in [0, 1], but is {label}")
             return [Preference(0, 1, label)]
         if self.values == ("votes_0", "votes_1"):
             return [Preference(0, 1, _share(*numbers))]
@@ -103,12 +103,12 @@ class Layout(NamedTuple):
     def pairs(
         self, name: str, row: Mapping[str, Any], load: Callable[[Any], bytes], ties: str
     ) -> Iterator[RawPair | Skipped]:
-        """The pairs of a row; load: a cell -> its encoded image, or raises Unfit."""
+        """The pairs of a row; load: a cell -> its encoded image, or raises SkipError."""
         try:
             prompt, preferences = self.prompt(row), self.preferences(row)
             cells = self._cells(row, 1 + max(p.second for p in preferences))
-        except Unfit as unfit:
-            yield unfit.at(name)
+        except SkipError as skip:
+            yield skip.at(name)
             return
         wanted = [p for p in preferences if ties == "keep" or p.value != 0.5]
         needed = {i for p in wanted for i in (p.first, p.second)}
@@ -122,19 +122,19 @@ class Layout(NamedTuple):
         for first, second, value in preferences:
             own = f"{name}:{first}-{second}" if len(self.images) == 1 else name
             if ties == "drop" and value == 0.5:
-                yield Skipped(own, "tie", fault=False)
+                yield Skipped(own, "tie", bad=False)
                 continue
             a, b = images[first], images[second]
             if isinstance(a, bytes) and isinstance(b, bytes):
                 yield RawPair(own, prompt, (a, b), value, **given)
             else:
-                yield next(image.at(own) for image in (a, b) if isinstance(image, Unfit))
+                yield next(image.at(own) for image in (a, b) if isinstance(image, SkipError))
 
     def prompts(self, row: Mapping[str, Any], ties: str) -> Iterator[str]:
         """The prompt of a row that labels admit, read without its images."""
         try:
             prompt, preferences = self.prompt(row), self.preferences(row)
-        except Unfit:
+        except SkipError:
             return
         if ties == "keep" or any(p.value != 0.5 for p in preferences):
             yield prompt
@@ -146,7 +146,7 @@ class Layout(NamedTuple):
         values = row.get(self.columns[self.values[0]])
         try:
             return max(math.comb(len(_as_list(values)), 2), 1)
-        except Unfit:
+        except SkipError:
             return 1
 
     def _cells(self, row: Mapping[str, Any], count: int) -> Sequence[Any]:
@@ -154,10 +154,10 @@ class Layout(NamedTuple):
             return [row.get(self.columns[name]) for name in self.images]
         cells = row.get(self.columns["images"])
         if cells is None:
-            raise Unfit("no image")
+            raise SkipError("no image")
         cells = _as_list(cells)
         if len(cells) != count:
-            raise Unfit("uneven lists", f"{len(cells)} images, but {count} {self.values[0]}")
+            raise SkipError("uneven lists", f"{len(cells)} images, but {count} {self.values[0]}")
         return cells
 
 
@@ -197,18 +197,18 @@ def _number(value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise Unfit("bad label", f"should be a number, but is {value!r:.80}")
+        raise SkipError("bad label", f"should be a number, but is {value!r:.80}")
     return number
 
 
 def _share(first: float, second: float) -> float:
     if min(first, second) < 0:
-        raise Unfit("bad label", f"votes should not be below 0, but are {first} and {second}")
+        raise SkipError("bad label", f"votes should not be below 0, but are {first} and {second}")
     total = first + second
     if total == 0:
-        raise Unfit("no label", "no votes", fault=False)
+        raise SkipError("no label", "no votes", bad=False)
     if total == math.inf:
-        raise Unfit("bad label", f"{first} and {second} votes")
+        raise SkipError("bad label", f"{first} and {second} votes")
     return first / total
 
 
@@ -219,7 +219,7 @@ def _better(first: float, second: float) -> float:
 def _compare_all(values: Any, *, lower_is_better: bool) -> list[Preference]:
     numbers = [_number(value) for value in _as_list(values)]
     if len(numbers) < 2:
-        raise Unfit("uneven lists", f"a list of {len(numbers)} makes no pair")
+        raise SkipError("uneven lists", f"a list of {len(numbers)} makes no pair")
     if lower_is_better:
         numbers = [-number for number in numbers]
     return [
@@ -234,16 +234,16 @@ def _as_list(value: Any) -> Sequence[Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise Unfit("bad label", f"should be a list, but is {value!r:.80}") from error
+            raise SkipError("bad label", f"should be a list, but is {value!r:.80}") from error
     if not isinstance(value, list | tuple):
-        raise Unfit("bad label", f"should be a list, but is {value!r:.80}")
+        raise SkipError("bad label", f"should be a list, but is {value!r:.80}")
     if len(value) > MAX_IMAGES:
-        raise Unfit("uneven lists", f"should hold up to {MAX_IMAGES}, but holds {len(value)}")
+        raise SkipError("uneven lists", f"should hold up to {MAX_IMAGES}, but holds {len(value)}")
     return value
 
 
-def _try(load: Callable[[Any], bytes], cell: Any) -> bytes | Unfit:
+def _try(load: Callable[[Any], bytes], cell: Any) -> bytes | SkipError:
     try:
         return load(cell)
-    except Unfit as unfit:
-        return unfit
+    except SkipError as skip:
+        return skip

@@ -1,4 +1,4 @@
-"""Encoded images <-> arrays, with every way in which an image can be unfit named."""
+"""Encoded images <-> arrays, with every way in which an image can be bad named."""
 
 import io
 

@@ -13,9 +13,9 @@ from dmpo_jax.data.raw import columns
 from dmpo_jax.data.raw.source import (
     UNIT_PAIRS,
     RawPair,
+    SkipError,
     Skipped,
     Source,
-    Unfit,
     Unit,
     find_files,
     load_bytes,
@@ -100,7 +100,7 @@ class ParquetSource(Source):
         return columns.find_layout(schema.names, where)
 
     def _admit(self, row: Mapping[str, Any]) -> None:
-        """Raises Unfit where other columns say so."""
+        """Raises SkipError where other columns say so."""
 
     def _rows(
         self, unit: Unit, wanted: Iterable[str]
@@ -110,11 +110,11 @@ class ParquetSource(Source):
         for number, row in _read_rows(file, unit, (*wanted, *self.flags), self._groups[unit.file]):
             name = f"{file.name}:{number}"
             try:
-                if isinstance(row, Unfit):
+                if isinstance(row, SkipError):
                     raise row
                 self._admit(row)
-            except Unfit as unfit:
-                yield name, unfit.at(name)
+            except SkipError as skip:
+                yield name, skip.at(name)
             else:
                 yield name, row
 
@@ -148,7 +148,7 @@ def _opened(file: epath.Path) -> Iterator[pq.ParquetFile]:
 
 def _read_rows(
     file: epath.Path, unit: Unit, wanted: Iterable[str], groups: list[int]
-) -> Iterator[tuple[int, dict[str, Any] | Unfit]]:
+) -> Iterator[tuple[int, dict[str, Any] | SkipError]]:
     """(row number, row) of a unit; the columns that the file has of those wanted."""
     start, chosen, first = 0, [], None
     for i, rows in enumerate(groups):
@@ -184,5 +184,5 @@ def _to_rows(batch: pa.RecordBatch) -> list[Any]:
             try:
                 rows += batch.slice(i, 1).to_pylist()
             except UnicodeDecodeError as error:
-                rows.append(Unfit("not UTF-8", str(error)))
+                rows.append(SkipError("not UTF-8", str(error)))
         return rows

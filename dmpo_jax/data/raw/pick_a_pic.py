@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.data.raw.columns import Layout
 from dmpo_jax.data.raw.parquet import ROWS_AT_ONCE, ParquetSource
-from dmpo_jax.data.raw.source import Unfit
+from dmpo_jax.data.raw.source import SkipError
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
 FLAGS = ("has_label", "are_different", "label_1")
@@ -80,12 +81,12 @@ class PickAPic(ParquetSource):
 
     def _admit(self, row: Mapping[str, Any]) -> None:
         if row.get("has_label") is False:
-            raise Unfit("no label", fault=False)
+            raise SkipError("no label", bad=False)
         if row.get("are_different") is False:
-            raise Unfit("equal images", fault=False)
+            raise SkipError("equal images", bad=False)
         first, second = row["label_0"], row.get("label_1")
         if first is not None and second is not None and not abs(first + second - 1) < 1e-3:
-            raise Unfit("bad label", f"label_0 is {first}, but label_1 is {second}")
+            raise SkipError("bad label", f"label_0 is {first}, but label_1 is {second}")
 
 
 # (columns, Arrow types, in words)
@@ -110,7 +111,7 @@ def write_pick_a_pic(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) ->
     """Writes rows in the hub's schema, so that `PickAPic(path)` reads them.
 
     Args:
-        path: the parquet file; it appears whole or not at all.
+        path: the parquet file; written atomically.
         rows: with caption, jpg_0, jpg_1, label_0 and any other column of PICK_A_PIC; what
             is left out is derived from these.
 
@@ -123,26 +124,22 @@ def write_pick_a_pic(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) ->
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
     count, chunk = 0, []
-    try:
-        with (
-            partial.open("wb") as file,
-            pq.ParquetWriter(file, PICK_A_PIC, write_page_checksum=True) as writer,
-        ):
+    with (
+        storage.replacing(path) as part,
+        part.open("wb") as file,
+        pq.ParquetWriter(file, PICK_A_PIC, write_page_checksum=True) as writer,
+    ):
 
-            def flush() -> None:
-                writer.write_table(pa.Table.from_pylist(chunk, schema=PICK_A_PIC))
-                chunk.clear()
+        def flush() -> None:
+            writer.write_table(pa.Table.from_pylist(chunk, schema=PICK_A_PIC))
+            chunk.clear()
 
-            for count, row in enumerate(rows, start=1):  # noqa: B007
-                chunk.append(_full_row(row))
-                if len(chunk) == ROWS_AT_ONCE:
-                    flush()
-            flush()
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        for count, row in enumerate(rows, start=1):  # noqa: B007
+            chunk.append(_full_row(row))
+            if len(chunk) == ROWS_AT_ONCE:
+                flush()
+        flush()
     return count
 
 

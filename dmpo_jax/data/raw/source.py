@@ -1,13 +1,13 @@
 """What every source yields, and what every source is."""
 
 import abc
-import collections
 import errno
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.data.raw.images import MAX_BYTES
 
 UNIT_PAIRS = 1000  # about so many pairs are read together
@@ -34,14 +34,14 @@ class RawPair(NamedTuple):
 class Skipped(NamedTuple):
     """A row, or one pair of a row, that gives no pair.
 
-    reason: a few words, the same for every such row. fault: whether it is a bad record;
+    reason: a few words, the same for every such row. bad: whether it is a bad record;
     otherwise it is left out by rule (no label, a tie where ties are dropped).
     """
 
     id: str
     reason: str
     detail: str = ""
-    fault: bool = True
+    bad: bool = True
 
 
 class Unit(NamedTuple):
@@ -53,22 +53,21 @@ class Unit(NamedTuple):
     stop: int
 
 
-class Unfit(Exception):
-    """Raised inside a source by what makes a row unfit; becomes a `Skipped`."""
+class SkipError(Exception):
+    """Raised inside a source where a row must be skipped; becomes a `Skipped`."""
 
-    def __init__(self, reason: str, detail: str = "", *, fault: bool = True):
-        super().__init__(reason, detail, fault)
-        self.reason, self.detail, self.fault = reason, detail, fault
+    def __init__(self, reason: str, detail: str = "", *, bad: bool = True):
+        super().__init__(reason, detail, bad)
+        self.reason, self.detail, self.bad = reason, detail, bad
 
     def at(self, name: str) -> Skipped:
-        return Skipped(name, self.reason, self.detail, self.fault)
+        return Skipped(name, self.reason, self.detail, self.bad)
 
 
 class Source(abc.ABC):
     """Pairs in parts, in a fixed order.
 
-    given: which of "source" and "mask" it has. skipped: what the last pass of `iter` left
-    out, by reason.
+    given: which of "source" and "mask" it has.
     """
 
     given: frozenset[str] = frozenset()
@@ -77,7 +76,6 @@ class Source(abc.ABC):
         if ties not in ("keep", "drop"):
             raise ValueError(f"ties should be 'keep' or 'drop', but is {ties!r}")
         self.ties = ties
-        self.skipped: collections.Counter[str] = collections.Counter()
 
     @abc.abstractmethod
     def units(self) -> list[Unit]:
@@ -98,15 +96,6 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int:
         """An upper bound of the pairs."""
-
-    def __iter__(self) -> Iterator[RawPair]:
-        self.skipped.clear()
-        for unit in self.units():
-            for pair in self.read(unit):
-                if isinstance(pair, Skipped):
-                    self.skipped[pair.reason] += 1
-                else:
-                    yield pair
 
 
 def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
@@ -142,18 +131,18 @@ def load_bytes(cell: Any, folder: epath.Path) -> bytes:
     Paths are relative to the folder.
 
     Raises:
-        Unfit: there is none, or it is absurdly large.
+        SkipError: there is none, or it is absurdly large.
     """
     if isinstance(cell, Mapping):  # datasets' Image, as stored
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str) and cell:
-        cell = _read_file(epath.Path(cell) if "://" in cell else folder / cell)
+        cell = _read_file(epath.Path(cell) if storage.is_remote(cell) else folder / cell)
     if cell is not None and not isinstance(cell, bytes | str):
-        raise Unfit("no image", f"should be bytes or a path, but is {cell!r:.80}")
+        raise SkipError("no image", f"should be bytes or a path, but is {cell!r:.80}")
     if not cell:
-        raise Unfit("no image")
+        raise SkipError("no image")
     if len(cell) > MAX_BYTES:
-        raise Unfit("absurd size", f"an encoded image of more than {MAX_BYTES} bytes")
+        raise SkipError("absurd size", f"an encoded image of more than {MAX_BYTES} bytes")
     return cell  # pyright: ignore[reportReturnType] - a path was read above
 
 
@@ -163,7 +152,7 @@ def _read_file(path: epath.Path) -> bytes:
             return file.read(MAX_BYTES + 1)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
-            raise Unfit("no image", f"no file {path}") from error
+            raise SkipError("no image", f"no file {path}") from error
         raise
     except ValueError as error:  # a zero byte in the path
-        raise Unfit("no image", f"{str(path)!r:.80}: {error}") from error
+        raise SkipError("no image", f"{str(path)!r:.80}: {error}") from error

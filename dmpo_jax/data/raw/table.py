@@ -1,25 +1,25 @@
 """Pairs in a table of texts, the images in files beside it: JSON lines, JSON, CSV, TSV."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 from etils import epath
 
+from dmpo_jax.data import tables
 from dmpo_jax.data.raw import columns
 from dmpo_jax.data.raw.parquet import ParquetSource
 from dmpo_jax.data.raw.source import (
     UNIT_PAIRS,
     RawPair,
+    SkipError,
     Skipped,
     Source,
-    Unfit,
     Unit,
     cut,
     load_bytes,
 )
+from dmpo_jax.errors import MissingFileError, UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
@@ -35,7 +35,7 @@ def open_table(path: epath.PathLike, ties: str = "keep") -> Source:
     if suffix == ".parquet" or not suffix:
         return ParquetSource(file, ties)
     if suffix not in FORMATS:
-        raise ValueError(f"a table should be one of {', '.join(FORMATS)}, but is {file}")
+        raise UserError(f"a table should be one of {', '.join(FORMATS)}, but is {file}")
     return TableSource(file, ties)
 
 
@@ -55,12 +55,12 @@ class TableSource(Source):
         super().__init__(ties)
         self._file = epath.Path(path)
         if not self._file.exists():
-            raise FileNotFoundError(f"no table at {self._file}")
+            raise MissingFileError(f"no table at {self._file}")
         content = self._file.read_bytes()
         try:
             self._rows = _READERS[self._file.suffix.lower()](content)
         except (pa.ArrowException, ValueError, RecursionError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self._file} cannot be read as {self._file.suffix}: {error}"
             ) from error
         names = next((list(row) for row in self._rows if isinstance(row, Mapping)), [])
@@ -79,7 +79,7 @@ class TableSource(Source):
         folder = self._file.parent
         for number in range(unit.start, unit.stop):
             name, row = f"{self._file.name}:{number}", self._rows[number]
-            if isinstance(row, Unfit):
+            if isinstance(row, SkipError):
                 yield row.at(name)
                 continue
             yield from self.layout.pairs(
@@ -88,14 +88,14 @@ class TableSource(Source):
 
     def prompts(self, unit: Unit) -> Iterator[str]:
         for row in self._rows[unit.start : unit.stop]:
-            if not isinstance(row, Unfit):
+            if not isinstance(row, SkipError):
                 yield from self.layout.prompts(row, self.ties)
 
     def __len__(self) -> int:
         return sum(map(self._most_pairs, self._rows))
 
-    def _most_pairs(self, row: Mapping[str, Any] | Unfit) -> int:
-        return 1 if isinstance(row, Unfit) else self.layout.most_pairs(row)
+    def _most_pairs(self, row: Mapping[str, Any] | SkipError) -> int:
+        return 1 if isinstance(row, SkipError) else self.layout.most_pairs(row)
 
 
 class _Cells(Sequence):
@@ -116,48 +116,26 @@ class _Cells(Sequence):
         return {n: column[index].as_py() or None for n, column in zip(names, cells, strict=True)}
 
 
-def _read_json_lines(content: bytes) -> list[dict[str, Any] | Unfit]:
-    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    return [_read_line(line) for line in lines if line.strip()]
+def _read_json_lines(content: bytes) -> list[dict[str, Any] | SkipError]:
+    return [_read_line(line) for line in tables.split_lines(content)]
 
 
-def _read_line(line: bytes) -> dict[str, Any] | Unfit:
+def _read_line(line: bytes) -> dict[str, Any] | SkipError:
     try:
-        row = json.loads(line.decode("utf-8"))  # from bytes it would guess the encoding
+        return _as_row(tables.read_line(line))
     except UnicodeDecodeError as error:
-        return Unfit("not UTF-8", str(error))
+        return SkipError("not UTF-8", str(error))
     except (ValueError, RecursionError) as error:
-        return Unfit("not JSON", str(error))
-    return _as_row(row)
+        return SkipError("not JSON", str(error))
 
 
-def _as_row(row: Any) -> dict[str, Any] | Unfit:
-    return row if isinstance(row, dict) else Unfit("not JSON", f"not an object: {row!r:.80}")
-
-
-def _read_json(content: bytes) -> list[dict[str, Any] | Unfit]:
-    rows = json.loads(content.decode("utf-8-sig"))
-    if not isinstance(rows, list):
-        raise ValueError(f"should hold a JSON list, but holds {type(rows).__name__}")
-    return [_as_row(row) for row in rows]
-
-
-def _read_delimited(content: bytes, delimiter: str) -> _Cells:
-    parse = pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    with pyarrow.csv.open_csv(pa.BufferReader(content), parse_options=parse) as reader:
-        names = reader.schema.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"has the columns {twice} twice: keep one of each")
-    # All texts: "007" is a prompt, not 7, and "2024-01-01" no date.
-    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
-    return _Cells(
-        pyarrow.csv.read_csv(pa.BufferReader(content), parse_options=parse, convert_options=convert)
-    )
+def _as_row(row: Any) -> dict[str, Any] | SkipError:
+    return row if isinstance(row, dict) else SkipError("not JSON", f"not an object: {row!r:.80}")
 
 
 _READERS = {
     ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".csv": lambda content: _read_delimited(content, ","),
-    ".tsv": lambda content: _read_delimited(content, "\t"),
+    ".json": lambda content: [_as_row(row) for row in tables.read_json(content)],
+    ".csv": lambda content: _Cells(tables.read_delimited(content, ",")),
+    ".tsv": lambda content: _Cells(tables.read_delimited(content, "\t")),
 }

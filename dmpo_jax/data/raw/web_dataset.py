@@ -17,9 +17,9 @@ from dmpo_jax.data.raw.source import (
     MAX_BYTES,
     UNIT_PAIRS,
     RawPair,
+    SkipError,
     Skipped,
     Source,
-    Unfit,
     Unit,
     cut,
     find_files,
@@ -80,8 +80,8 @@ class WebDatasetSource(Source):
                     where = f"{file}, sample {sample.key}"
                     try:
                         row = _to_row(tar, sample)
-                    except Unfit as unfit:
-                        raise ValueError(f"{where}: {unfit.reason}: {unfit.detail}") from unfit
+                    except SkipError as skip:
+                        raise ValueError(f"{where}: {skip.reason}: {skip.detail}") from skip
                     self.layout = columns.find_layout(list(row), where)
                     self.given = self.layout.given
                     return
@@ -98,14 +98,14 @@ class WebDatasetSource(Source):
         for tar, name, sample in self._samples_of(unit):
             try:
                 row = _to_row(tar, sample)
-            except Unfit as unfit:
-                yield unfit.at(name)
+            except SkipError as skip:
+                yield skip.at(name)
                 continue
             yield from self.layout.pairs(name, row, functools.partial(_extract, tar), self.ties)
 
     def prompts(self, unit: Unit) -> Iterator[str]:
         for tar, _, sample in self._samples_of(unit):
-            with contextlib.suppress(Unfit):
+            with contextlib.suppress(SkipError):
                 yield from self.layout.prompts(_to_row(tar, sample), self.ties)
 
     def __len__(self) -> int:
@@ -204,27 +204,27 @@ def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo
 def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
     """A sample as a table's row, its images as members to be read."""
     if sample.twice:
-        raise Unfit("twice the same", f"members {sample.twice}")
+        raise SkipError("twice the same", f"members {sample.twice}")
     row: dict[str, Any] = {}
     if "json" in sample.texts:
         try:
             row = json.loads(_extract(tar, sample.texts["json"]).decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise Unfit("not UTF-8", f"json: {error}") from error
+            raise SkipError("not UTF-8", f"json: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise Unfit("not JSON", str(error)) from error
+            raise SkipError("not JSON", str(error)) from error
         if not isinstance(row, dict):
-            raise Unfit("not JSON", f"not an object: {row!r:.80}")
+            raise SkipError("not JSON", f"not an object: {row!r:.80}")
         row = {name: value for name, value in row.items() if name not in _NOT_IN_JSON}
     for kind in _TEXTS:
         if kind in sample.texts and not {"prompt", "caption"} & set(row):
             try:
                 row["prompt"] = _extract(tar, sample.texts[kind]).decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
-                raise Unfit("not UTF-8", f"{kind}: {error}") from error
+                raise SkipError("not UTF-8", f"{kind}: {error}") from error
     numbers = [int(role) for role in sample.images if role.isdigit()]
     if max(numbers, default=0) >= columns.MAX_IMAGES:
-        raise Unfit("uneven lists", f"image {max(numbers)} of up to {columns.MAX_IMAGES}")
+        raise SkipError("uneven lists", f"image {max(numbers)} of up to {columns.MAX_IMAGES}")
     for role, info in sample.images.items():
         row[f"image_{role}" if role.isdigit() else role] = info
     if numbers:
@@ -234,9 +234,9 @@ def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
 
 def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo | None) -> bytes:
     if info is None or not info.size:
-        raise Unfit("no image")
+        raise SkipError("no image")
     if info.size > MAX_BYTES:
-        raise Unfit("absurd size", f"{info.name} has {info.size} bytes, above {MAX_BYTES}")
+        raise SkipError("absurd size", f"{info.name} has {info.size} bytes, above {MAX_BYTES}")
     stream = tar.extractfile(info)
     data = b"" if stream is None else stream.read()
     if len(data) != info.size:

@@ -18,7 +18,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded.shards import ShardWriter
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import Tally, decode_pair
 from dmpo_jax.data.raw.counts import PairCounts
 from dmpo_jax.data.raw.splits import is_held_out
 
@@ -52,7 +52,7 @@ class Report(NamedTuple):
 
     counts: dict[str, PairCounts]
     sizes: dict[str, int]
-    tally: faults.Tally
+    tally: Tally
 
 
 def make_features() -> tfds.features.FeaturesDict:
@@ -137,7 +137,7 @@ def write_shard(job: Job, shard: Shard) -> None:
         TooManyBadError: if this shard alone has more bad rows than the whole source may.
     """
     source = _opened(job.source, job.ties)
-    tally = faults.Tally(job.max_bad, total=count_rows(job))
+    tally = Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
     with contextlib.ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
@@ -165,7 +165,7 @@ def take_report(job: Job, shard: Shard) -> Report:
     return Report(
         {split: PairCounts.from_json(stored["counts"][split]) for split in SPLITS},
         stored["sizes"],
-        faults.Tally.from_json(stored["tally"]),
+        Tally.from_json(stored["tally"]),
     )
 
 
@@ -176,7 +176,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         TooManyBadError: if more of the rows are bad than may be.
         ValueError: if there is nothing to train on.
     """
-    tally = faults.Tally(job.max_bad, total=count_rows(job))
+    tally = Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
     for report in reports:
         tally.merge(report.tally)
@@ -205,7 +205,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def _good_pairs(
-    source: sources.Source, units: Sequence[sources.Unit], tally: faults.Tally
+    source: sources.Source, units: Sequence[sources.Unit], tally: Tally
 ) -> Iterator[tuple[sources.RawPair, list[tuple[int, int]]]]:
     """The pairs that decode, each with its images' heights and widths."""
     for unit in units:
@@ -215,7 +215,7 @@ def _good_pairs(
                 continue
             # A source or mask that is there must be readable; who needs one says so later.
             needs = frozenset(f for f in ("source", "mask") if getattr(pair, f) is not None)
-            decoded = faults.decode_pair(pair, needs)
+            decoded = decode_pair(pair, needs)
             if isinstance(decoded, sources.Skipped):
                 tally.skip(decoded)
                 continue

@@ -22,12 +22,12 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
-from tensorflow_datasets.core.utils import tqdm
 
 from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import bad_records as faults
+from dmpo_jax.data.raw.bad_records import Tally
 from dmpo_jax.data.raw.built import STATISTICS
 from dmpo_jax.data.tfds import build
+from dmpo_jax.progress import Progress
 
 DESCRIPTION = """
 Preference pairs: two images of a prompt, and the probability that image_0 is the preferred one.
@@ -136,12 +136,14 @@ def _write_all(
     runner, options = download_config.beam_runner, download_config.beam_options
     reports: list[build.Report] = []
     if runner is None and options is None:
-        tally = faults.Tally(job.max_bad, total=build.count_rows(job))
-        for shard in tqdm(shards, desc="Writing shards", unit=" shards"):
-            build.write_shard(job, shard)
-            reports.append(build.take_report(job, shard))
-            tally.merge(reports[-1].tally)
-            tally.check()  # now rather than at the end
+        tally = Tally(job.max_bad, total=build.count_rows(job))
+        with Progress(len(shards), description="shards") as progress:
+            for shard in shards:
+                build.write_shard(job, shard)
+                reports.append(build.take_report(job, shard))
+                tally.merge(reports[-1].tally)
+                tally.check()  # now rather than at the end
+                progress.advance()
         return reports
     try:
         import apache_beam as beam  # pyright: ignore[reportMissingImports] - an extra
