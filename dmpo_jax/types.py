@@ -7,7 +7,7 @@ height, width and channels, S context tokens, D context width, P pooled width.
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 Pair = Float[Array, "B 2 H W C"]
 PerPair = Float[Array, " B"]
@@ -60,10 +60,12 @@ class PairBatch(NamedTuple):
 class Noised(NamedTuple):
     """A pair under noise: one timestep and one noise for both of its images.
 
+    timesteps: index into the noise table. times: what the model is told there.
     weights: of each pair's loss, by its timestep; None is 1 everywhere.
     """
 
     latents: Pair
     timesteps: Int[Array, " B"]
+    times: Shaped[Array, " B"]
     target: Pair
     weights: PerPair | None = None

@@ -69,7 +69,7 @@ class Ours:
         jax.config.update("jax_enable_compilation_cache", False)
         devices = mesh.make_mesh()  # as many as main() asked for
         model = diffusers_io.load_unet(folder)
-        noise = noising.make_noise_schedule(
+        noise = noising.make_ddpm_table(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         )
         meta = EncodedMeta.expected(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.diffusion.noise import make_noise_schedule
+from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD, SDXL, Family
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
@@ -52,9 +52,7 @@ class OurStep:
         )
         model = parameters.abstract(family(case).model, case["unet"], dtype=jnp.bfloat16)
         structure, shapes = parameters.split(model)
-        noise = make_noise_schedule(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-        )
+        noise = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         devices = mesh.make_mesh(devices=jax.devices()[:1])
         model = parameters.merge(structure, draw(shapes))
         built, params = build(family(case), model, noise, make_meta(case), devices, settings)

@@ -7,8 +7,8 @@ page follow.
 from typing import TYPE_CHECKING, Any
 
 from dmpo_jax.config.declare import ITSELF, Check, OneOf, Root, Section, leaf
-from dmpo_jax.diffusion.noise import WEIGHTINGS
 from dmpo_jax.diffusion.samplers import SAMPLERS
+from dmpo_jax.diffusion.timesteps import DENSITIES, WEIGHTINGS
 from dmpo_jax.encoding.plan import CHOICES
 from dmpo_jax.families import FAMILIES
 from dmpo_jax.models.attention import KERNELS
@@ -73,6 +73,34 @@ class Timesteps(Section):
     )
     high: float = leaf(
         1.0, "most noise trained on, likewise", "(0, 1]", affects=BOTH, counts_with=_CUT
+    )
+    density: str = leaf(
+        "uniform",
+        "of the timesteps drawn",
+        OneOf(DENSITIES),
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+    mean: float = leaf(
+        0.0,
+        "of logit_normal's logit: higher is less noise",
+        "(-inf, inf)",
+        affects=BOTH,
+        counts_with="timesteps.density",
+    )
+    std: float = leaf(
+        1.0,
+        "of logit_normal's logit",
+        "(0, inf)",
+        affects=BOTH,
+        counts_with="timesteps.density",
+    )
+    shift: float | None = leaf(
+        None,
+        "of flow noise, towards more of it; unset: the scheduler's own where it is static",
+        "(0, inf)",
+        affects=BOTH,
+        counts_with=ITSELF,
     )
 
 

@@ -1,10 +1,21 @@
-"""A PyTorch diffusers folder <-> our modules: `pipeline` a whole folder, `weights` one model,
-`lora` adapters, `schedules` the scheduler's config.
+"""A PyTorch diffusers folder <-> our modules: `pipeline` a whole folder, `components` one part
+of it by class, `weights` one model, `lora_file` adapters, `schedules` the scheduler's config.
 
 Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (safetensors,
 a tensor at a time) and `placement` (arrays between host and devices).
 """
 
+from dmpo_jax.diffusers_io.components import (
+    load_family,
+    load_model,
+    load_text_encoder,
+    load_unet,
+    load_vae,
+    save_model,
+    save_text_encoder,
+    save_unet,
+    save_vae,
+)
 from dmpo_jax.diffusers_io.folders import find_folder, read_json
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
@@ -12,22 +23,12 @@ from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     embed_prompts,
-    load_family,
     load_pipeline,
     make_index,
     save_pipeline,
 )
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
-from dmpo_jax.diffusers_io.weights import (
-    SHARD_BYTES,
-    load_text_encoder,
-    load_unet,
-    load_vae,
-    save_text_encoder,
-    save_unet,
-    save_vae,
-    state_dict,
-)
+from dmpo_jax.diffusers_io.weights import SHARD_BYTES, state_dict
 
 __all__ = [
     "LORA_FILE",
@@ -38,6 +39,7 @@ __all__ = [
     "find_folder",
     "load_family",
     "load_lora",
+    "load_model",
     "load_pipeline",
     "load_schedule",
     "load_text_encoder",
@@ -46,6 +48,7 @@ __all__ = [
     "make_index",
     "read_json",
     "save_lora",
+    "save_model",
     "save_pipeline",
     "save_text_encoder",
     "save_unet",

@@ -49,15 +49,16 @@ BUFFERS = ("embeddings.position_ids",)  # stored by transformers < 4.31, holds 0
 
 def torch_name(path: str) -> str:
     """`conv1.kernel` -> `conv1.weight`: the state-dict name of a parameter's path."""
-    head, _, leaf = path.rpartition(".")
-    return f"{head}.{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
+    head, dot, leaf = path.rpartition(".")
+    return f"{head}{dot}{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
 
 
 def torch_axes(path: str, ndim: int) -> tuple[int, ...]:
     """For each axis of PyTorch's tensor, ours: HWIO lies as OIHW, [in, out] as [out, in]."""
     if not path.endswith(".kernel"):
         return tuple(range(ndim))
-    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
+    convolutions = {4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
+    return convolutions.get(ndim, tuple(reversed(range(ndim))))
 
 
 def to_jax(path: str, tensor: np.ndarray) -> np.ndarray:

@@ -14,10 +14,15 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
 
 FILE = "pytorch_lora_weights.safetensors"
-PREFIX = "unet."
 
 
-def save_lora(adapters: dict[str, Any], folder: epath.PathLike, *, scale: float | int) -> None:
+def save_lora(
+    adapters: dict[str, Any],
+    folder: epath.PathLike,
+    *,
+    scale: float | int,
+    component: str = "unet",
+) -> None:
     """Writes `folder/pytorch_lora_weights.safetensors` atomically, in float32.
 
     Every process must call it; process 0 writes.
@@ -26,9 +31,10 @@ def save_lora(adapters: dict[str, Any], folder: epath.PathLike, *, scale: float 
         adapters: by our paths, `....to_q.lora_A.kernel`.
         scale: alpha / rank. It is multiplied into B: a file that states no alpha is read
             by every program with alpha = rank, and by those that know no other way too.
+        component: of the pipeline, that the adapters are of (`Family.component`).
     """
     folder, writes = epath.Path(folder), jax.process_index() == 0
-    paths = {PREFIX + torch_name(path): path for path in adapters}
+    paths = {f"{component}.{torch_name(path)}": path for path in adapters}
     specs = {
         name: jax.ShapeDtypeStruct(to_torch(path, _blank(adapters[path])).shape, jnp.float32)
         for name, path in paths.items()
@@ -50,11 +56,12 @@ def save_lora(adapters: dict[str, Any], folder: epath.PathLike, *, scale: float 
     processes.barrier(f"saved {folder}")
 
 
-def load_lora(folder: epath.PathLike) -> dict[str, np.ndarray]:
+def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, np.ndarray]:
     """The inverse of `save_lora`, the scale left in B: {our path: array}.
 
     Raises:
-        ValueError: the file is missing, cannot be read, or holds other than a UNet's adapters.
+        ValueError: the file is missing, cannot be read, or holds other than the component's
+            adapters.
     """
     file = epath.Path(folder) / FILE
     if not file.exists():
@@ -62,9 +69,10 @@ def load_lora(folder: epath.PathLike) -> dict[str, np.ndarray]:
     adapters = {}
     with tensor_files.opened({file: frozenset()}) as holders:
         for name, holder in holders.items():
-            head, _, leaf = name.removeprefix(PREFIX).rpartition(".lora_")
-            if not name.startswith(PREFIX) or leaf not in ("A.weight", "B.weight"):
-                raise UserError(f"{file} holds {name!r}; only adapters of a UNet are read")
+            prefix = f"{component}."
+            head, _, leaf = name.removeprefix(prefix).rpartition(".lora_")
+            if not name.startswith(prefix) or leaf not in ("A.weight", "B.weight"):
+                raise UserError(f"{file} holds {name!r}; only adapters of its {component} are read")
             path = f"{head}.lora_{leaf[0]}.kernel"
             whole = tuple((0, n) for n in holder.names[name])
             adapters[path] = to_jax(path, holder.read(name, whole))

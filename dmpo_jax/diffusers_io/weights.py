@@ -4,7 +4,7 @@ Attribute paths are PyTorch's names, so converting is `layout`'s four rules. Onl
 are opened, never a pickle. A model passes through the host a tensor at a time, both ways.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,14 +28,9 @@ from dmpo_jax.diffusers_io.layout import (
 )
 from dmpo_jax.errors import UserError
 from dmpo_jax.models import parameters
-from dmpo_jax.models.clip import CLIPTextModel
-from dmpo_jax.models.unet import UNet2DConditionModel
-from dmpo_jax.models.vae import AutoencoderKL
 from dmpo_jax.parallel import processes
 
-DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 SHARD_BYTES = 5 * 2**30
-TEXT_KINDS = {"CLIPTextModel": False, "CLIPTextModelWithProjection": True}  # kind -> projects
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -52,7 +47,7 @@ class Match(NamedTuple):
     pointwise: tuple[str, ...]
 
 
-def load_model(
+def load_weights(
     make: Callable[..., Any],
     folder: epath.Path,
     *,
@@ -72,8 +67,8 @@ def load_model(
         sharding: shapes by path -> shardings by path, as `mesh.parameter_sharding` with its
             mesh bound; each process reads the slices that its devices hold. None: the
             default device.
-        abstract: reads no tensor: the model holds ShapeDtypeStructs, and what `save_model`
-            needs of it beside `params`.
+        abstract: reads no parameter: the model holds ShapeDtypeStructs, its buffers, and what
+            `save_weights` needs of it beside `params`.
 
     Raises:
         ValueError: in one line, before any tensor is read: a config key whose value is not
@@ -96,8 +91,11 @@ def load_model(
             for path, spec in wanted.items()
         }
     with tensor_files.opened(folders.weight_files(folder, stem, variant)) as files:
-        match = _match(folder, {name: file.names[name] for name, file in files.items()}, wanted)
-        arrays = wanted if abstract else _read(files, match, wanted, sharding)
+        unused = getattr(model, "unused", lambda name: False)
+        stored = {name: file.names[name] for name, file in files.items()}
+        match = _match(folder, stored, wanted, unused)
+        chosen = parameters.buffer_paths(model) if abstract else wanted.keys()
+        arrays = {**wanted, **_read(files, match, wanted, chosen, sharding)}
     structure, _ = nnx.split(model)
     model = parameters.merge(structure, arrays)
     model.layout, model.pointwise = match.legacy, match.pointwise
@@ -113,8 +111,16 @@ def _chooses(param_dtype: Any) -> bool:
     return False
 
 
-def _match(folder: epath.Path, stored: Mapping[str, tuple[int, ...]], wanted: Shapes) -> Match:
-    """Pairs the parameters with the tensors of these names and shapes, or says what differs."""
+def _match(
+    folder: epath.Path,
+    stored: Mapping[str, tuple[int, ...]],
+    wanted: Shapes,
+    unused: Callable[[str], bool],
+) -> Match:
+    """Pairs the parameters with the tensors of these names and shapes, or says what differs.
+
+    unused: whether the model has no need of a tensor of this name.
+    """
     paths = {torch_name(path): path for path in wanted}
     rules = [rule for rule in LEGACY if rule.applies(set(stored))]
     names, pointwise, unexpected, misshapen = {}, [], [], []
@@ -122,7 +128,7 @@ def _match(folder: epath.Path, stored: Mapping[str, tuple[int, ...]], wanted: Sh
         name = stored_name
         for rule in rules:
             name = rule.load(name)
-        if name.endswith(BUFFERS):
+        if name.endswith(BUFFERS) or unused(name):
             continue
         if name not in paths:
             unexpected.append(name)
@@ -149,11 +155,12 @@ def _read(
     files: Mapping[str, tensor_files.TensorFile],
     match: Match,
     wanted: Shapes,
+    chosen: Collection[str],
     sharding: Callable[[Shapes], Mapping[str, Sharding]] | None,
 ) -> parameters.Params:
-    """The parameters, in the order of the files; one tensor on its way to the devices at a time."""
+    """The chosen parameters, in the order of the files; one tensor at a time is on its way."""
     shardings = {} if sharding is None else sharding(wanted)
-    places = {name: path for path, name in match.names.items()}
+    places = {name: path for path, name in match.names.items() if path in chosen}
     params: parameters.Params = {}
     last = None
     for name, file in files.items():
@@ -175,42 +182,6 @@ def _read(
         # Transfers are asynchronous and hold their source: unbounded, all of it would wait here.
         params[path] = jax.block_until_ready(array)
     return params
-
-
-def load_unet(folder: epath.PathLike, **kw: Any) -> UNet2DConditionModel:
-    """The UNet of a pipeline folder, or of its unet/ folder. `kw`: those of `load_model`."""
-    path = folders.component(folder, "unet")
-    return load_model(UNet2DConditionModel, path, stem=DIFFUSERS_STEM, **kw)
-
-
-def load_vae(folder: epath.PathLike, **kw: Any) -> AutoencoderKL:
-    """The VAE of a pipeline folder, or of its vae/ folder. `kw`: those of `load_model`."""
-    path = folders.component(folder, "vae")
-    return load_model(AutoencoderKL, path, stem=DIFFUSERS_STEM, **kw)
-
-
-def load_text_encoder(
-    folder: epath.PathLike, *, subfolder: str = "text_encoder", **kw: Any
-) -> CLIPTextModel:
-    """A text encoder of a pipeline folder (`subfolder` says which), or of its own folder.
-
-    `kw`: those of `load_model`.
-    """
-    path = folders.component(folder, subfolder)
-    projection = TEXT_KINDS[text_kind(path, folders.read_json(path / "config.json"))]
-
-    def make(config, **made):
-        return CLIPTextModel(config, projection=projection, **made)
-
-    return load_model(make, path, stem=TRANSFORMERS_STEM, **kw)
-
-
-def text_kind(path: epath.Path, config: Mapping[str, Any]) -> str:
-    """The class that a text encoder's config.json names; ValueError where it is none of ours."""
-    kind = (config.get("architectures") or ["CLIPTextModel"])[0]
-    if kind not in TEXT_KINDS:
-        raise UserError(f"{path} holds a {kind}; supported text encoders: {sorted(TEXT_KINDS)}")
-    return kind
 
 
 # --- writing -----------------------------------------------------------------
@@ -254,7 +225,7 @@ def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     return {n: _converted(s, placement.gather(arrays[s.path])) for n, s in found.items()}
 
 
-def save_model(
+def save_weights(
     model: Any,
     folder: epath.PathLike,
     *,
@@ -272,12 +243,16 @@ def save_model(
 
     Args:
         params: saved in place of the model's own, which may then be abstract; on any mesh.
+            Buffers that they lack are the model's.
         dtype: None keeps that of the parameters.
 
     Raises:
         ValueError: `params` are not this model's.
     """
-    arrays = parameters.split(model)[1] if params is None else params
+    own = parameters.split(model)[1]
+    if params is not None:
+        own = parameters.completed(params, parameters.partition(model, own)[1])
+    arrays = own
     _check_same(model, arrays)
     shards = _cut(_stored(model, arrays, dtype), shard_bytes)
     count = len(shards)
@@ -346,21 +321,3 @@ def _commit(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         storage.write_json(folder / f"{stem}.safetensors.index.json", index)
     storage.write_json(folder / "config.json", model.config.given)
-
-
-def save_unet(unet: UNet2DConditionModel, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes the UNet as PyTorch diffusers reads it; `folder` is the component's own.
-
-    `kw`: params, dtype and shard_bytes of `save_model`.
-    """
-    save_model(unet, folder, stem=DIFFUSERS_STEM, **kw)
-
-
-def save_vae(vae: AutoencoderKL, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes the VAE as PyTorch diffusers reads it; as `save_unet`."""
-    save_model(vae, folder, stem=DIFFUSERS_STEM, **kw)
-
-
-def save_text_encoder(text: CLIPTextModel, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes a text encoder as transformers reads it; as `save_unet`."""
-    save_model(text, folder, stem=TRANSFORMERS_STEM, **kw)

@@ -1,11 +1,14 @@
-"""Noise-schedule tables, noise shared by a pair, prediction targets.
+"""Noise tables (DDPM and rectified flow), noised latents, prediction targets.
 
-With a = alphas_cumprod[t]: noised = sqrt(a) x0 + sqrt(1 - a) epsilon. What a model
-predicts is epsilon, x0 ("sample") or v = sqrt(a) epsilon - sqrt(1 - a) x0.
+With x = signal x0 + noise epsilon, a model predicts one of
+
+    epsilon
+    sample          x0
+    v_prediction    signal epsilon - noise x0, where signal^2 + noise^2 = 1 (DDPM)
+    flow            epsilon - x0, where signal + noise = 1 (rectified flow)
 """
 
 import dataclasses
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,55 +16,89 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key, Shaped
 
-from dmpo_jax.types import Noised
+from dmpo_jax.errors import UserError
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+DDPM_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = (*DDPM_PREDICTIONS, "flow")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-WEIGHTINGS = ("uniform", "min_snr")
 
 RandomKey = Key[Array, ""]
 Rows = Float[Array, "B ..."]
 Table = Float32[np.ndarray, " T"]
-Images = Float[Array, "B n H W C"]
 Moments = Float[Array, "*batch M"]
-Latents = Float[Array, "*batch C"]
+Latents = Float[Array, "..."]  # [..., H, W, C], of which packing changes all three
+Factor = float | int | Sequence[float]  # one of all channels, or one a channel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NoiseSchedule:
-    """The signal left at each training timestep, and what the model predicts.
+class NoiseTable:
+    """Signal and noise at each training timestep, from the least noise to the most.
 
     Compared and hashed by identity: a constant to close over, or a static argument.
-    `alphas_cumprod` falls from near 1 to near 0, or to exactly 0 with zero terminal SNR.
+
+    signal, noise: factors of x0 and of epsilon.
+    times: what the model is told at each timestep.
+    prediction_type: what the model predicts, one of PREDICTION_TYPES.
+    alphas_cumprod: DDPM's own table, the square of signal; None for flow. It falls from near
+        1 to near 0, or to exactly 0 with zero terminal SNR.
     """
 
-    alphas_cumprod: Table
+    signal: Table
+    noise: Table
+    times: Shaped[np.ndarray, " T"]
     prediction_type: str
+    alphas_cumprod: Table | None = None
 
     def __post_init__(self):
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
+            raise UserError(
                 f"prediction_type must be one of {PREDICTION_TYPES}, got {self.prediction_type!r}"
             )
 
     @property
     def num_train_timesteps(self) -> int:
-        return len(self.alphas_cumprod)
+        return len(self.signal)
 
-    @functools.cached_property
-    def signal(self) -> Table:
-        """sqrt(alphas_cumprod), the factor of the image."""
-        return np.sqrt(self.alphas_cumprod)
-
-    @functools.cached_property
-    def noise(self) -> Table:
-        """sqrt(1 - alphas_cumprod), the factor of the noise."""
-        return np.sqrt(np.float32(1) - self.alphas_cumprod)
+    @property
+    def kind(self) -> str:
+        """ "ddpm" or "flow", as `Family.noise`."""
+        return "flow" if self.prediction_type == "flow" else "ddpm"
 
 
-def make_noise_schedule(
+def make_flow_table(shift: float | int = 1.0, num_train_timesteps: int = 1000) -> NoiseTable:
+    """Rectified flow: sigma = noise = 1 - signal, evenly spaced in (0, 1], then shifted.
+
+    The table of diffusers' FlowMatchEulerDiscreteScheduler, ascending here; models are told
+    num_train_timesteps * sigma.
+
+    Args:
+        shift: above 0; larger values move the levels towards noise. 1 for schedulers that
+            shift dynamically, which train on the unshifted table.
+
+    Source: Scaling Rectified Flow Transformers, arXiv 2403.03206, equation 23.
+    """
+    if not 0 < shift < math.inf:
+        raise UserError(f"shift must be above 0 and finite, got {shift}; 1 shifts nothing")
+    if num_train_timesteps < 1:
+        raise UserError(f"num_train_timesteps must be at least 1, got {num_train_timesteps}")
+    even = np.arange(1, num_train_timesteps + 1, dtype=np.float64) / num_train_timesteps
+    sigma = shifted(even, shift)
+    return NoiseTable(
+        signal=(1 - sigma).astype(np.float32),
+        noise=sigma.astype(np.float32),
+        times=(num_train_timesteps * sigma).astype(np.float32),
+        prediction_type="flow",
+    )
+
+
+def shifted(sigma: Float[np.ndarray, " S"], shift: float | int) -> Float[np.ndarray, " S"]:
+    """Flow levels moved towards noise: `shift sigma / (1 + (shift - 1) sigma)`."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def make_ddpm_table(
     *,
     num_train_timesteps: int = 1000,
     beta_start: float = 1e-4,
@@ -70,7 +107,7 @@ def make_noise_schedule(
     prediction_type: str = "epsilon",
     rescale_betas_zero_snr: bool = False,
     trained_betas: Sequence[float] | np.ndarray | None = None,
-) -> NoiseSchedule:
+) -> NoiseTable:
     """The table that diffusers' DDPMScheduler builds from the same settings.
 
     Args:
@@ -90,7 +127,7 @@ def make_noise_schedule(
     if trained_betas is not None:
         betas = np.asarray(trained_betas, np.float32)
         if betas.shape != (num_train_timesteps,):
-            raise ValueError(
+            raise UserError(
                 f"trained_betas shape should be {(num_train_timesteps,)}, but got {betas.shape}; "
                 "set num_train_timesteps to their number"
             )
@@ -98,14 +135,28 @@ def make_noise_schedule(
         betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
     # The last beta may be 1 (zero SNR); a beta of 0 first would divide by no noise.
     if not (betas[0] > 0 and betas.min() >= 0 and betas.max() <= 1):
-        raise ValueError(
+        raise UserError(
             f"betas must be in (0, 1], got {betas.min()} to {betas.max()}; change "
             "beta_start, beta_end or trained_betas"
         )
     alphas_cumprod = _cumprod(np.float32(1) - betas)
     if rescale_betas_zero_snr:
         alphas_cumprod = _zero_terminal_snr(alphas_cumprod)
-    return NoiseSchedule(alphas_cumprod, prediction_type)
+    if prediction_type not in DDPM_PREDICTIONS:
+        raise UserError(
+            f"prediction_type must be one of {DDPM_PREDICTIONS}, got {prediction_type!r}"
+        )
+    return NoiseTable(
+        signal=np.sqrt(alphas_cumprod),
+        noise=np.sqrt(np.float32(1) - alphas_cumprod),
+        times=np.arange(num_train_timesteps, dtype=np.int32),
+        prediction_type=prediction_type,
+        alphas_cumprod=alphas_cumprod,
+    )
+
+
+# By `Family.noise`: what makes a table of a scheduler's settings.
+TABLES = {"ddpm": make_ddpm_table, "flow": make_flow_table}
 
 
 def _betas(name: str, steps: int, start: float, end: float) -> Table:
@@ -119,7 +170,7 @@ def _betas(name: str, steps: int, start: float, end: float) -> Table:
         ]
         betas = [min(1 - b / a, 0.999) for a, b in itertools.pairwise(alpha_bar)]
         return np.asarray(betas, np.float32)
-    raise ValueError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {name!r}")
+    raise UserError(f"beta_schedule must be one of {BETA_SCHEDULES}, got {name!r}")
 
 
 def _linspace(start: float, end: float, steps: int) -> Table:
@@ -155,104 +206,107 @@ def _at(table: Table, timesteps: Int[Array, " B"], rank: int) -> Rows:
     return jnp.asarray(table)[timesteps].reshape(-1, *(1,) * (rank - 1))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Timesteps:
-    """Which timesteps are drawn, evenly from first to last - 1, and what each one weighs.
-
-    weights: of a pair's loss, by training timestep; None is 1 everywhere.
-    """
-
-    first: int
-    last: int
-    weights: Table | None = None
-
-
-def make_timesteps(
-    schedule: NoiseSchedule,
-    *,
-    weighting: str = "uniform",
-    gamma: float | int = 5.0,
-    low: float | int = 0.0,
-    high: float | int = 1.0,
-) -> Timesteps:
-    """Timesteps to train on.
-
-    Args:
-        weighting: uniform, or min_snr, which takes weight from the timesteps with little
-            noise: with s the signal-to-noise ratio, min(s, gamma) of the loss in x0, that is
-            min(s, gamma) / s where epsilon is predicted and min(s, gamma) / (s + 1) for v.
-        gamma: of min_snr, above 0; 5 in its paper.
-        low, high: ends of the range, as fractions of the training timesteps: 0 is no noise.
+def pack_latents(latents: Float[Array, "*batch H W C"], pack: int) -> Float[Array, "*batch h w D"]:
+    """Blocks of pack x pack latents as the channels of one: `c pack^2 + row pack + column`.
 
     Raises:
-        ValueError: naming the values supported.
-
-    Source: Efficient Diffusion Training via Min-SNR Weighting Strategy, arXiv 2303.09556.
+        ValueError: height or width is no multiple of `pack`.
     """
-    steps = schedule.num_train_timesteps
-    first, last = (round(x * steps) for x in (low, high))
-    if not 0 <= low < high <= 1 or first == last:
-        raise ValueError(
-            f"timesteps must be a range in [0, 1] with at least one of {steps} timesteps in it, "
-            f"but got low={low}, high={high}"
+    if pack == 1:
+        return latents
+    *batch, height, width, channels = latents.shape
+    if height % pack or width % pack:
+        raise UserError(
+            f"latents packed {pack} x {pack} need a height and width in multiples of {pack}, but "
+            f"got {height} x {width}: change the resolution"
         )
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {weighting!r}")
-    if weighting == "uniform":
-        return Timesteps(first, last)
-    if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma must be above 0 and finite, got {gamma}; 5 is usual")
-    # By the shares of signal and noise, of which either may be 0 at an end of the table.
-    signal = schedule.alphas_cumprod.astype(np.float64)
-    noise = 1 - signal
-    with np.errstate(divide="ignore"):
-        weights = {
-            "epsilon": np.minimum(1, gamma * noise / signal),
-            "sample": np.minimum(signal / noise, gamma),
-            "v_prediction": np.minimum(signal, gamma * noise),  # min(s, gamma) / (s + 1)
-        }[schedule.prediction_type]
-    return Timesteps(first, last, weights.astype(np.float32))
+    blocks = latents.reshape(*batch, height // pack, pack, width // pack, pack, channels)
+    n = len(batch)
+    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    return blocks.transpose(order).reshape(*batch, height // pack, width // pack, -1)
+
+
+def unpack_latents(
+    latents: Float[Array, "*batch h w D"], pack: int
+) -> Float[Array, "*batch H W C"]:
+    """The inverse of `pack_latents`."""
+    if pack == 1:
+        return latents
+    *batch, height, width, channels = latents.shape
+    blocks = latents.reshape(*batch, height, width, channels // pack**2, pack, pack)
+    n = len(batch)
+    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    return blocks.transpose(order).reshape(*batch, height * pack, width * pack, -1)
 
 
 def sample_latents(
     key: RandomKey,
     moments: Moments,
     *,
-    scaling_factor: float,
-    shift_factor: float = 0.0,
+    scaling_factor: Factor,
+    shift_factor: Factor = 0.0,
     mean_only: bool = False,
+    pack: int = 1,
 ) -> Latents:
-    """Draws latents from the VAE's posterior and scales them as the UNet expects.
+    """Draws latents from the VAE's posterior, packs and scales them as the model expects.
 
     Args:
         moments: unscaled mean, then log-variance, on the last axis (M = 2C); with
             mean_only the mean alone (M = C), which is then what is drawn.
-        scaling_factor: of the VAE's config: 0.18215 for SD1.5, 0.13025 for SDXL.
+        scaling_factor: of the VAE: 0.18215 for SD1.5, 0.13025 for SDXL; or one for each
+            packed channel.
         shift_factor: likewise; 0 for both.
+        pack: latents are packed `pack` x `pack`; 1 leaves them.
 
     Returns:
-        `(mean + std * noise - shift_factor) * scaling_factor`, float32.
+        `(packed(mean + std * noise) - shift_factor) * scaling_factor`, float32.
     """
     if mean_only:
-        return (moments.astype(jnp.float32) - shift_factor) * scaling_factor
-    if moments.shape[-1] % 2:
-        raise ValueError(
-            f"moments shape should be [..., 2C], mean then log-variance, but got {moments.shape}"
+        latents = moments.astype(jnp.float32)
+    else:
+        if moments.shape[-1] % 2:
+            raise UserError(
+                f"moments shape should be [..., 2C], mean then log-variance, but got "
+                f"{moments.shape}"
+            )
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        # The VAE's own bounds: beyond them exp is noise of the encoder's, not of the posterior.
+        std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
+        latents = mean + std * jax.random.normal(key, mean.shape, jnp.float32)
+    if pack > 1:
+        latents = pack_latents(latents, pack)
+    shift, scale = (_by_channel(x, latents) for x in (shift_factor, scaling_factor))
+    return (latents - shift) * scale
+
+
+def restore_latents(
+    latents: Latents, *, scaling_factor: Factor, shift_factor: Factor = 0.0, pack: int = 1
+) -> Latents:
+    """Scaled latents -> what the VAE decodes: the inverse of `sample_latents`."""
+    shift, scale = (_by_channel(x, latents) for x in (shift_factor, scaling_factor))
+    latents = latents / scale + shift
+    return unpack_latents(latents, pack) if pack > 1 else latents
+
+
+def _by_channel(factor: Factor, latents: Latents) -> float | int | Array:
+    """A number as it is; a vector with leading axes of 1, since ranks never promote."""
+    if isinstance(factor, float | int):
+        return factor
+    if len(factor) != latents.shape[-1]:
+        raise UserError(
+            f"scaling and shift factors must be numbers or vectors of {latents.shape[-1]} "
+            f"channels, but got {len(factor)}: encode the pairs with this model's VAE"
         )
-    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-    # The VAE's own bounds: beyond them exp is noise of the encoder's, not of the posterior.
-    std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
-    latents = mean + std * jax.random.normal(key, mean.shape, jnp.float32)
-    return (latents - shift_factor) * scaling_factor
+    return jnp.asarray(factor, jnp.float32).reshape((1,) * (latents.ndim - 1) + (-1,))
 
 
 def add_noise(
     latents: Rows,
     noise: Rows,
     timesteps: Int[Array, " B"],
-    schedule: NoiseSchedule,
+    schedule: NoiseTable,
 ) -> Rows:
-    """`sqrt(a) latents + sqrt(1 - a) noise`; the two may differ in axes of 1."""
+    """`signal latents + noise epsilon`; the two may differ in axes of 1."""
     signal = _at(schedule.signal, timesteps, latents.ndim)
     return signal * latents + _at(schedule.noise, timesteps, latents.ndim) * noise
 
@@ -261,13 +315,15 @@ def prediction_target(
     latents: Rows,
     noise: Rows,
     timesteps: Int[Array, " B"],
-    schedule: NoiseSchedule,
+    schedule: NoiseTable,
 ) -> Rows:
-    """What a perfect model predicts, in the latents' shape: epsilon, v or x0."""
+    """What a perfect model predicts, in the latents' shape: epsilon, v, x0 or velocity."""
     if schedule.prediction_type == "epsilon":
         return jnp.broadcast_to(noise, latents.shape)
     if schedule.prediction_type == "sample":
         return latents
+    if schedule.prediction_type == "flow":
+        return noise - latents
     signal = _at(schedule.signal, timesteps, latents.ndim)
     return signal * noise - _at(schedule.noise, timesteps, latents.ndim) * latents
 
@@ -276,7 +332,7 @@ def to_sample_and_epsilon(
     prediction: Rows,
     latents: Rows,
     timesteps: Int[Array, " B"],
-    schedule: NoiseSchedule,
+    schedule: NoiseTable,
 ) -> tuple[Rows, Rows]:
     """(x0, epsilon) that a prediction on noised `latents` stands for, in float32.
 
@@ -301,33 +357,6 @@ def split_prediction(
         return (latents - noise * prediction) / signal, prediction
     if prediction_type == "sample":
         return prediction, (latents - signal * prediction) / noise
+    if prediction_type == "flow":
+        return latents - noise * prediction, latents + signal * prediction
     return signal * latents - noise * prediction, signal * prediction + noise * latents
-
-
-def noise_pair(
-    key: RandomKey, latents: Images, schedule: NoiseSchedule, among: Timesteps | None = None
-) -> Noised:
-    """Noises the images of a pair alike: one timestep and one noise for both.
-
-    The comparison between them is then of the images alone. Draws cover the batch as
-    given: pass the global one, so that neither hosts nor sharding change what is drawn.
-
-    Args:
-        latents: scaled clean latents; n is 2, or 1 without rejected images.
-        among: the timesteps to draw, and what each weighs; None is all alike.
-
-    Returns:
-        Noised latents and target, float32 `[B, n, H, W, C]`, and timesteps `[B]`, int32.
-    """
-    latents = latents.astype(jnp.float32)
-    timestep_key, noise_key = jax.random.split(key)
-    batch, _, *image = latents.shape
-    among = among or Timesteps(0, schedule.num_train_timesteps)
-    timesteps = jax.random.randint(timestep_key, (batch,), among.first, among.last)
-    noise = jax.random.normal(noise_key, (batch, 1, *image), jnp.float32)
-    return Noised(
-        latents=add_noise(latents, noise, timesteps, schedule),
-        timesteps=timesteps,
-        target=prediction_target(latents, noise, timesteps, schedule),
-        weights=None if among.weights is None else jnp.asarray(among.weights)[timesteps],
-    )

@@ -1,26 +1,27 @@
 """Samplers: from noise to latents, each one scan over a table that NumPy built before.
 
-All three walk the same road. With x = signal x0 + noise epsilon, a step splits the model's
+All walk the same road. With x = signal x0 + noise epsilon, a step splits the model's
 prediction into x0 and epsilon and puts them together again at the next, lower noise level:
 
     x' = signal' x0 + noise' epsilon + correction (x0 - x0 of the step before)
 
 They differ in the levels they visit and in the correction, which is 0 but for DPM-Solver++.
+Beside each stands its `Solver`: the scheduler class that it is, and the keys of
+scheduler_config.json that it does not follow.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Float, Float32, Shaped
 
-from dmpo_jax.diffusion.noise import NoiseSchedule, split_prediction
-
-Latents = Float[Array, "N h w C"]
-Timesteps = Shaped[Array, " N"]  # int32, or float32 where a level lies between two timesteps
-Predict = Callable[[Latents, Timesteps], Latents]
+from dmpo_jax.diffusion.flow_euler import FLOW_EULER
+from dmpo_jax.diffusion.noise import NoiseTable
+from dmpo_jax.diffusion.walk import OFF, Config, Latents, Predict, Solver, Table, Times, walk
+from dmpo_jax.errors import UserError
 
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS = ("zero", "sigma_min")
@@ -28,19 +29,8 @@ FINAL_SIGMAS = ("zero", "sigma_min")
 SMALLEST_SIGNAL = np.float32(2.0**-24)
 
 
-class Table(NamedTuple):
-    """One row a step, S of them: where the model is asked, and where its answer leads."""
-
-    timesteps: Shaped[np.ndarray, " S"]
-    signal: Float32[np.ndarray, " S"]
-    noise: Float32[np.ndarray, " S"]
-    next_signal: Float32[np.ndarray, " S"]
-    next_noise: Float32[np.ndarray, " S"]
-    correction: Float32[np.ndarray, " S"]
-
-
 def guide(
-    predict: Callable[[Latents, Timesteps, Any], Latents],
+    predict: Callable[[Latents, Times, Any], Latents],
     parts: Sequence[Any],
     weights: Sequence[float | int],
 ) -> Predict:
@@ -61,7 +51,7 @@ def guide(
     Source: arXiv 2207.12598, equation 6; InstructPix2Pix, arXiv 2211.09800, equation 3.
     """
     if len(parts) != len(weights) or not parts:
-        raise ValueError(
+        raise UserError(
             f"guidance needs one weight for each of its parts, one at least, but got "
             f"{len(parts)} parts and weights {list(weights)}"
         )
@@ -75,7 +65,7 @@ def guide(
 
     def guided(x, timesteps):
         if rows - {len(x)}:
-            raise ValueError(
+            raise UserError(
                 f"every conditioning needs a leading axis of {len(x)}, one row per latent, "
                 f"but got leading axes {sorted(rows)}"
             )
@@ -92,11 +82,11 @@ def ddim(
     predict: Predict,
     latents: Latents,
     *,
-    schedule: NoiseSchedule,
+    schedule: NoiseTable,
     num_steps: int,
     timestep_spacing: str = "leading",
-    steps_offset: int = 1,
-    set_alpha_to_one: bool = False,
+    steps_offset: int = 0,
+    set_alpha_to_one: bool = True,
     clip_sample: bool = False,
     clip_sample_range: float | int = 1.0,
 ) -> Latents:
@@ -108,8 +98,9 @@ def ddim(
         latents: standard normal noise, `[N, h, w, C]`.
         timestep_spacing, steps_offset: see `spaced_timesteps`.
         set_alpha_to_one: whether the last step arrives at no noise rather than at the
-            noise of timestep 0. The defaults are Stable Diffusion's; diffusers' own differ.
-        clip_sample, clip_sample_range: bound the predicted x0 (pixel models only).
+            noise of timestep 0.
+        clip_sample, clip_sample_range: bound the predicted x0 (pixel models only). diffusers'
+            own default clips, which no latents survive: pipelines turn it off on loading.
 
     Returns:
         Latents, float32 `[N, h, w, C]`, still scaled.
@@ -127,17 +118,17 @@ def ddim(
     if timestep_spacing == "linspace":
         timesteps = timesteps.round()
     timesteps = timesteps.astype(np.int32)
-    here = schedule.alphas_cumprod[timesteps]
+    here = _ddpm(schedule)[timesteps]
     if schedule.prediction_type == "epsilon" and not here.all():
-        raise ValueError(
+        raise UserError(
             "an epsilon prediction at zero terminal SNR holds no image: use a schedule of "
             f"v_prediction or sample, or 'leading' spacing (got {timestep_spacing!r})"
         )
     # A fixed stride, not the next entry of the table: they differ for linspace and
     # where num_steps does not divide T, and diffusers takes the stride.
     previous = timesteps - count // num_steps
-    final = np.float32(1) if set_alpha_to_one else schedule.alphas_cumprod[0]
-    arrival = np.where(previous >= 0, schedule.alphas_cumprod[previous], final)
+    final = np.float32(1) if set_alpha_to_one else _ddpm(schedule)[0]
+    arrival = np.where(previous >= 0, _ddpm(schedule)[previous], final)
     one = np.float32(1)
     table = Table(
         timesteps,
@@ -148,14 +139,17 @@ def ddim(
         np.zeros_like(here),
     )
     bound = clip_sample_range if clip_sample else None
-    return _walk(predict, latents, table, schedule.prediction_type, clip=bound)
+    return walk(predict, latents, table, schedule.prediction_type, clip=bound)
+
+
+DDIM = Solver(ddim, "DDIMScheduler", only=lambda config: {"thresholding": OFF})
 
 
 def euler(
     predict: Predict,
     latents: Latents,
     *,
-    schedule: NoiseSchedule,
+    schedule: NoiseTable,
     num_steps: int,
     timestep_spacing: str = "linspace",
     steps_offset: int = 0,
@@ -169,7 +163,7 @@ def euler(
             asked between training timesteps, at fractional ones.
         use_karras_sigmas: levels between the same ends as EDM spaces them.
         final_sigmas_type: where the last step arrives: zero, or sigma_min, the noise of
-            timestep 0. Defaults are diffusers'.
+            timestep 0.
 
     Source: EDM, arXiv 2206.00364, algorithm 1; diffusers' EulerDiscreteScheduler.
     """
@@ -189,16 +183,36 @@ def euler(
     largest = float(sigmas.max())
     start = np.hypot(largest, 1) if timestep_spacing == "leading" else largest
     scale = np.float32(start / np.hypot(float(sigmas[0]), 1))
-    latents = _walk(predict, latents * scale, rows, schedule.prediction_type)
+    latents = walk(predict, latents * scale, rows, schedule.prediction_type)
     # What noise is left is diffusers' to add to an image of full strength.
     return latents * np.float32(np.hypot(float(sigmas[-1]), 1))
+
+
+_SIGMAS = {"use_exponential_sigmas": OFF, "use_beta_sigmas": OFF}
+
+
+def _euler_only(config: Config) -> dict[str, tuple[Any, ...]]:
+    only: dict[str, tuple[Any, ...]] = {**_SIGMAS, "interpolation_type": ("linear",)}
+    if config.get("prediction_type") == "v_prediction":  # continuous ones are for v alone
+        only["timestep_type"] = ("discrete",)
+    if config.get("use_karras_sigmas"):
+        only |= {"sigma_min": (None,), "sigma_max": (None,)}
+    return only
+
+
+EULER = Solver(
+    euler,
+    "EulerDiscreteScheduler",
+    stands_in=("EulerAncestralDiscreteScheduler",),
+    only=_euler_only,
+)
 
 
 def dpmpp_2m(
     predict: Predict,
     latents: Latents,
     *,
-    schedule: NoiseSchedule,
+    schedule: NoiseTable,
     num_steps: int,
     timestep_spacing: str = "linspace",
     steps_offset: int = 0,
@@ -217,13 +231,13 @@ def dpmpp_2m(
         solver_order: 2 corrects a step by the one before it; 1 is DDIM in other steps.
         lower_order_final: order 1 for the last step of fewer than 15.
         euler_at_final: order 1 for the last step of any number. A last step to zero has it
-            always. Defaults are diffusers'.
+            always.
 
     Source: DPM-Solver++, arXiv 2211.01095, algorithm 2; diffusers'
         DPMSolverMultistepScheduler.
     """
     if solver_order not in (1, 2):
-        raise ValueError(f"solver_order must be 1 or 2, got {solver_order}")
+        raise UserError(f"solver_order must be 1 or 2, got {solver_order}")
     table = sigma_table(schedule)
     timesteps = spaced_timesteps(
         len(table),
@@ -244,10 +258,35 @@ def dpmpp_2m(
     )
     correction = np.where(first_order, 0.0, _half_step_ratio(sigmas))
     rows = _table_of(timesteps.astype(np.int32), sigmas, correction)
-    return _walk(predict, latents, rows, schedule.prediction_type)
+    return walk(predict, latents, rows, schedule.prediction_type)
 
 
-SAMPLERS = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m}
+DPMPP_2M = Solver(
+    dpmpp_2m,
+    "DPMSolverMultistepScheduler",
+    only=lambda config: {
+        **_SIGMAS,
+        "thresholding": OFF,
+        "solver_order": (2, 1),
+        "algorithm_type": ("dpmsolver++", "deis"),  # diffusers, too, reads DEIS's as its own
+        "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # likewise
+        "lambda_min_clipped": (float("-inf"), None),
+        "use_lu_lambdas": OFF,
+        "use_flow_sigmas": OFF,
+    },
+)
+
+SAMPLERS = {solver.name: solver for solver in (DDIM, EULER, DPMPP_2M, FLOW_EULER)}
+
+
+def solver_of(scheduler: str, noise: str) -> tuple[Solver, bool]:
+    """(the sampler of a scheduler class, whether it is the class's own, not a stand-in)."""
+    for solver in SAMPLERS.values():
+        if scheduler == solver.scheduler:
+            return solver, True
+    alike = [solver for solver in SAMPLERS.values() if solver.noise == noise]
+    named = [solver for solver in alike if scheduler in solver.stands_in]
+    return (named or alike)[0], False
 
 
 def spaced_timesteps(
@@ -275,7 +314,7 @@ def spaced_timesteps(
     """
     most = num_train_timesteps - ends
     if not 1 <= num_steps <= most:
-        raise ValueError(f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}")
+        raise UserError(f"num_steps must be in 1..{most}, the training timesteps, got {num_steps}")
     points = num_steps + ends
     if timestep_spacing == "leading":
         ratio = num_train_timesteps // points
@@ -286,19 +325,29 @@ def spaced_timesteps(
     elif timestep_spacing == "linspace":
         timesteps = np.linspace(0, num_train_timesteps - 1, points)[::-1]
     else:
-        raise ValueError(f"timestep_spacing must be one of {SPACINGS}, got {timestep_spacing!r}")
+        raise UserError(f"timestep_spacing must be one of {SPACINGS}, got {timestep_spacing!r}")
     timesteps = timesteps[:num_steps]
     if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
-        raise ValueError(
+        raise UserError(
             f"timesteps must be in 0..{num_train_timesteps - 1}, got {timesteps[0]:.0f} to "
             f"{timesteps[-1]:.0f}; lower num_steps={num_steps} or steps_offset={steps_offset}"
         )
     return timesteps
 
 
-def sigma_table(schedule: NoiseSchedule) -> Float32[np.ndarray, " T"]:
+def _ddpm(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
+    """alphas_cumprod; ValueError for noise that has none."""
+    if schedule.alphas_cumprod is None:
+        raise UserError(
+            f"this sampler walks DDPM's noise, but the model's noise is {schedule.kind}: use "
+            "flow_euler"
+        )
+    return schedule.alphas_cumprod
+
+
+def sigma_table(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
     """noise / signal at each training timestep, rising; finite under zero terminal SNR too."""
-    signal = schedule.alphas_cumprod.copy()
+    signal = _ddpm(schedule).copy()
     if signal[-1] == 0:
         signal[-1] = SMALLEST_SIGNAL
     return np.sqrt((np.float32(1) - signal) / signal)
@@ -322,7 +371,7 @@ def _with_final(
     sigmas: Float[np.ndarray, " S"], table: Float32[np.ndarray, " T"], kind: str
 ) -> Float32[np.ndarray, " S1"]:
     if kind not in FINAL_SIGMAS:
-        raise ValueError(f"final_sigmas_type must be one of {FINAL_SIGMAS}, got {kind!r}")
+        raise UserError(f"final_sigmas_type must be one of {FINAL_SIGMAS}, got {kind!r}")
     return np.append(sigmas, 0 if kind == "zero" else table[0]).astype(np.float32)
 
 
@@ -347,30 +396,3 @@ def _table_of(
     weight = signal[1:] - noise[1:] / noise[:-1] * signal[:-1]
     columns = signal[:-1], noise[:-1], signal[1:], noise[1:], correction * weight
     return Table(timesteps, *(column.astype(np.float32) for column in columns))
-
-
-def _walk(
-    predict: Predict,
-    latents: Latents,
-    table: Table,
-    prediction_type: str,
-    clip: float | int | None = None,
-) -> Latents:
-    corrected = bool(table.correction.any())
-
-    def step(carry, row):
-        x, before = carry
-        at = jnp.full(len(x), row.timesteps)
-        sample, epsilon = split_prediction(
-            predict(x, at), x, row.signal, row.noise, prediction_type
-        )
-        if clip is not None:  # epsilon stays as predicted, as in diffusers
-            sample = jnp.clip(sample, -clip, clip)
-        x = row.next_signal * sample + row.next_noise * epsilon
-        if corrected:
-            x = x + row.correction * (sample - before)
-        return (x, sample if corrected else None), None
-
-    latents = latents.astype(jnp.float32)
-    start = latents, jnp.zeros_like(latents) if corrected else None
-    return jax.lax.scan(step, start, table)[0][0]

@@ -134,11 +134,12 @@ def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
 
 
 def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[PromptEmbedding]:
-    """The texts' embeddings, in float16."""
+    """The texts' embeddings, in the family's dtype."""
+    dtype = np.dtype(pipeline.family.stored)
     embedded = diffusers_io.embed_prompts(pipeline, texts)
-    for text, (context, pooled) in zip(texts, embedded, strict=True):
-        pooled = None if pooled is None else pooled.astype(np.float16)
-        yield PromptEmbedding(text, context.astype(np.float16), pooled)
+    for text, (context, pooled, length) in zip(texts, embedded, strict=True):
+        pooled = None if pooled is None else pooled.astype(dtype)
+        yield PromptEmbedding(text, context.astype(dtype), pooled, length)
 
 
 def whole_sidecars(work: Work, kind: str, numbers: Iterable[int]) -> dict[int, Any]:

@@ -86,15 +86,17 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
     family, vae = pipeline.family, pipeline.vae.config
     model = diffusers_io.read_json(pipeline.folder / family.component / "config.json")
     family.check_model(model, vae.latent_channels)
-    side = min(family.trained_latents(model, vae)) * family.factor(vae)
+    side = settings.resolution or min(family.trained_latents(model, vae)) * family.factor(vae)
+    family.check_size((side, side), family.facts(model), vae)
+    scaling, shift = (list(x) if isinstance(x, tuple) else x for x in family.factors(pipeline.vae))
     return {
         "model": str(settings.model),
         "vae": settings.vae,
         "source": settings.source,
-        "resolution": settings.resolution or side,
+        "resolution": side,
         "validation_fraction": settings.validation_fraction,
-        "scaling_factor": vae.scaling_factor,
-        "shift_factor": vae.shift_factor or 0.0,
+        "scaling_factor": scaling,
+        "shift_factor": shift,
         "image_kind": family.given_kind,
         "pack": family.pack,
         "told_sizes": family.told_sizes,

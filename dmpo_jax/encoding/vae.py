@@ -107,7 +107,7 @@ def make_run(
     `[B, 2, h, w, C]` for "mean"; the image in float16, None where the family has none.
     """
     structure, _ = parameters.split(pipeline.vae)
-    beside, scaling = pipeline.family.given, pipeline.vae.config.scaling_factor
+    beside, (scaling, _) = pipeline.family.given, pipeline.family.factors(pipeline.vae)
 
     @jax.jit
     def run(params, images, source, mask):

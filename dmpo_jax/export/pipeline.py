@@ -42,7 +42,7 @@ class Trained(NamedTuple):
 
     def load(self, **kw: Any) -> Any:
         """The model that was trained, as it was before."""
-        return diffusers_io.load_unet(self.folder, variant=self.variant, **kw)
+        return diffusers_io.load_model(self.folder, variant=self.variant, **kw)
 
 
 def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
@@ -51,7 +51,7 @@ def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
     if trained.adapters:
         _, shapes = lora.partition(parameters.shapes(trained.adapters.attach(model, seed=0)))
     else:
-        shapes = parameters.shapes(model)
+        shapes, _ = parameters.partition(model, parameters.shapes(model))
     shardings = mesh.parameter_sharding(mesh.make_mesh(fsdp=-1, data=1), shapes)
     return {
         path: jax.ShapeDtypeStruct(shape.shape, "float32", sharding=shardings[path])
@@ -67,7 +67,8 @@ def write_adapters(trained: Trained, params: Params, out: epath.Path) -> None:
     """
     if trained.adapters is None:
         raise ValueError(f"{trained.folder} was trained whole: there are no adapters to write")
-    diffusers_io.save_lora(params, out, scale=trained.adapters.scale)
+    _, family = diffusers_io.load_family(trained.folder)
+    diffusers_io.save_lora(params, out, scale=trained.adapters.scale, component=family.component)
 
 
 def write_pipeline(

@@ -45,7 +45,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
     source, family = diffusers_io.load_family(opened.folder)
     model = opened.load()
     if opened.adapters:
-        model = with_adapters(model, out, opened.adapters)
+        model = with_adapters(model, out, opened.adapters, family.component)
     inputs = family.random_inputs(model.config, largest=LARGEST, tokens=TOKENS)
     ours = predict(family, model, inputs)
     del model
@@ -59,11 +59,12 @@ def verify(out: epath.Path, trained: Trained) -> float:
     return difference
 
 
-def with_adapters(model: Any, folder: epath.Path, adapters: Adapters) -> Any:
+def with_adapters(model: Any, folder: epath.Path, adapters: Adapters, component: str) -> Any:
     """The model with the adapters of `folder`, whose scale is in them."""
     adapted = adapters._replace(alpha=adapters.rank).attach(model, seed=0)
     structure, params = parameters.split(adapted)
-    loaded = {path: jnp.asarray(x) for path, x in diffusers_io.load_lora(folder).items()}
+    found = diffusers_io.load_lora(folder, component=component)
+    loaded = {path: jnp.asarray(x) for path, x in found.items()}
     return parameters.merge(structure, {**params, **loaded})
 
 

@@ -10,6 +10,11 @@ from dmpo_jax.families.stable_diffusion import SCHEDULER, UNET
 from dmpo_jax.models.vae import AutoencoderKL
 
 
+def size_ids(height: int, width: int) -> list[int]:
+    """`Condition.time_ids` of an uncropped image at its own size, in pixels."""
+    return [height, width, 0, 0, height, width]
+
+
 def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
     """Both encoders' penultimate states side by side, and the second one's projection.
 
@@ -26,7 +31,7 @@ SDXL = Family(
     embed=_embed,
     **UNET,
     vae=AutoencoderKL,
-    told_sizes=True,
+    sizes=size_ids,
     zero_negative=True,
     tiny=Tiny(
         model={

@@ -5,7 +5,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Embedded, Facts, Family, Published, TextPart, Tiny
+from dmpo_jax.models import clip
 from dmpo_jax.models.unet import KEYS, UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 from dmpo_jax.types import Condition
@@ -59,11 +61,42 @@ def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
     return Embedded(outputs[0].last_hidden_state)
 
 
+def check_text(folder: Any, facts: Facts, texts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses CLIP encoders of another width than the UNet attends to, or without a projection.
+
+    Raises:
+        ValueError: naming the folder and the key.
+    """
+    configs = {part: {**clip.KEYS, **config} for part, config in texts.items()}
+    widths = [config["hidden_size"] for config in configs.values()]
+    if sum(widths) != facts.context_width:
+        raise UserError(
+            f"{folder}/unet attends to width {facts.context_width} (cross_attention_dim), but "
+            f"{' and '.join(configs)} give {' + '.join(map(str, widths))} (hidden_size): take the "
+            "text encoders from the UNet's own pipeline"
+        )
+    if not facts.pooled_width:
+        return
+    last, config = list(configs.items())[-1]
+    if "CLIPTextModelWithProjection" not in (config.get("architectures") or []):
+        raise UserError(
+            f"{folder}/{last} has no projection, which the UNet (text_time) needs: its config.json "
+            f"says {config.get('architectures')}, wanted CLIPTextModelWithProjection"
+        )
+    if facts.pooled_width != config["projection_dim"]:
+        raise UserError(
+            f"{folder}/unet takes a pooled embedding of width {facts.pooled_width}, but {last} "
+            f"projects to {config['projection_dim']} (projection_dim): take it from the UNet's own "
+            "pipeline"
+        )
+
+
 UNET: dict[str, Any] = {
     "model": UNet2DConditionModel,
     "component": "unet",
     "predict": predict,
     "facts": facts,
+    "check_text": check_text,
     "torch_class": "UNet2DConditionModel",
     "torch_inputs": torch_inputs,
 }

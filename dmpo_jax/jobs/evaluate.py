@@ -45,7 +45,7 @@ def evaluate(
             whole; before anything is drawn.
     """
     texts, judges = check(config, prompts, a)
-    diffusers_io.load_unet(b, abstract=True)
+    diffusers_io.load_model(b, abstract=True)
     how = arguments.pipeline(config)
     sampler, params = open_sampler(a, **how, **arguments.sampling(config))
     asked = [texts[i % len(texts)] for i in range(config.evaluate.seeds)]

@@ -41,8 +41,39 @@ def frozen_dtype(path: str, dtype: Any) -> Any:
     Kernels, embeddings and their biases are cast to `dtype` before use and may as well be
     held in it; norms compute in float32. The same values then meet the same program.
     """
-    module = path.split(".")[-2]
-    return jnp.float32 if "norm" in module else dtype
+    module, _, leaf = path.rpartition(".")
+    norm = leaf == "scale" or "norm" in module.rpartition(".")[2]
+    return jnp.float32 if norm else dtype
+
+
+class Buffer(nnx.Variable):
+    """An array that a model loads and saves but does not train, such as a position table.
+
+    Training leaves it in the reference, where neither gradient nor weight decay reach it.
+    """
+
+
+def buffer_paths(model: nnx.Module) -> frozenset[str]:
+    """Dotted paths of the model's buffers."""
+    state = nnx.to_flat_state(nnx.state(model))
+    return frozenset(".".join(map(str, path)) for path, leaf in state if isinstance(leaf, Buffer))
+
+
+def partition(
+    model: nnx.Module, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what is trained, buffers) of the model's arrays."""
+    frozen = buffer_paths(model)
+    buffers = {path: x for path, x in params.items() if path in frozen}
+    return {path: x for path, x in params.items() if path not in frozen}, buffers
+
+
+def completed(params: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Trained parameters, and beside them what they lack of the frozen ones.
+
+    That is the base that adapters sit on, and buffers.
+    """
+    return {**{path: x for path, x in (frozen or {}).items() if path not in params}, **params}
 
 
 def without_arrays(model: nnx.Module) -> Any:

@@ -9,7 +9,7 @@ from etils import epath
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.diffusion.noise import TABLES, NoiseTable
 from dmpo_jax.families import PUBLISHED, Family, Published
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
@@ -26,7 +26,7 @@ class Model(NamedTuple):
     name: str
     family: Family
     config: Mapping[str, Any]
-    noise: noising.NoiseSchedule
+    noise: NoiseTable
     meta: EncodedMeta
 
 
@@ -72,7 +72,7 @@ def of_published(
         moments=moments,
         moments_dtype=moments_dtype,
     )
-    noise = noising.make_noise_schedule(**one.scheduler)
+    noise = TABLES[one.family.noise](**one.scheduler)
     return Model(name, one.family, one.model, noise, meta)
 
 
@@ -107,6 +107,7 @@ def of_folder(
     LOG.info("data.encoded is not set: the pairs are taken to be as encode would make them")
     # Of shapes: a config with its class's defaults.
     vae = parameters.abstract(family.vae, diffusers_io.read_json(path / "vae" / "config.json"))
+    scaling, shift = family.factors(vae)
     size = family.trained_latents(config, vae.config)
     if resolution:
         size = (resolution // family.factor(vae.config),) * 2
@@ -116,8 +117,8 @@ def of_folder(
         size=size,
         latent_channels=vae.config.latent_channels,
         tokens=_tokens(path, family),
-        scaling_factor=float(vae.config.scaling_factor),
-        shift_factor=float(vae.config.shift_factor or 0.0),
+        scaling_factor=scaling,
+        shift_factor=shift,
         moments=moments,
         moments_dtype=moments_dtype,
     )

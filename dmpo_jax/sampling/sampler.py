@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.diffusion import samplers
+from dmpo_jax.diffusion.noise import restore_latents
 from dmpo_jax.families.family import Given
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh, placement
@@ -106,10 +107,10 @@ class Sampler:
             return
         words = [text for text in texts if text is not None]
         self.embedded = {}
-        for text, (context, pooled) in zip(
+        for text, embedded in zip(
             words, diffusers_io.embed_prompts(self.pipeline, words), strict=True
         ):
-            self.embedded[text] = self.pipeline.family.condition(context, pooled, self.size)
+            self.embedded[text] = self.pipeline.family.condition(embedded, self.size)
         if None in texts:
             some = self.embedded[words[0]]
             pooled = None if some.pooled is None else np.zeros_like(some.pooled)
@@ -127,13 +128,13 @@ def open_sampler(
         settings: of `make_sampler`.
     """
     pipeline = diffusers_io.load_pipeline(folder, vae=vae, variant=variant, dtype=dtype)
-    model = diffusers_io.load_unet(pipeline.folder, variant=variant, dtype=dtype)
+    model = diffusers_io.load_model(pipeline.folder, variant=variant, dtype=dtype)
     return make_sampler(pipeline, model, **settings), replicated(model)
 
 
 def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> dict[str, jax.Array]:
     """The parameters of a pipeline folder's model, on every device."""
-    return replicated(diffusers_io.load_unet(folder, variant=variant, dtype=dtype))
+    return replicated(diffusers_io.load_model(folder, variant=variant, dtype=dtype))
 
 
 def replicated(model: Any) -> dict[str, jax.Array]:
@@ -176,18 +177,21 @@ def make_sampler(
     devices = devices or mesh.make_mesh()
     shares = mesh.batch_shares(devices)
     batch_size = -(-batch_size // shares) * shares
-    vae = pipeline.vae.config
+    family = pipeline.family
+    scaling, shift = family.factors(pipeline.vae)
     size, shape = _sizes(unet, pipeline, height, width)
     name = pipeline.sampling.resolve(sampler)
     settings = {"schedule": pipeline.schedule, "num_steps": steps}
-    settings |= pipeline.sampling.settings(name)
+    settings |= pipeline.sampling.settings(
+        name, tokens=family.tokens(family.facts(unet.config), shape)
+    )
     solve = samplers.SAMPLERS[name]
     # The table is built in this dry run: what is wrong with it is said before anything compiles.
     jax.eval_shape(lambda x: solve(lambda x, _: x, x, **settings), jnp.zeros((1, *shape)))
-    given = pipeline.family.given
+    given = family.given
     image_scale = image_guidance_scale if given and given.optional else None
     structure, _ = parameters.split(unet)
-    predict = pipeline.family.make_predict(lambda params: parameters.merge(structure, params))
+    predict = family.make_predict(lambda params: parameters.merge(structure, params))
     predict = placement.over_rows(predict, devices)
     vae_structure, vae_params = parameters.split(pipeline.vae)
 
@@ -195,13 +199,18 @@ def make_sampler(
     def run(params, vae_params, told, negative, images, masks, seeds):
         vae_model = parameters.merge(vae_structure, vae_params)
         if given is not None:
-            channels = encode_source(given, vae_model, images, masks, vae.scaling_factor)
+            channels = encode_source(given, vae_model, images, masks, scaling)
             told, negative = (c and c._replace(image=channels) for c in (told, negative))
         noise = jax.vmap(lambda s: jax.random.normal(jax.random.key(s), shape))(seeds)
-        parts = guidance_parts(told, negative, scale=guidance_scale, image_scale=image_scale)
+        parts = guidance_parts(
+            told, negative, weights=family.guidance(guidance_scale), image_scale=image_scale
+        )
         guided = samplers.guide(lambda x, t, c: predict(params, x, t, c), *parts)
         latents = solve(guided, noise, **settings)
-        return to_uint8(vae_model.decode(latents / vae.scaling_factor + (vae.shift_factor or 0.0)))
+        latents = restore_latents(
+            latents, scaling_factor=scaling, shift_factor=shift, pack=family.pack
+        )
+        return to_uint8(vae_model.decode(latents))
 
     vae_params = jax.device_put(vae_params, mesh.replicated(devices))
     rows = mesh.batch_sharding(devices)
@@ -211,7 +220,7 @@ def make_sampler(
         size,
         batch_size,
         negative_prompt,
-        guidance_scale != 1 or image_scale not in (None, 1),
+        family.guidance(guidance_scale)[1] != 0 or image_scale not in (None, 1),
         lambda params, *inputs: run(params, vae_params, *jax.device_put(inputs, rows)),
     )
 
@@ -219,37 +228,38 @@ def make_sampler(
 def _sizes(
     unet: Any, pipeline: diffusers_io.Pipeline, height: int | None, width: int | None
 ) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """(height and width in pixels, an image's latents' shape); the UNet's own where None."""
-    vae = pipeline.vae.config
-    factor = pipeline.family.factor(vae)
-    native = pipeline.family.trained_latents(unet.config, vae)
+    """(height and width in pixels, shape of an image's packed latents); the model's where None."""
+    vae, family = pipeline.vae.config, pipeline.family
+    factor, native = family.factor(vae), family.trained_latents(unet.config, vae)
     size = (height or native[0] * factor, width or native[1] * factor)
-    if size[0] % factor or size[1] % factor:
-        raise ValueError(f"height and width must be multiples of {factor} pixels, got {size}")
-    return size, (size[0] // factor, size[1] // factor, vae.latent_channels)
+    family.check_size(size, family.facts(unet.config), vae)
+    side = factor * family.pack
+    return size, (size[0] // side, size[1] // side, vae.latent_channels * family.pack**2)
 
 
 def guidance_parts(
     told: Condition,
     negative: Condition | None,
     *,
-    scale: float | int,
+    weights: tuple[float | int, float | int],
     image_scale: float | int | None = None,
 ) -> tuple[tuple[Condition, ...], tuple[float | int, ...]]:
     """(parts, weights) of `samplers.guide`, without those of weight 0.
 
     Args:
-        negative: where a scale is not 1; sees the same image.
+        negative: where anything is guided; sees the same image.
+        weights: of `Family.guidance`.
         image_scale: of editing models, which are also led away from seeing no image.
 
     Source: arXiv 2207.12598; InstructPix2Pix, arXiv 2211.09800, equation 3.
     """
-    pairs: list[Any] = [(told, scale), (negative, 1 - scale)]
+    scale, _ = weights
+    pairs: list[Any] = [(told, scale), (negative, weights[1])]
     if image_scale is not None and negative is not None and negative.image is not None:
         blind = negative._replace(image=jnp.zeros_like(negative.image))
         pairs = [(told, scale), (negative, image_scale - scale), (blind, 1 - image_scale)]
-    parts, weights = zip(*[pair for pair in pairs if pair[1] != 0], strict=True)
-    return parts, weights
+    parts, kept = zip(*[pair for pair in pairs if pair[1] != 0], strict=True)
+    return parts, kept
 
 
 def encode_source(

@@ -19,7 +19,7 @@ from dmpo_jax.toy import make as make_digits
 
 LOG = logging.getLogger(__name__)
 SMALL_VAE = {**make_digits.VAE, "block_out_channels": [8, 8, 16]}
-# What `noise.make_noise_schedule` takes of a scheduler_config.json.
+# What `noise.make_ddpm_table` takes of a scheduler_config.json.
 SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
@@ -93,7 +93,7 @@ def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
     vae = parameters.initialise(family.vae, SMALL_VAE, 2)
     diffusers_io.save_vae(vae, out / "vae")
     model = parameters.initialise(family.model, model_config(family), 3)
-    diffusers_io.save_unet(model, out / family.component)
+    diffusers_io.save_model(model, out / family.component)
     (out / "scheduler").mkdir(exist_ok=True)
     scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
     index = diffusers_io.make_index(family.pipeline, index)

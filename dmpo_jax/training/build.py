@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.diffusion.noise import NoiseTable
+from dmpo_jax.diffusion.timesteps import make_timesteps
 from dmpo_jax.families.family import Facts, Family
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
@@ -117,7 +118,7 @@ class TrainingStep(NamedTuple):
 
     def policy(self, params: Params) -> Params:
         """All parameters of the model that a state's parameters, or adapters, make."""
-        return {**self.reference, **params} if self.setup.adapters and self.reference else params
+        return parameters.completed(params, self.reference)
 
     def batch_sharding(self) -> jax.sharding.NamedSharding:
         return meshes.batch_sharding(self.mesh)
@@ -166,7 +167,7 @@ class TrainingStep(NamedTuple):
 def build(
     family: Family,
     model: Any,
-    noise: noising.NoiseSchedule,
+    noise: NoiseTable,
     meta: EncodedMeta,
     mesh: jax.sharding.Mesh,
     settings: StepSettings,
@@ -194,8 +195,9 @@ def build(
     if abstract:  # adapters are drawn also for a model of shapes
         model = parameters.without_arrays(model)
     structure, params = parameters.split(model)
+    params, buffers = parameters.partition(model, params)
     model = parameters.without_arrays(model)  # or it would hold the arrays for ever
-    reference, params = make_reference(params, settings, mesh)
+    reference, params = make_reference(params, buffers, settings, mesh)
     learning_rate, described = make_optimizer(settings)
     setup = make_setup(family, structure, noise, meta, tx or described, settings)
     built = TrainingStep(settings, family, meta, mesh, model, reference, setup, learning_rate)
@@ -216,20 +218,26 @@ def attach_adapters(model: Any, settings: Lora | None) -> Any:
 
 
 def make_reference(
-    params: Params, settings: StepSettings, mesh: jax.sharding.Mesh
+    params: Params, buffers: Params, settings: StepSettings, mesh: jax.sharding.Mesh
 ) -> tuple[Params | None, Params]:
     """(frozen parameters or None, parameters to train) of a model's parameters.
 
     With adapters the base itself is frozen; else the frozen ones are a copy, where the
-    objective compares with any. Either in the dtype that each is computed with.
+    objective compares with any. Either in the dtype that each is computed with. Buffers are
+    frozen always.
     """
+    frozen = {path: _cast(x, settings.frozen_dtype(path)) for path, x in buffers.items()}
     if settings.lora is not None:
-        frozen, params = lora.partition(params)
-        return {path: _cast(x, settings.frozen_dtype(path)) for path, x in frozen.items()}, params
+        base, params = lora.partition(params)
+        return {
+            **{p: _cast(x, settings.frozen_dtype(p)) for p, x in base.items()},
+            **frozen,
+        }, params
     if not settings.objective.needs_reference:
-        return None, params
+        return frozen or None, params
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values()):
-        return {path: _cast(x, settings.frozen_dtype(path)) for path, x in params.items()}, params
+        cast = {path: _cast(x, settings.frozen_dtype(path)) for path, x in params.items()}
+        return {**cast, **frozen}, params
 
     def copy(params: Params) -> Params:
         # Explicitly: an output that is an input may share its buffer, which is donated later.
@@ -237,13 +245,14 @@ def make_reference(
             path: jnp.array(x, settings.frozen_dtype(path), copy=True) for path, x in params.items()
         }
 
-    return jax.jit(copy, out_shardings=meshes.parameter_sharding(mesh, params))(params), params
+    copied = jax.jit(copy, out_shardings=meshes.parameter_sharding(mesh, params))(params)
+    return {**copied, **frozen}, params
 
 
 def make_setup(
     family: Family,
     structure: Any,
-    noise: noising.NoiseSchedule,
+    noise: NoiseTable,
     meta: EncodedMeta,
     tx: Any,
     settings: StepSettings,
@@ -258,13 +267,14 @@ def make_setup(
         schedule=noise,
         scaling_factor=meta.scaling_factor,
         shift_factor=meta.shift_factor,
+        pack=meta.pack,
         tx=tx,
         accumulation=settings.accumulation,
         adapters=lora_settings is not None,
         dropout=lora_settings.dropout if lora_settings else 0.0,
         ema_decay=settings.ema_decay,
         mean_only=meta.mean_only,
-        timesteps=noising.make_timesteps(noise, **settings.timesteps),
+        timesteps=make_timesteps(noise, **settings.timesteps),
         safeguard=settings.safeguard,
     )
 
@@ -312,7 +322,7 @@ def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
             f"a {family.name} model takes latents packed {family.pack} x {family.pack}, the "
             f"encoded pairs are packed {meta.pack} x {meta.pack}: encode them with this model"
         )
-    family.check_channels(facts.in_channels, meta.latents[-1])
+    family.check_channels(facts.in_channels, meta.latent_channels)
     if meta.image_kind != family.given_kind:
         raise ValueError(
             f"a {family.name} model is given images of kind {family.given_kind!r}, the encoded "

@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from dmpo_jax.diffusion.noise import NoiseSchedule, Timesteps, noise_pair, sample_latents
-from dmpo_jax.models import lora
+from dmpo_jax.diffusion.noise import Factor, NoiseTable, sample_latents
+from dmpo_jax.diffusion.timesteps import Timesteps, noise_pair
+from dmpo_jax.models import lora, parameters
 from dmpo_jax.objectives import winner_preserving
 from dmpo_jax.parallel import mesh as meshes
 from dmpo_jax.parallel import placement
@@ -39,14 +40,15 @@ class TrainState(NamedTuple):
 class Setup(NamedTuple):
     """What a step closes over: pure functions and Python numbers."""
 
-    predict: Callable[..., jax.Array]  # (params, latents [N...], timesteps [N], condition)
+    predict: Callable[..., jax.Array]  # (params, latents [N...], times [N], condition)
     objective: Callable[..., PerPair]  # hyperparameters bound
     needs_reference: bool
     needs_rejected: bool
-    schedule: NoiseSchedule
-    scaling_factor: float
+    schedule: NoiseTable
+    scaling_factor: Factor
     tx: optax.GradientTransformation
-    shift_factor: float = 0.0
+    shift_factor: Factor = 0.0
+    pack: int = 1  # latents are packed so before they are scaled and noised
     accumulation: int = 1
     adapters: bool = False  # whether the state's parameters are adapters on the frozen ones
     dropout: float = 0.0  # of the adapters
@@ -81,8 +83,9 @@ def train_step(
     """Noise the pairs, predict twice, compare, update. Pure: a function of its arguments.
 
     Args:
-        reference: frozen parameters, not donated; what adapters sit on, where there are
-            any. None where neither they nor the objective need it.
+        reference: frozen parameters, not donated. Also what adapters sit on, and the buffers
+            of a model that has any: arrays that are not trained. None where neither they nor
+            the objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:
@@ -167,7 +170,7 @@ def predict_both(params, reference, noised, condition, setup: Setup, dropout_key
         frozen = {**reference, **lora.switched_off(jax.lax.stop_gradient(params))}
         if dropout_key is not None:
             params = lora.drop(dropout_key, params, setup.dropout)
-        params = {**reference, **params}
+    params = parameters.completed(params, reference)
     reference_prediction = None
     if setup.needs_reference:
         reference_prediction = jax.lax.stop_gradient(
@@ -191,16 +194,17 @@ def noise_batch(key: Key[Array, ""], batch: PairBatch, setup: Setup) -> Noised:
         scaling_factor=setup.scaling_factor,
         shift_factor=setup.shift_factor,
         mean_only=setup.mean_only,
+        pack=setup.pack,
     )
     return noise_pair(noise_key, latents, setup.schedule, setup.timesteps)
 
 
 def predict_pairs(predict, params, noised: Noised, condition: Condition):
-    """The UNet over pairs: flattened B-major, so that a device keeps its rows."""
+    """The model over pairs: flattened B-major, so that a device keeps its rows."""
     b, n = noised.latents.shape[:2]
 
     latents = noised.latents.reshape(b * n, *noised.latents.shape[2:])
-    prediction = predict(params, latents, jnp.repeat(noised.timesteps, n), condition.per_image(n))
+    prediction = predict(params, latents, jnp.repeat(noised.times, n), condition.per_image(n))
     return prediction.reshape(b, n, *prediction.shape[1:])
 
 

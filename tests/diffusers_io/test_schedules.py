@@ -7,12 +7,13 @@ import diffusers
 import pytest
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.diffusers_io import schedules
+from dmpo_jax.diffusion.samplers import SAMPLERS
 
 # diffusers' own: it makes NumPy arrays of tensors by a way that NumPy 2 warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-CLASSES = {sampler: name for name, sampler in schedules.OWN.items()}
+DDPM = [name for name, solver in SAMPLERS.items() if solver.noise == "ddpm"]
+CLASSES = {name: solver.scheduler for name, solver in SAMPLERS.items()}
 XL = {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1}
 CONFIGS = {
     "euler_xl": {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, **XL},
@@ -47,7 +48,7 @@ def write(folder, config, kind=None):
     return folder
 
 
-@pytest.mark.parametrize("sampler", schedules.DEFAULTS)
+@pytest.mark.parametrize("sampler", DDPM)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_settings_are_those_that_diffusers_makes_of_the_config(tmp_path, name, sampler):
     config = CONFIGS[name]
@@ -82,10 +83,11 @@ def test_what_a_pipeline_overrides_is_overridden(tmp_path, name):
     assert got == {key: theirs.config[key] for key in got}
 
 
-@pytest.mark.parametrize("sampler", schedules.DEFAULTS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_defaults_are_diffusers(sampler):
     theirs = getattr(diffusers, CLASSES[sampler])().config
-    ours = schedules.DEFAULTS[sampler] | {k: v[0] for k, v in schedules.ONLY[sampler].items()}
+    solver = SAMPLERS[sampler]
+    ours = solver.defaults | {k: v[0] for k, v in solver.only({}).items()}
     departures = {"clip_sample": True} if sampler == "ddim" else {}
     assert {key: theirs[key] for key in ours} == ours | departures
 
@@ -125,7 +127,7 @@ def test_a_stand_in_is_named_once_it_is_used(tmp_path, caplog):
 def test_what_would_change_the_sampler_is_refused_by_name(tmp_path, config, refused):
     schedule, sampling = diffusers_io.load_schedule(write(tmp_path, config))  # training goes on
     assert schedule.num_train_timesteps == 1000
-    for sampler in schedules.DEFAULTS:
+    for sampler in DDPM:
         if sampler in refused:
             key, value = next(iter(config.items()))
             with pytest.raises(ValueError, match=rf"scheduler_config\.json asks for {key}=") as e:

@@ -8,15 +8,14 @@ import torch
 from diffusers import DDPMScheduler
 
 from dmpo_jax.diffusion.noise import (
-    NoiseSchedule,
+    NoiseTable,
     add_noise,
-    make_noise_schedule,
-    make_timesteps,
-    noise_pair,
+    make_ddpm_table,
     prediction_target,
     sample_latents,
     to_sample_and_epsilon,
 )
+from dmpo_jax.diffusion.timesteps import noise_pair
 
 SD15 = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TYPES = ["epsilon", "v_prediction", "sample"]
@@ -39,7 +38,7 @@ def latents(batch=4, n=2, seed=3):
 )
 def test_tables_equal_diffusers(settings):
     want = DDPMScheduler(**settings).alphas_cumprod.numpy()
-    got = make_noise_schedule(**settings)
+    got = make_ddpm_table(**settings)
     assert got.alphas_cumprod.dtype == np.float32
     assert got.num_train_timesteps == len(want)
     np.testing.assert_allclose(got.alphas_cumprod, want, rtol=1e-6)
@@ -49,7 +48,7 @@ def test_tables_equal_diffusers(settings):
 def test_zero_snr_tables_equal_diffusers(settings):
     settings = settings | {"rescale_betas_zero_snr": True}
     want = DDPMScheduler(**settings).alphas_cumprod.numpy()
-    schedule = make_noise_schedule(**settings, prediction_type="v_prediction")
+    schedule = make_ddpm_table(**settings, prediction_type="v_prediction")
     got = schedule.alphas_cumprod
     assert got[-1] == 0.0
     assert schedule.noise[-1] == 1.0
@@ -62,7 +61,7 @@ def test_zero_snr_tables_equal_diffusers(settings):
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("zero_snr", [False, True])
 def test_noising_equals_diffusers(prediction_type, zero_snr):
-    schedule = make_noise_schedule(
+    schedule = make_ddpm_table(
         **SD15, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr
     )
     theirs = DDPMScheduler(**SD15, rescale_betas_zero_snr=zero_snr)
@@ -87,7 +86,7 @@ def test_noising_equals_diffusers(prediction_type, zero_snr):
     [("epsilon", False), *[(kind, zero) for kind in TYPES[1:] for zero in (False, True)]],
 )
 def test_target_and_sample_are_inverses(prediction_type, zero_snr):
-    schedule = make_noise_schedule(
+    schedule = make_ddpm_table(
         **SD15, prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr
     )
     x, eps = latents(5, seed=1), latents(5, seed=2)
@@ -101,7 +100,7 @@ def test_target_and_sample_are_inverses(prediction_type, zero_snr):
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_a_pair_shares_its_timestep_and_noise(prediction_type):
-    schedule = make_noise_schedule(**SD15, prediction_type=prediction_type)
+    schedule = make_ddpm_table(**SD15, prediction_type=prediction_type)
     x = latents()
     noised = jax.jit(lambda k, x: noise_pair(k, x, schedule))(jax.random.key(0), x)
     assert noised.timesteps.shape == (4,)
@@ -115,7 +114,7 @@ def test_a_pair_shares_its_timestep_and_noise(prediction_type):
 
 
 def test_a_pair_and_its_chosen_image_alone_are_noised_alike():
-    schedule, key = make_noise_schedule(**SD15), jax.random.key(0)
+    schedule, key = make_ddpm_table(**SD15), jax.random.key(0)
     both = noise_pair(key, latents(), schedule)
     alone = noise_pair(jax.random.clone(key), latents()[:, :1], schedule)
     np.testing.assert_array_equal(both.latents[:, :1], alone.latents)
@@ -125,7 +124,7 @@ def test_a_pair_and_its_chosen_image_alone_are_noised_alike():
 def test_sharding_does_not_change_the_draw():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
-    schedule, x = make_noise_schedule(**SD15), latents(8)
+    schedule, x = make_ddpm_table(**SD15), latents(8)
     noise = jax.jit(lambda key, x: noise_pair(key, x, schedule))
     one = noise(jax.random.key(0), x)
     eight = noise(jax.random.key(0), jax.device_put(x, rows))
@@ -134,7 +133,7 @@ def test_sharding_does_not_change_the_draw():
 
 
 def test_timesteps_cover_the_whole_range():
-    schedule = make_noise_schedule(num_train_timesteps=10)
+    schedule = make_ddpm_table(num_train_timesteps=10)
     noised = noise_pair(jax.random.key(0), jnp.zeros((2000, 1, 1, 1, 1)), schedule)
     counts = np.bincount(noised.timesteps, minlength=10)
     assert len(counts) == 10
@@ -143,7 +142,7 @@ def test_timesteps_cover_the_whole_range():
 
 
 def test_low_precision_latents_are_noised_in_float32():
-    noised = noise_pair(jax.random.key(0), latents().astype(jnp.bfloat16), make_noise_schedule())
+    noised = noise_pair(jax.random.key(0), latents().astype(jnp.bfloat16), make_ddpm_table())
     assert noised.latents.dtype == jnp.float32
 
 
@@ -178,10 +177,10 @@ def test_means_alone_are_what_is_drawn():
 
 
 def test_schedule_is_hashed_by_identity():
-    schedule = make_noise_schedule()
+    schedule = make_ddpm_table()
     noise = jax.jit(noise_pair, static_argnums=2)
     assert hash(schedule) == hash(schedule)
-    assert schedule != make_noise_schedule()
+    assert schedule != make_ddpm_table()
     assert noise(jax.random.key(0), latents(), schedule).latents.shape == latents().shape
 
 
@@ -197,7 +196,7 @@ def test_schedule_is_hashed_by_identity():
 )
 def test_errors_say_what_is_supported(settings, message):
     with pytest.raises(ValueError, match=message):
-        make_noise_schedule(**settings)
+        make_ddpm_table(**settings)
 
 
 def test_odd_moments_are_refused():
@@ -207,58 +206,4 @@ def test_odd_moments_are_refused():
 
 def test_unknown_prediction_type_is_refused_however_made():
     with pytest.raises(ValueError, match="prediction_type"):
-        NoiseSchedule(np.ones(3, np.float32), "noise")
-
-
-def test_timesteps_are_drawn_from_the_range_alone():
-    schedule = make_noise_schedule()
-    among = make_timesteps(schedule, low=0.2, high=0.3)
-    assert (among.first, among.last, among.weights) == (200, 300, None)
-    noised = noise_pair(jax.random.key(0), jnp.zeros((2000, 1, 1, 1, 1)), schedule, among)
-    drawn = np.asarray(noised.timesteps)
-    assert (drawn.min(), drawn.max()) == (200, 299)
-    assert noised.weights is None
-    everywhere = make_timesteps(schedule)
-    whole = noise_pair(jax.random.key(0), jnp.zeros((8, 1, 1, 1, 1)), schedule, everywhere)
-    plain = noise_pair(jax.random.key(0), jnp.zeros((8, 1, 1, 1, 1)), schedule)
-    np.testing.assert_array_equal(whole.timesteps, plain.timesteps)
-
-
-@pytest.mark.parametrize("prediction_type", TYPES)
-@pytest.mark.parametrize("zero_snr", [False, True])
-def test_min_snr_weights(prediction_type, zero_snr):
-    schedule = make_noise_schedule(prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr)
-    weights = make_timesteps(schedule, weighting="min_snr", gamma=5.0).weights
-    assert weights is not None
-    assert np.isfinite(weights).all()
-    signal = schedule.alphas_cumprod[:-1].astype(np.float64)  # the last may have none
-    snr = signal / (1 - signal)
-    over = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[prediction_type]
-    np.testing.assert_allclose(weights[:-1], np.minimum(snr, 5.0) / over, rtol=1e-5)
-    if zero_snr:  # the limit: no division by 0
-        assert weights[-1] == (1 if prediction_type == "epsilon" else 0)
-
-
-def test_weights_are_those_of_the_timesteps_drawn():
-    schedule = make_noise_schedule()
-    among = make_timesteps(schedule, weighting="min_snr", gamma=1.0)
-    noised = noise_pair(jax.random.key(0), jnp.zeros((50, 1, 1, 1, 1)), schedule, among)
-    assert among.weights is not None
-    np.testing.assert_array_equal(noised.weights, among.weights[np.asarray(noised.timesteps)])
-    assert len(np.unique(np.asarray(noised.weights))) > 10
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"low": 0.5, "high": 0.5}, "low=0.5, high=0.5"),
-        ({"low": -0.1}, "low=-0.1"),
-        ({"high": 1.1}, "high=1.1"),
-        ({"low": 0.5, "high": 0.5001}, "at least one of 1000"),
-        ({"weighting": "snr"}, "one of .*min_snr.*got 'snr'"),
-        ({"weighting": "min_snr", "gamma": 0}, "gamma must be above 0"),
-    ],
-)
-def test_timesteps_are_refused_in_words(change, words):
-    with pytest.raises(ValueError, match=words):
-        make_timesteps(make_noise_schedule(), **change)
+        NoiseTable(*3 * [np.ones(3, np.float32)], "noise")

@@ -37,7 +37,7 @@ def contexts(loaded):
     """What the text encoder makes of each caption, and of no text."""
     texts = ["", *digits.CAPTIONS]
     return dict(
-        zip(texts, (c for c, _ in diffusers_io.embed_prompts(loaded[0], texts)), strict=True)
+        zip(texts, (e.context for e in diffusers_io.embed_prompts(loaded[0], texts)), strict=True)
     )
 
 
@@ -154,16 +154,18 @@ def conditioning(value, image=None):
 
 def test_guidance_parts():
     told, negative = conditioning(1.0), conditioning(0.0)
-    parts, weights = sample.guidance_parts(told, negative, scale=7.5)
+    parts, weights = sample.guidance_parts(told, negative, weights=(7.5, 1 - 7.5))
     assert [p.context.mean() for p in parts] == [1, 0]
     assert weights == (7.5, -6.5)
-    assert sample.guidance_parts(told, None, scale=1.0)[1] == (1.0,)
+    assert sample.guidance_parts(told, None, weights=(1.0, 1 - 1.0))[1] == (1.0,)
     told, negative = conditioning(1.0, image=2.0), conditioning(0.0, image=2.0)
-    parts, weights = sample.guidance_parts(told, negative, scale=7.5, image_scale=1.5)
+    parts, weights = sample.guidance_parts(told, negative, weights=(7.5, 1 - 7.5), image_scale=1.5)
     assert [(p.context.mean(), p.image.mean()) for p in parts] == [(1, 2), (0, 2), (0, 0)]
     assert weights == (7.5, -6.0, -0.5)
     for scale, image_scale, want in ((3.0, 3.0, (3.0, -2.0)), (3.0, 1.0, (3.0, -2.0))):
-        got = sample.guidance_parts(told, negative, scale=scale, image_scale=image_scale)[1]
+        got = sample.guidance_parts(
+            told, negative, weights=(scale, 1 - scale), image_scale=image_scale
+        )[1]
         assert got == want
 
 
@@ -275,7 +277,7 @@ def test_long_prompts_are_cut_and_counted(loaded, caplog):
     ids = pipeline.tokenizers[0](words, max_length=limit, truncation=True)["input_ids"]
     fits = pipeline.tokenizers[0].decode(ids[1:-1])
     prompts = [words, "a handwritten two", fits]
-    long, short, same = (c for c, _ in diffusers_io.embed_prompts(pipeline, prompts))
+    long, short, same = (e.context for e in diffusers_io.embed_prompts(pipeline, prompts))
     np.testing.assert_array_equal(long, same)
     assert np.abs(long - short).max() > 0.1
     assert "1 of 3 prompts are longer than the tokenizer takes and were cut" in caplog.text

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from dmpo_jax.data.encoded.meta import Arrays, ArraySpec, EncodedMeta
-from dmpo_jax.diffusion.noise import make_noise_schedule
+from dmpo_jax.diffusion.noise import make_ddpm_table
 from dmpo_jax.families import SD
 from dmpo_jax.models import parameters
 from dmpo_jax.models.unet import UNet2DConditionModel
@@ -33,7 +33,7 @@ META = EncodedMeta(
     scaling_factor=0.18215,
     arrays=Arrays(ArraySpec((2, 4, 4, 8), "float32"), ArraySpec((5, 8), "float32")),
 )
-SCHEDULE = make_noise_schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+SCHEDULE = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 # An optimizer that keeps the gradient for its state, where a test reads it unrounded.
 KEEP_GRADIENT = optax.GradientTransformation(
     lambda params: jax.tree.map(jnp.zeros_like, params),

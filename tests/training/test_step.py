@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from dmpo_jax.diffusion import noise as noising
+from dmpo_jax.diffusion.timesteps import make_timesteps
 from dmpo_jax.models import parameters
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parallel import mesh as meshes
@@ -338,7 +338,7 @@ def test_means_over_the_batch_span_devices_and_end_at_microbatches(quick_compile
 
 
 def test_weights_by_timestep_scale_each_pairs_loss(quick_compile):
-    among = noising.make_timesteps(SCHEDULE, weighting="min_snr", gamma=1.0)
+    among = make_timesteps(SCHEDULE, weighting="min_snr", gamma=1.0)
     setup = make_setup(1, KEEP_GRADIENT)
     state = step.make_state(perturbed(unet()[1], MOVED), setup.tx)
     losses = {}

@@ -1,0 +1,134 @@
+"""Which class a component of a pipeline folder is read as, and its files' names."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from etils import epath
+
+from dmpo_jax.diffusers_io import folders
+from dmpo_jax.diffusers_io.weights import load_weights, save_weights
+from dmpo_jax.errors import UserError
+from dmpo_jax.families import FAMILIES, Family
+from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.models.vae import AutoencoderKL
+
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+# Text encoders by the first of `architectures` in config.json.
+TEXT_MODELS: dict[str, Callable[..., Any]] = {
+    "CLIPTextModel": CLIPTextModel,
+    "CLIPTextModelWithProjection": functools.partial(CLIPTextModel, projection=True),
+}
+# CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
+# told a score in place of the target size.
+OTHER_CONDITIONING = ("is_cosxl_edit", "requires_aesthetics_score")
+
+
+def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
+    """The folder and its family, by model_index.json.
+
+    Raises:
+        ValueError: the folder or its index is missing; the pipeline class is not supported, or
+            its index asks for another conditioning than the class's usual one.
+    """
+    path = folders.find_folder(folder)
+    index = folders.read_json(path / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in FAMILIES:
+        raise UserError(f"{path} is a {kind}; supported pipelines: {sorted(FAMILIES)}")
+    for key in OTHER_CONDITIONING:
+        if index.get(key):
+            raise UserError(f"{path / 'model_index.json'} has {key}={index[key]}; supported: false")
+    return path, FAMILIES[kind]
+
+
+def load_model(folder: epath.PathLike, **kw: Any) -> Any:
+    """The trained component of a pipeline folder, by its family, or of its own folder, by the
+    class in its config.json. `kw`: those of `load_weights`.
+
+    Raises:
+        ValueError: besides those of `load_weights`, no registered family has such a model.
+    """
+    path = folders.find_folder(folder)
+    if (path / "model_index.json").exists():
+        path, family = load_family(path)
+        path = folders.component(path, family.component)
+        return load_weights(family.model, path, stem=DIFFUSERS_STEM, **kw)
+    config = folders.read_json(path / "config.json")
+    models = {family.model.__name__: family.model for family in FAMILIES.values()}
+    make = _named(path, config.get("_class_name"), models, "models")
+    return load_weights(make, path, stem=DIFFUSERS_STEM, **kw)
+
+
+def load_unet(folder: epath.PathLike, **kw: Any) -> UNet2DConditionModel:
+    """The UNet of a pipeline folder, or of its unet/ folder. `kw`: those of `load_weights`."""
+    path = folders.component(folder, "unet")
+    return load_weights(UNet2DConditionModel, path, stem=DIFFUSERS_STEM, **kw)
+
+
+def load_vae(folder: epath.PathLike, **kw: Any) -> Any:
+    """The VAE of a pipeline folder, or of its vae/ folder, by the class in its config.json.
+
+    `kw`: those of `load_weights`.
+    """
+    path = folders.component(folder, "vae")
+    name = folders.read_json(path / "config.json").get("_class_name") or "AutoencoderKL"
+    classes = {family.vae.__name__: family.vae for family in FAMILIES.values()}
+    make = _named(path, name, {"AutoencoderKL": AutoencoderKL, **classes}, "VAEs")
+    return load_weights(make, path, stem=DIFFUSERS_STEM, **kw)
+
+
+def load_text_encoder(
+    folder: epath.PathLike,
+    *,
+    subfolder: str = "text_encoder",
+    layers: int | None = None,
+    **kw: Any,
+) -> Any:
+    """A text encoder of a pipeline folder (`subfolder` says which), or of its own folder.
+
+    Args:
+        layers: of a deep encoder, how many are loaded; None is all.
+        kw: those of `load_weights`.
+    """
+    path = folders.component(folder, subfolder)
+    make = text_model(path, folders.read_json(path / "config.json"))
+    if layers is not None:
+        make = functools.partial(make, layers=layers)
+    return load_weights(make, path, stem=TRANSFORMERS_STEM, **kw)
+
+
+def text_model(path: epath.Path, config: Mapping[str, Any]) -> Callable[..., Any]:
+    """The class that a text encoder's config.json names; ValueError where it is none of ours."""
+    kind = (config.get("architectures") or ["CLIPTextModel"])[0]
+    return _named(path, kind, TEXT_MODELS, "text encoders")
+
+
+def _named(path: epath.Path, name: Any, known: Mapping[str, Any], what: str) -> Callable[..., Any]:
+    if name not in known:
+        raise UserError(f"{path} holds a {name}; supported {what}: {sorted(known)}")
+    return known[name]
+
+
+def save_model(model: Any, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes a trained component as PyTorch diffusers reads it; `folder` is the component's own.
+
+    `kw`: params, dtype and shard_bytes of `save_weights`.
+    """
+    save_weights(model, folder, stem=DIFFUSERS_STEM, **kw)
+
+
+def save_unet(unet: UNet2DConditionModel, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes the UNet as PyTorch diffusers reads it; as `save_model`."""
+    save_model(unet, folder, **kw)
+
+
+def save_vae(vae: Any, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes the VAE as PyTorch diffusers reads it; as `save_model`."""
+    save_weights(vae, folder, stem=DIFFUSERS_STEM, **kw)
+
+
+def save_text_encoder(text: Any, folder: epath.PathLike, **kw: Any) -> None:
+    """Writes a text encoder as transformers reads it; as `save_model`."""
+    save_weights(text, folder, stem=TRANSFORMERS_STEM, **kw)
