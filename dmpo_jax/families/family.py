@@ -188,7 +188,7 @@ class Family:
         beside = self.given.width(latent_channels) if self.given else 0
         if in_channels == latent_channels + beside:
             return
-        if beside and in_channels == latent_channels:
+        if len(self.given_fields) > 1 and in_channels == latent_channels:
             raise ValueError(
                 f"the model of this {self.name} pipeline takes {in_channels} channels, the latents "
                 f"alone, and sees neither {' nor '.join(reversed(self.given_fields))}: train it as "
