@@ -242,7 +242,7 @@ class Family:
         latent_channels *= self.pack**2
         if in_channels == latent_channels + beside:
             return
-        if beside and in_channels == latent_channels:
+        if len(self.given_fields) > 1 and in_channels == latent_channels:
             raise UserError(
                 f"the model of this {self.name} pipeline takes {in_channels} channels, the latents "
                 f"alone, and sees neither {' nor '.join(reversed(self.given_fields))}: train it as "
