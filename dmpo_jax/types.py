@@ -20,17 +20,17 @@ class Condition(NamedTuple):
     and have an axis of 2 after the first; a pair shares the others. Read by name alone.
 
     context: text embeddings. lengths: how many positions of each context are text.
-    pooled: one embedding a prompt. time_ids: SDXL's `(original height, width, crop top, left,
-    target height, width)`, in pixels. image: channels of a given image, beside the latents.
+    pooled: one embedding a prompt. sizes: SDXL's time ids `(original height, width, crop top,
+    left, target height, width)`, in pixels. image: channels of a given image, beside the latents.
     """
 
     context: Float[Array, "B S D"]
     pooled: Float[Array, "B P"] | None = None
-    time_ids: Float[Array, "B 2 6"] | None = None
+    sizes: Float[Array, "B 2 6"] | None = None
     image: Float[Array, "B H W E"] | None = None
     lengths: Int[Array, " B"] | None = None
 
-    PER_IMAGE = frozenset({"time_ids"})
+    PER_IMAGE = frozenset({"sizes"})
 
     def per_image(self, images: int) -> "Condition":
         """`[B, ...]` of pairs -> `[B images, ...]`, one row for each of a pair's first images."""

@@ -103,7 +103,7 @@ def make_batch(case: dict[str, Any]) -> PairBatch:
         sizes = jnp.array([16.0 * side] * 2 + [0.0] * 2 + [8.0 * side] * 2)
         conditioning = conditioning._replace(
             pooled=jax.random.normal(keys[2], (pairs, case["pooled"])),
-            time_ids=jnp.broadcast_to(sizes, (pairs, 2, 6)),
+            sizes=jnp.broadcast_to(sizes, (pairs, 2, 6)),
         )
     moments = jnp.concatenate([mean, jnp.full_like(mean, -20.0)], axis=-1)
     return PairBatch(moments, jnp.ones(pairs), conditioning)

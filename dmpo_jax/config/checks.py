@@ -37,8 +37,9 @@ def _check_leaves(config: Config) -> Iterator[str]:
         if path.startswith("objectives."):  # the chosen objective checks its own
             continue
         if not leaf.fits(flat[path]):
-            near = f": did you mean {nearest(flat[path], OBJECTIVES)!r}?"
-            hint = near if path == "objective" else ""
+            hint = ""
+            if path == "objective":
+                hint = f": did you mean {nearest(flat[path], OBJECTIVES)!r}?"
             yield f"{path} must be {leaf.words}, but got {flat[path]!r}{hint}"
 
 

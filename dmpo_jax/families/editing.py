@@ -16,7 +16,7 @@ Encode = Callable[[Float[Array, "N H W 3"]], Float[Array, "N h w M"]]
 def edit_channels(
     encode: Encode,
     images: Float[Array, "N H W 3"],
-    masks: None = None,
+    masks: Float[Array, "N H W 1"] | None = None,
     *,
     scaling_factor: float = 1.0,
 ) -> Float[Array, "N h w E"]:

@@ -114,7 +114,7 @@ class Family:
     vae: class. pack: latents are packed pack x pack before they are scaled and noised.
     factors: VAE -> (scaling factor, shift factor), each a number or one a packed channel.
     noise: "ddpm" or "flow": which kind of scheduler_config.json it must have.
-    sizes: (height, width) in pixels -> `Condition.time_ids` of an uncropped image; None where
+    sizes: (height, width) in pixels -> `Condition.sizes` of an uncropped image; None where
         the model is told no sizes.
     check_text: (pipeline folder, Facts, text part -> its config.json); raises ValueError where
         the text encoders are not the model's.
@@ -164,14 +164,14 @@ class Family:
 
     @property
     def told_sizes(self) -> bool:
-        """Whether `Condition.time_ids` are given."""
+        """Whether `Condition.sizes` are given."""
         return self.sizes is not None
 
     def condition(self, prompt: Embedded, size: tuple[int, int]) -> Condition:
         """What the model is told of one prompt and an image of (height, width) pixels."""
         told: dict[str, Any] = prompt._asdict()
         if self.sizes is not None:
-            told["time_ids"] = np.asarray([self.sizes(*size)], np.float32)
+            told["sizes"] = np.asarray([self.sizes(*size)], np.float32)
         return Condition(**told)
 
     def make_predict(self, merge: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -223,17 +223,17 @@ class Family:
         context = normal(2, tokens, facts.context_width)
         pooled = normal(2, facts.pooled_width) if facts.pooled_width else None
         one = self.condition(Embedded(context, pooled), (1024, 768))
-        sizes = one.time_ids
+        sizes = one.sizes
         if sizes is not None:
             sizes = np.stack([sizes, sizes + np.float32(12)])
-        return latents, np.array([37, 901]), one._replace(time_ids=sizes)
+        return latents, np.array([37, 901]), one._replace(sizes=sizes)
 
     def check_model(self, model: Mapping[str, Any], latent_channels: int) -> None:
         """ValueError where a model, by its config.json, does not take these latents."""
-        self.check_latents(self.facts(model), latent_channels)
+        self.check_takes(self.facts(model), latent_channels)
 
-    def check_latents(self, facts: Facts, latent_channels: int) -> None:
-        """ValueError where a model of these facts does not take these latents."""
+    def check_takes(self, facts: Facts, latent_channels: int) -> None:
+        """As `check_model`, by the model's facts."""
         self.check_channels(facts.in_channels, latent_channels)
 
     def check_channels(self, in_channels: int, latent_channels: int) -> None:
@@ -246,7 +246,7 @@ class Family:
         latent_channels *= self.pack**2
         if in_channels == latent_channels + beside:
             return
-        if beside and in_channels == latent_channels:
+        if len(self.given_fields) > 1 and in_channels == latent_channels:
             raise UserError(
                 f"the model of this {self.name} pipeline takes {in_channels} channels, the latents "
                 f"alone, and sees neither {' nor '.join(reversed(self.given_fields))}: train it as "

@@ -11,7 +11,7 @@ from dmpo_jax.models.vae import AutoencoderKL
 
 
 def size_ids(height: int, width: int) -> list[int]:
-    """`Condition.time_ids` of an uncropped image at its own size, in pixels."""
+    """`Condition.sizes` of an uncropped image at its own size, in pixels."""
     return [height, width, 0, 0, height, width]
 
 

@@ -17,7 +17,7 @@ def predict(unet: Any, latents: Any, times: Any, condition: Condition) -> Any:
     """The UNet, with the given image's channels and SDXL's sizes where there are any."""
     if condition.image is not None:
         latents = jnp.concatenate([latents, condition.image.astype(latents.dtype)], axis=-1)
-    time_ids = condition.time_ids
+    time_ids = condition.sizes
     if time_ids is not None:
         time_ids = time_ids.reshape(-1, 6)
     return unet(latents, times, condition.context, condition.pooled, time_ids)
@@ -46,8 +46,8 @@ def facts(config: Mapping[str, Any]) -> Facts:
 def torch_inputs(latents: Any, times: Any, condition: Condition) -> dict[str, Any]:
     """What PyTorch's UNet takes: channels before height and width, SDXL's extras by name."""
     added = {"text_embeds": condition.pooled}
-    if condition.time_ids is not None:
-        added["time_ids"] = condition.time_ids.reshape(-1, 6)
+    if condition.sizes is not None:
+        added["time_ids"] = condition.sizes.reshape(-1, 6)
     return {
         "sample": latents.transpose(0, 3, 1, 2),
         "timestep": times,

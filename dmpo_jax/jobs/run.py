@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from etils import epath
@@ -17,11 +19,14 @@ from dmpo_jax.training import checkpoint
 LOG = logging.getLogger(__name__)
 
 
-def run(config: Config, workdir: epath.PathLike) -> epath.Path:
+def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> epath.Path:
     """Runs `config.jobs` in order in `workdir`. What collect and encode have completed is not
     made again, and training resumes from its checkpoint.
 
     Every job is checked before the first one starts.
+
+    Args:
+        hooks: `training.hooks.HookLike`, called by training after the run's own.
 
     Returns:
         The workdir.
@@ -53,7 +58,7 @@ def run(config: Config, workdir: epath.PathLike) -> epath.Path:
         "encode": lambda: encode.encode(
             config, source=collected, out=config.data.encoded or workdir / "encoded"
         ),
-        "train": lambda: train.train(config, workdir),
+        "train": lambda: train.train(config, workdir, hooks),
         "evaluate": lambda: evaluate.evaluate(
             config, a=config.model.folder, b=workdir / "export", out=workdir
         ),

@@ -77,10 +77,7 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
 
 
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
-    """Opens and checks everything; compiles nothing of the step.
-
-    Returns the run, and the parameters to train: the model's, or its adapters.
-    """
+    """Opens and checks everything; (the run, the parameters to train). Compiles no step."""
     settings = step_settings.read_step(config)
     devices = mesh.make_mesh(**step_settings.mesh_axes(config))
     mesh.check_batch(settings.batch_size, settings.accumulation, devices)

@@ -322,7 +322,7 @@ def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
             f"a {family.name} model takes latents packed {family.pack} x {family.pack}, the "
             f"encoded pairs are packed {meta.pack} x {meta.pack}: encode them with this model"
         )
-    family.check_latents(facts, meta.latent_channels)
+    family.check_takes(facts, meta.latent_channels)
     if meta.image_kind != family.given_kind:
         raise ValueError(
             f"a {family.name} model is given images of kind {family.given_kind!r}, the encoded "

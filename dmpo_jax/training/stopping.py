@@ -98,9 +98,10 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             doing, allowed, until = self._now
-            if self._done.wait(max(until - time.monotonic(), 0)):
+            left = until - time.monotonic()
+            if self._done.wait(max(left, 0)):
                 return
-            if time.monotonic() >= self._now[2]:
+            if left <= 0:
                 break
         faulthandler.dump_traceback()
         processes.abort(

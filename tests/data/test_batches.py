@@ -63,21 +63,21 @@ def test_shapes_and_dtypes(pairs):
     np.testing.assert_array_equal(batch.preference, np.full(BATCH, 0.75, np.float32))
     assert batch.preference.dtype == np.float32
     given = batch.condition
-    context, pooled, time_ids = given.context, given.pooled, given.time_ids
+    context, pooled, sizes = given.context, given.pooled, given.sizes
     assert given.image is None
     assert given.lengths is None
     assert context.shape == (BATCH, 3, 2)
     assert pooled.shape == (BATCH, 4)
-    assert time_ids.shape == (BATCH, 2, 6)
-    assert time_ids.dtype == np.float32
-    np.testing.assert_array_equal(time_ids[:, 0, 0], ids(batch))  # of the same pair
+    assert sizes.shape == (BATCH, 2, 6)
+    assert sizes.dtype == np.float32
+    np.testing.assert_array_equal(sizes[:, 0, 0], ids(batch))  # of the same pair
     np.testing.assert_array_equal(context[:, 0, 0], pooled[:, 0])
 
 
-def test_without_pooled_there_are_no_time_ids(tmp_path):
+def test_without_pooled_there_are_no_sizes(tmp_path):
     (batch,) = take(make(write(tmp_path, pooled=False)), 1)
     assert batch.condition.pooled is None
-    assert batch.condition.time_ids is None
+    assert batch.condition.sizes is None
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])

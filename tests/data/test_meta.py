@@ -117,7 +117,7 @@ def test_a_batch_is_described_once(tmp_path):
 
     assert described(real) == described(pairs.meta.abstract_batch(4))
     assert described(real) == described(pairs.meta.zeros(4))
-    assert real.condition.time_ids.shape == (4, 2, 6)
+    assert real.condition.sizes.shape == (4, 2, 6)
     assert described(FULL.empty(3)).condition.lengths == ((3,), np.dtype("int32"))
 
 

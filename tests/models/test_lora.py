@@ -14,6 +14,7 @@ from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.training import build, step
 from dmpo_jax.types import Condition, PairBatch
 from tests.support import steps
+from tests.support.quick import QUICK
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv", "proj_in", "time_emb_proj")
@@ -134,7 +135,8 @@ def test_margins_are_exactly_zero_at_step_0(config, dtype, pairs, accumulation, 
     assert float(metrics["grad_norm"]) > 0
 
 
-def test_the_step_moves_adapters_and_nothing_else():
+def test_the_step_moves_adapters_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **QUICK})
     merge, base, adapters = make(ATTENTION)
     setup = make_setup(merge, dropout=0.5, ema_decay=0.5)
     before = jax.device_get(base)

@@ -121,7 +121,7 @@ def test_the_watchdog_ends_what_hangs_and_spares_what_moves():
     assert run.stdout == "spared\n", run.stderr
     assert run.returncode == processes.RESTART
     assert "update 17 has not come to an end within 1 s (train.hang_limit)" in run.stderr
-    assert 'File "<string>", line 20 in <module>' in run.stderr  # where it stands
+    assert 'File "<string>", line 19 in <module>' in run.stderr  # where it stands
 
 
 JOIN = """

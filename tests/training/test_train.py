@@ -12,19 +12,20 @@ import sys
 import time
 import types
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
-from dmpo_jax import diffusers_io, objectives
+from dmpo_jax import diffusers_io
 from dmpo_jax.config import checks as config_checks
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import reference
+from dmpo_jax.config.files import load_config
 from dmpo_jax.families.family import Tiny
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
-from dmpo_jax.objectives import OBJECTIVES, registry
+from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.training import hooks
 from dmpo_jax.training import step as training_step
 from dmpo_jax.training import telemetry as watch
@@ -190,22 +191,6 @@ def test_every_objective_trains_with_accumulation_in_bfloat16(made, objective, t
     assert not any("by_timestep" in name for name in rows[-1])
 
 
-def test_an_objective_is_one_function(made, tmp_path, monkeypatch):
-    """Registered, it is in every config, checked, and trained with."""
-    monkeypatch.setattr(registry, "OBJECTIVES", OBJECTIVES)  # what is added is taken out again
-    monkeypatch.setitem(OBJECTIVES, "slic", OBJECTIVES["sft"])
-    monkeypatch.delitem(OBJECTIVES, "slic")
-
-    @registry.objective(needs_reference=True, needs_rejected=True)
-    def slic(policy, reference, target, preference, *, beta=2000.0):
-        return jnp.logaddexp(0.0, 1 - beta * objectives.margin(policy, reference, target))
-
-    config = tiny.make_config(*made, objective="slic", train__steps=1, log__validate_every=0)
-    config_checks.validate(config)
-    run(config, tmp_path)
-    assert lines(tmp_path)[-1]["loss"] == pytest.approx(np.log1p(np.e), rel=1e-5)  # margin 0
-
-
 class Count(hooks.Hook):
     """A hook as a user writes one."""
 
@@ -244,6 +229,47 @@ def test_a_callers_hooks_are_called_and_their_scalars_written(made, tmp_path):
     assert [r["step"] for r in rows if "seconds_count" in r] == [1, 3]
     with pytest.raises(TypeError, match="no every"):
         hooks.as_hook(types.SimpleNamespace(name="x"))
+
+
+OWN_OBJECTIVE = """
+import jax.numpy as jnp
+from dmpo_jax import config, objectives
+
+@objectives.objective(
+    needs_reference=True,
+    needs_rejected=True,
+    beta=objectives.Hyperparameter(2000.0, "steepness", "(0, inf)"),
+)
+def slic(policy, reference, target, preference, *, beta):
+    return jnp.logaddexp(0.0, 1 - beta * objectives.margin(policy, reference, target))
+
+def get_config():
+    return config.from_flat({VALUES})
+"""
+
+
+def test_a_config_file_adds_an_objective_and_trains_with_it(made, tmp_path):
+    """No file of the package is changed."""
+    leaves = {"train__steps": 1, "log__validate_every": 0}
+    values = configs.flatten(tiny.make_config(*made, **leaves)) | {"objective": "slic"}
+    file = tmp_path / "own.py"
+    file.write_text(OWN_OBJECTIVE.replace("{VALUES}", repr(values)))
+    try:
+        config = load_config(str(file))
+        assert "objectives.slic.beta=2000.0" in reference.describe()
+        assert "steepness; above 0" in reference.describe()
+        config_checks.validate(config)
+        run(config, tmp_path / "run")
+        assert lines(tmp_path / "run")[-1]["loss"] == pytest.approx(np.log1p(np.e), rel=1e-5)
+        load_config(str(file)).objectives.slic.beta = 3.0  # the file may be read again
+        config.objectives.slic.beta = -1.0
+        with pytest.raises(ValueError, match=r"objectives\.slic: beta must be .* got beta=-1.0"):
+            config_checks.validate(config)
+    finally:
+        OBJECTIVES.pop("slic", None)
+    # Its checkpoint is converted where the objective is not known.
+    convert(workdir=tmp_path / "run", out=tmp_path / "converted")
+    assert (tmp_path / "converted" / "model_index.json").exists()
 
 
 @pytest.fixture

@@ -209,8 +209,8 @@ class _Reader:
             told.pooled[row] = prompt.pooled
         if told.lengths is not None:
             told.lengths[row] = prompt.length
-        if told.time_ids is not None:
-            told.time_ids[row] = pair.sizes
+        if told.sizes is not None:
+            told.sizes[row] = pair.sizes
         if told.image is not None:
             told.image[row] = 0 if element.drops_image else pair.image
 

@@ -60,7 +60,7 @@ class EncodedMeta:
     moments: "sample" (mean and log-variance) or "mean".
     image_kind: `Given.kind` of the image beside the prompt, or "".
     pack: latents are packed pack x pack before they are scaled and noised.
-    told_sizes: whether the model is told the images' sizes (`Condition.time_ids`).
+    told_sizes: whether the model is told the images' sizes (`Condition.sizes`).
     content: part of the pipeline -> hash of its weights; empty where it is not known.
     source, resolution, validation_fraction, crop, ties: as `encode` was asked.
     skipped: reason -> records left out. tied_pairs, split_by: of the pairs and their splits.
@@ -134,7 +134,7 @@ class EncodedMeta:
         condition = Condition(
             context=array(arrays.context),
             pooled=array(arrays.pooled),
-            time_ids=make((2, 6), "float32") if self.told_sizes else None,
+            sizes=make((2, 6), "float32") if self.told_sizes else None,
             image=array(arrays.image),
             lengths=array(arrays.length),
         )

@@ -22,7 +22,7 @@ class EncodedPair(NamedTuple):
     probability that image 0 is preferred. moments: of the VAE, unscaled: mean, then
     log-variance, on the last axis (M = 2C), or the mean alone (M = C) where the folder's
     `meta.moments` is "mean"; bfloat16, float16 or float32. sizes: original height and
-    width, crop top and left, target height and width, in pixels. image: what the UNet sees of
+    width, crop top and left, target height and width, in pixels. image: what the model sees of
     a given image (`Condition.image`), of all pairs of a folder or of none. flipped,
     flipped_image: moments and image of the same pair mirrored left to right, each of all
     pairs of a folder or of none.
