@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.families.family import Embedded, Facts, Family, TextPart, Tiny
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
@@ -137,5 +137,5 @@ def write(folder, seed: int = 0) -> str:
         "vae": ("diffusers", "OutsideAutoencoderKL"),
     }
     index = diffusers_io.make_index(FAMILY.pipeline, parts)
-    diffusers_io.write_json(folder / "model_index.json", index)
+    storage.write_json(folder / "model_index.json", index)
     return str(folder)
