@@ -243,7 +243,7 @@ class Bench:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar a run would hide the whole's
             images = self._sampler(params, asked, seeds)
         scores = {}
-        for name in self._config.evaluate.judges:
+        for name in self._config.evaluate.judges or ():
             values = make_scorer(name)(images, asked)
             scores[name] = _short(values.mean()) if tuning else [round(float(x), 4) for x in values]
         return {"scores": scores, "diversity": _short(diversity(images, asked))}

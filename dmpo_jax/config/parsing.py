@@ -76,19 +76,20 @@ def from_keywords(
     Raises:
         TypeError: for an unknown keyword. ValueError: as `parse`.
     """
-    config = _open(config, interface) if config is None or isinstance(config, str) else config
-    config = config.copy_and_resolve_references()
+    if config is None or isinstance(config, str):
+        config = _open(config, interface)
+    found: Config = config.copy_and_resolve_references()
     options = {name: option.default for name, option in interface.options.items()}
     for name, value in keywords.items():
         if name in options:
             options[name] = value
         elif name in interface.short:
-            set_leaf(config, interface.short[name], value)
+            set_leaf(found, interface.short[name], value)
         else:
             near = nearest(name, [*interface.short, *options])
             raise TypeError(f"{command}() takes no {name!r}; did you mean {near!r}?")
-    _check(config, options, interface, "")
-    return config, options
+    _check(found, options, interface, "")
+    return found, options
 
 
 def describe(interface: Interface) -> str:
