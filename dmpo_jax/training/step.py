@@ -202,9 +202,9 @@ def noise_batch(key: Key[Array, ""], batch: PairBatch, setup: Setup) -> Noised:
 def predict_pairs(predict, params, noised: Noised, condition: Condition):
     """The model over pairs: flattened B-major, so that a device keeps its rows."""
     b, n = noised.latents.shape[:2]
-
     latents = noised.latents.reshape(b * n, *noised.latents.shape[2:])
-    prediction = predict(params, latents, jnp.repeat(noised.times, n), condition.per_image(n))
+    times = jnp.broadcast_to(noised.times[:, None], (b, n)).reshape(b * n)
+    prediction = predict(params, latents, times, condition.per_image(n))
     return prediction.reshape(b, n, *prediction.shape[1:])
 
 
