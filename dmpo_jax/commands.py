@@ -17,6 +17,7 @@ from dmpo_jax.config.declare import Leaf, OneOf
 from dmpo_jax.config.leaves import Config
 from dmpo_jax.config.parsing import Interface
 from dmpo_jax.config.sections import DTYPES
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import PUBLISHED
 from dmpo_jax.scoring import SCORERS
 
@@ -69,7 +70,7 @@ def _encode(config: Config, options: dict[str, Any]) -> Any:
 
 def _check_encode(config: Config, options: dict[str, Any]) -> None:
     if not options["inspect"] and not (config.model.folder and options["out"]):
-        raise ValueError("--model and --out are required, or --inspect")
+        raise UserError("--model and --out are required, or --inspect")
 
 
 def _collect(config: Config, options: dict[str, Any]) -> Any:
@@ -113,7 +114,7 @@ def _convert(config: Config, options: dict[str, Any]) -> Any:
 
 def _check_convert(config: Config, options: dict[str, Any]) -> None:
     if bool(options["checkpoint"]) == bool(options["single_file"]):
-        raise ValueError("give either --checkpoint or --single_file")
+        raise UserError("give either --checkpoint or --single_file")
 
 
 def _plan(config: Config, options: dict[str, Any]) -> Any:

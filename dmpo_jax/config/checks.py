@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dmpo_jax.config.leaves import Config, declared, flatten, nearest
 from dmpo_jax.config.sections import JOBS
+from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES
 
 
@@ -28,7 +29,7 @@ def check_leaves(config: Config) -> None:
 
 def _raise(faults: Iterable[str]) -> None:
     if found := list(faults):
-        raise ValueError("\n".join(found))
+        raise UserError("\n".join(found))
 
 
 def _check_leaves(config: Config) -> Iterator[str]:
@@ -124,7 +125,7 @@ def parse_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
         except ValueError:
             folder = ""
         if not folder or not 0 < found[-1][1] < float("inf"):
-            raise ValueError(
+            raise UserError(
                 f"data.mix must be of FOLDER=WEIGHT, weights above 0, but got {entry!r}"
             )
     return found
@@ -146,7 +147,7 @@ def parse_profile(text: str) -> tuple[int, int] | None:
         return None
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 2 <= int(first) <= int(last)):
-        raise ValueError(
+        raise UserError(
             f"profile must be START:STOP, updates from 2 on (the first compiles), but got {text!r}"
         )
     return int(first), int(last)

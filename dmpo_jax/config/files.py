@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dmpo_jax.config.leaves import Config, nearest
+from dmpo_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -32,9 +33,9 @@ def load_config(name: str) -> Config:
     try:
         module = runpy.run_path(file)
     except OSError as error:
-        raise ValueError(f"--config={name}: cannot read {file} ({error.strerror})") from None
+        raise UserError(f"--config={name}: cannot read {file} ({error.strerror})") from None
     if "get_config" not in module:
-        raise ValueError(f"--config={name}: {file} must define get_config()")
+        raise UserError(f"--config={name}: {file} must define get_config()")
     try:
         config: Any = module["get_config"](*([argument] if argument else []))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -42,9 +43,9 @@ def load_config(name: str) -> Config:
         said: Any = error
         while isinstance(said, BaseException) and said.args:
             said = said.args[0]  # ml_collections raises an AttributeError of a KeyError
-        raise ValueError(f"--config={name}: {file}{_line_in(error, file)}: {said}") from error
+        raise UserError(f"--config={name}: {file}{_line_in(error, file)}: {said}") from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"--config={name}: get_config() must return a ConfigDict, got {config!r}")
+        raise UserError(f"--config={name}: get_config() must return a ConfigDict, got {config!r}")
     config.lock()
     return config  # pyright: ignore[reportReturnType]
 
@@ -57,7 +58,7 @@ def _find(start: str) -> str:
     if start.endswith(".py") or pathlib.Path(start).exists():
         return start
     near = f"did you mean {nearest(start, known)}? " if known else ""
-    raise ValueError(
+    raise UserError(
         f"--config={start}: there is no config of this name; {near}There are {', '.join(known)}; "
         "a file of your own is named by its path, PATH.py"
     )

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from dmpo_jax.config.declare import ITSELF, Leaf, read_leaves
 from dmpo_jax.config.sections import BOTH, RUN, Settings
+from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def from_flat(values: dict[str, Any]) -> Config:
         elif path in known:
             set_leaf(config, path, value)
         elif path not in RETIRED:
-            raise ValueError(f"config leaf {path!r} is unknown to this version")
+            raise UserError(f"config leaf {path!r} is unknown to this version")
     return config
 
 

@@ -17,6 +17,7 @@ from dmpo_jax.config import checks
 from dmpo_jax.config.declare import Leaf
 from dmpo_jax.config.files import load_config
 from dmpo_jax.config.leaves import Config, declared, defaults, flatten, nearest, set_leaf
+from dmpo_jax.errors import UserError
 
 HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
@@ -49,11 +50,11 @@ def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]
     try:
         stray = known(argv)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown(error.flagname, error.flagvalue, config, interface)) from None
+        raise UserError(_unknown(error.flagname, error.flagvalue, config, interface)) from None
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     if stray:
-        raise ValueError(f"takes flags only, but got {stray}")
+        raise UserError(f"takes flags only, but got {stray}")
     flags.FLAGS.mark_as_parsed()  # absl's own and --debug were among them
     for path in flatten(config):
         if known[f"config.{path}"].present:
@@ -112,7 +113,7 @@ def _line(name: str, leaf: Leaf, of: str, required: bool) -> str:
 def _open(named: str | None, interface: Interface) -> Config:
     named = named or interface.config
     if named is None:
-        raise ValueError("--config must name a config: --config=NAME, or --config=PATH.py")
+        raise UserError("--config must name a config: --config=NAME, or --config=PATH.py")
     return load_config(named) if named else defaults()
 
 
@@ -124,7 +125,7 @@ def named_config(argv: list[str]) -> str | None:
     try:
         probe(argv, known_only=True)
     except flags.Error as error:
-        raise ValueError(str(error)) from None
+        raise UserError(str(error)) from None
     return probe["config"].value
 
 
@@ -166,9 +167,9 @@ class _Parser(flags.ArgumentParser):
         try:
             value = _read(text, kind)
         except ValueError:
-            raise ValueError(f"{self._called} must be {_WORDS[kind]}, but got {text!r}") from None
+            raise UserError(f"{self._called} must be {_WORDS[kind]}, but got {text!r}") from None
         if not self._leaf.fits(value):
-            raise ValueError(f"{self._called} must be {self._leaf.words}, but got {text!r}")
+            raise UserError(f"{self._called} must be {self._leaf.words}, but got {text!r}")
         return value
 
 
@@ -186,14 +187,14 @@ def _read(text: str, kind: type) -> Any:
     if kind is bool:
         truths = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in truths:
-            raise ValueError(text)
+            raise UserError(text)
         return truths[text.lower()]
     if kind is tuple:
         if text.startswith(("(", "[")):
             try:
                 return tuple(ast.literal_eval(text))
             except (SyntaxError, TypeError) as error:
-                raise ValueError(text) from error
+                raise UserError(text) from error
         return tuple(part.strip() for part in text.split(",") if part.strip())
     return kind(text)
 
@@ -217,8 +218,8 @@ def _check(config: Config, options: Mapping[str, Any], interface: Interface, das
         if given[name] in (None, "", ()):
             path = interface.short.get(name)
             leaf = declared()[path] if path else interface.options[name]
-            raise ValueError(f"{dashes}{name} is required: {leaf.meaning}")
+            raise UserError(f"{dashes}{name} is required: {leaf.meaning}")
     for name, option in interface.options.items():
         if not option.fits(options[name]):
-            raise ValueError(f"{dashes}{name} must be {option.words}, but got {options[name]!r}")
+            raise UserError(f"{dashes}{name} must be {option.words}, but got {options[name]!r}")
     checks.check_leaves(config)

@@ -8,6 +8,7 @@ by the pairs of an update. Here it is resolved: `optimizer.learning_rate` is wha
 from typing import Any, NamedTuple
 
 from dmpo_jax.config.leaves import Config
+from dmpo_jax.errors import UserError
 
 PAIRS = 2048  # an update, in all of them
 
@@ -89,6 +90,6 @@ def apply(config: Config, name: str) -> Config:
         ValueError: listing the recipes there are.
     """
     if name not in RECIPES:
-        raise ValueError(f"the published recipes are {', '.join(RECIPES)}, but got {name!r}")
+        raise UserError(f"the published recipes are {', '.join(RECIPES)}, but got {name!r}")
     config.update_from_flattened_dict(RECIPES[name].leaves)
     return config

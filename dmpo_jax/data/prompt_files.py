@@ -105,21 +105,21 @@ def _text_key(names: Sequence[str]) -> str:
     for wanted in COLUMNS:
         if wanted in lower:
             return lower[wanted]
-    raise ValueError(f"has no {' or '.join(COLUMNS)}, but {', '.join(names) or 'nothing'}")
+    raise UserError(f"has no {' or '.join(COLUMNS)}, but {', '.join(names) or 'nothing'}")
 
 
 def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise ValueError(f"should be a text or an object, but is {row!r}")
+        raise UserError(f"should be a text or an object, but is {row!r}")
     text = row[_text_key(list(row))]
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"prompt should be a text, but is {text!r}")
+        raise UserError(f"prompt should be a text, but is {text!r}")
     texts: dict[str, Any] = {key: row.get(key) for key in ("negative_prompt", "image", "mask")}
     for key, value in texts.items():
         if not isinstance(value, str | None):
-            raise ValueError(f"{key} should be a text, but is {value!r}")
+            raise UserError(f"{key} should be a text, but is {value!r}")
     for key in ("image", "mask"):
         texts[key] = str(folder / texts[key]) if texts[key] else None
     return Prompt(text.strip(), seed=_to_seed(row.get("seed")), **texts)
@@ -133,5 +133,5 @@ def _to_seed(value: Any) -> int | None:
     except (ValueError, TypeError):
         seed = -1
     if isinstance(value, bool | float) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed should be a whole number below 2**32, but is {value!r}")
+        raise UserError(f"seed should be a whole number below 2**32, but is {value!r}")
     return seed

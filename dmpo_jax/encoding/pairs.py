@@ -20,6 +20,7 @@ from dmpo_jax.encoding.parts import Part, Table, Work, found_sidecar, whole_side
 from dmpo_jax.encoding.pixels import Pixels, load_pixels
 from dmpo_jax.encoding.threads import map_ahead
 from dmpo_jax.encoding.vae import Device
+from dmpo_jax.errors import UserError
 from dmpo_jax.progress import Progress
 
 LOG = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def finish(work: Work, table: Table) -> None:
             splits.setdefault(split, []).append(Shard(**shard))
     counts = {split: sum(shard.records for shard in files) for split, files in splits.items()}
     if not counts.get("train"):
-        raise ValueError(
+        raise UserError(
             f"no pair of {work.about['source']} is left to train on; {counts.get('validation', 0)} "
             f"are for validation, and left out were: {dict(tally.counts) or 'none'}"
         )
@@ -211,7 +212,7 @@ class _Files:
         for i, pixels in enumerate(batch.pixels):
             number = self._table.number.get(pixels.prompt)
             if number is None:
-                raise ValueError(
+                raise UserError(
                     f"pair {pixels.id!r} has a prompt that was not there when the prompts were "
                     f"listed ({pixels.prompt[:40]!r}): encode data that does not change meanwhile"
                 )

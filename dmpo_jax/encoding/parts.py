@@ -15,6 +15,7 @@ from dmpo_jax.data import raw as sources
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded.prompts import PromptEmbedding
 from dmpo_jax.data.raw.splits import hash_share
+from dmpo_jax.errors import UserError
 from dmpo_jax.progress import Progress
 
 LOG = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def found_sidecar(work: Work, kind: str, number: int) -> Any:
     """A sidecar; ValueError where there is none."""
     found = storage.find_json(work.sidecar(kind, number))
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"{work.sidecar(kind, number)} is missing: is {work.out} a folder that all processes "
             "share? Run encode again"
         )

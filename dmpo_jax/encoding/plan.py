@@ -15,6 +15,7 @@ from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded import prompts as prompt_store
 from dmpo_jax.data.encoded.meta import differences
 from dmpo_jax.encoding.parts import PARTS, Work
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import Family
 
 LOG = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Settings:
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 choices = ", ".join(map(repr, allowed))
-                raise ValueError(f"{name} should be one of {choices}, but got {value!r}")
+                raise UserError(f"{name} should be one of {choices}, but got {value!r}")
 
 
 def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
         (out / PARTS).mkdir()
         storage.write_json(out / PARTS / PLAN, dict(plan))
     elif said := _differences(found, plan):
-        raise ValueError(
+        raise UserError(
             f"{out} holds an unfinished encoding of another kind ({said}): delete it or choose "
             "another folder"
         )
@@ -152,7 +153,7 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
     except records.NotWholeError:
         return False
     if said := _differences(meta.to_json(), about):
-        raise ValueError(f"{out} holds another encoding ({said}): choose another folder")
+        raise UserError(f"{out} holds another encoding ({said}): choose another folder")
     return True
 
 
@@ -166,7 +167,7 @@ def check_columns(raw: sources.Source, name: str, family: Family) -> None:
     """ValueError where the source has not what the family is given beside the latents."""
     if missing := sorted(set(family.given_fields) - raw.given):
         columns = " and ".join(repr(sources.GIVEN[field]) for field in missing)
-        raise ValueError(
+        raise UserError(
             f"a {family.name} model needs the column {columns} in every pair, but {name} has "
             "none: add it, or take a text-to-image model"
         )

@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.errors import UserError
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.parallel import mesh
 
@@ -66,7 +67,7 @@ def write_adapters(trained: Trained, params: Params, out: epath.Path) -> None:
         ValueError: the run trained every parameter.
     """
     if trained.adapters is None:
-        raise ValueError(f"{trained.folder} was trained whole: there are no adapters to write")
+        raise UserError(f"{trained.folder} was trained whole: there are no adapters to write")
     _, family = diffusers_io.load_family(trained.folder)
     diffusers_io.save_lora(params, out, scale=trained.adapters.scale, component=family.component)
 

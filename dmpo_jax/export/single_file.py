@@ -5,6 +5,7 @@ import logging
 from etils import epath
 from safetensors import safe_open
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.extras import install_hint
 
 LOG = logging.getLogger(__name__)
@@ -33,15 +34,15 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
     """
     file, out = epath.Path(file), epath.Path(out)
     if file.suffix != ".safetensors":
-        raise ValueError(f"{file} is no .safetensors file; others may be pickles and are not read")
+        raise UserError(f"{file} is no .safetensors file; others may be pickles and are not read")
     if not file.exists():
-        raise ValueError(f"{file} does not exist")
+        raise UserError(f"{file} does not exist")
     if (out / "model_index.json").exists():
-        raise ValueError(f"{out} holds a pipeline already: choose another --out")
+        raise UserError(f"{out} holds a pipeline already: choose another --out")
     try:
         import diffusers
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"converting needs PyTorch diffusers ({error}): {install_hint('eval')}"
         ) from error
     kind = pipeline_class(file)
@@ -52,7 +53,7 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
         )
     except Exception as error:  # diffusers', the hub's and torch's each have kinds of their own
         reason = " ".join(str(error).split())[:500]
-        raise ValueError(f"diffusers cannot convert {file}: {reason}") from error
+        raise UserError(f"diffusers cannot convert {file}: {reason}") from error
     pipeline.save_pretrained(str(out))
     return kind
 
@@ -64,9 +65,9 @@ def pipeline_class(file: epath.PathLike) -> str:
             names = set(tensors.keys())
             channels = tensors.get_slice(FIRST).get_shape()[1] if FIRST in names else None
     except Exception as error:
-        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
+        raise UserError(f"{file} cannot be read as safetensors: {error}") from error
     if channels not in CLASSES:
-        raise ValueError(
+        raise UserError(
             f"{file} holds no Stable Diffusion of the original layout ({FIRST} is missing, or "
             f"takes {channels} channels, not one of {sorted(CLASSES)})"
         )

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.errors import UserError
 from dmpo_jax.export.pipeline import Adapters, Trained
 from dmpo_jax.extras import install_hint
 from dmpo_jax.families import Family
@@ -37,7 +38,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
         importlib.import_module("diffusers")
         importlib.import_module("torch")
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"verifying needs PyTorch diffusers ({error}): {install_hint('eval')}"
         ) from error
     merged = (out / "model_index.json").exists()
@@ -54,7 +55,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
     difference = float(np.linalg.norm(ours - want) / np.linalg.norm(want))
     said = f"PyTorch's predictions and ours differ by {difference:.1e} (relative), at {out}"
     if not difference <= BOUND:
-        raise ValueError(f"{said}: more than {BOUND:.0e}, do not use what was exported")
+        raise UserError(f"{said}: more than {BOUND:.0e}, do not use what was exported")
     LOG.info(said)
     return difference
 

@@ -1,5 +1,6 @@
 """The pipelines that can be trained, one record each."""
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import sdxl, stable_diffusion
 from dmpo_jax.families.editing import SD_EDIT, SD_INPAINT, SDXL_EDIT, SDXL_INPAINT
 from dmpo_jax.families.family import Family, Published
@@ -19,7 +20,7 @@ def register(family: Family) -> Family:
     """
     for other in FAMILIES.values():
         if (other.name == family.name) != (other.pipeline == family.pipeline):
-            raise ValueError(
+            raise UserError(
                 f"the family {family.name} ({family.pipeline}) must have a name and a pipeline "
                 f"class of its own, but {other.name} ({other.pipeline}) is there"
             )
@@ -32,7 +33,7 @@ def family_named(name: str) -> Family:
     for family in FAMILIES.values():
         if family.name == name:
             return family
-    raise ValueError(
+    raise UserError(
         f"there is no family {name!r}; there are {', '.join(f.name for f in FAMILIES.values())}"
     )
 

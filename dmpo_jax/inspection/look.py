@@ -13,6 +13,7 @@ from PIL import Image
 from dmpo_jax.data import raw as sources
 from dmpo_jax.data.raw.bad_records import decode_pair
 from dmpo_jax.data.raw.counts import TIE, PairCounts
+from dmpo_jax.errors import UserError
 from dmpo_jax.inspection.page import Inspection, Repeat, Sample, Thumbnail, render
 from dmpo_jax.progress import Progress
 
@@ -53,7 +54,7 @@ def inspect_source(
         ValueError: if the source cannot be opened, or limit or samples are below 1.
     """
     if limit < 1 or samples < 1:
-        raise ValueError(f"limit and samples must be at least 1, but got {limit} and {samples}")
+        raise UserError(f"limit and samples must be at least 1, but got {limit} and {samples}")
     opened, out = sources.open_source(source, ties=ties), epath.Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     expected = min(limit, len(opened))

@@ -8,6 +8,7 @@ from etils import epath
 from dmpo_jax import diffusers_io
 from dmpo_jax.config import arguments
 from dmpo_jax.config import leaves as configs
+from dmpo_jax.errors import UserError
 from dmpo_jax.export import pipeline
 from dmpo_jax.export.model_card import write_card
 from dmpo_jax.export.verify import verify as verify_export
@@ -52,9 +53,9 @@ def convert(
     card = arguments.card(config, workdir)
     adapters = card.trained.adapters
     if merge and not adapters:
-        raise ValueError(f"{workdir} trained every parameter: there is no LoRA to merge")
+        raise UserError(f"{workdir} trained every parameter: there is no LoRA to merge")
     if weights == "ema" and not card.ema_decay:
-        raise ValueError(f"{workdir} kept no moving average (train.ema_decay is 0)")
+        raise UserError(f"{workdir} kept no moving average (train.ema_decay is 0)")
     field = "ema" if weights != "policy" and card.ema_decay else "params"
     with checkpoint.Checkpoints(
         workdir / "checkpoints", keep=1, identity=configs.identity(config), read_only=True

@@ -9,6 +9,7 @@ from dmpo_jax.config import arguments
 from dmpo_jax.config.leaves import Config
 from dmpo_jax.data.raw import SOURCES
 from dmpo_jax.encoding import encode as encoding
+from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def check(config: Config, *, source: str = "") -> None:
     named = arguments.encoding(config, source).source
     kind, _, path = named.partition(":")
     if kind not in SOURCES or not path:
-        raise ValueError(
+        raise UserError(
             f"data.source must be KIND:PATH with KIND one of {', '.join(sorted(SOURCES))}, but "
             f"got {named!r}"
         )

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 
 from dmpo_jax.config.leaves import Config
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import family_named
 from dmpo_jax.jobs import collect, encode, evaluate, train
 from dmpo_jax.parallel import processes
@@ -78,7 +79,7 @@ def check_processes(config: Config) -> None:
     if jax.process_count() == 1:
         return
     if alone := [job for job in config.jobs if job in ("collect", "evaluate")]:
-        raise ValueError(
+        raise UserError(
             f"{jax.process_count()} processes share the jobs encode and train, but jobs has "
             f"{' and '.join(alone)}: run those on one machine, with --config.jobs={','.join(alone)}"
         )

@@ -19,6 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import placement
 
 KERNELS = ("plain", "cudnn", "splash")
@@ -62,7 +63,7 @@ def attention(
         ValueError: if there is no such kernel, or cudnn is asked for without a GPU.
     """
     if kernel not in KERNELS:
-        raise ValueError(f"the attention kernel must be one of {KERNELS}, but got {kernel!r}")
+        raise UserError(f"the attention kernel must be one of {KERNELS}, but got {kernel!r}")
     mesh = jax.sharding.get_abstract_mesh()
     takes = {"cudnn": takes_cudnn, "splash": takes_splash}.get(kernel, lambda *_: False)
     if not takes(query, key, mask) or _split(mesh, *query.shape[::2]) is None:
@@ -162,7 +163,7 @@ def _each_device(kernel: Callable, mesh: AbstractMesh, *inputs: Array) -> Array:
 
 def _check_gpu(platform: str) -> None:
     if platform not in ("gpu", "cuda"):
-        raise ValueError(
+        raise UserError(
             f'the "cudnn" attention needs NVIDIA GPUs, but the devices are {platform!r}: '
             f"use {best_kernel(platform)!r}"
         )

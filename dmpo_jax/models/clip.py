@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.component_config import ModelConfig
 from dmpo_jax.models.layers import ACTIVATIONS, Linear, activation, layer_norm
@@ -135,10 +136,10 @@ class CLIPTextModel(nnx.Module):
     ):
         self.config = config = ModelConfig(config, KEYS, DEAD)
         if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act={config.hidden_act!r}; supported: {sorted(ACTIVATIONS)}")
+            raise UserError(f"hidden_act={config.hidden_act!r}; supported: {sorted(ACTIVATIONS)}")
         width, heads = config.hidden_size, config.num_attention_heads
         if width % heads:
-            raise ValueError(f"num_attention_heads={heads} must divide {width} channels")
+            raise UserError(f"num_attention_heads={heads} must divide {width} channels")
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = TextTransformer(config, **kw)
         if projection:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dmpo_jax.errors import UserError
+
 # What libraries write into every config.json; none of it reaches the computation.
 BOOKKEEPING = frozenset(
     "_class_name _diffusers_version _name_or_path architectures dtype model_type torch_dtype "
@@ -47,7 +49,7 @@ class ModelConfig(Mapping[str, Any]):
                 refused.append(f"{key}={value!r} (supported: values like {rule!r})")
         if refused:
             name = given.get("_class_name") or given.get("architectures") or "this model"
-            raise ValueError(f"config.json of {name} asks for {'; '.join(refused)}")
+            raise UserError(f"config.json of {name} asks for {'; '.join(refused)}")
         defaults = {k: v.values[0] if isinstance(v, Only) else v for k, v in keys.items()}
         self._values = {**defaults, **given}
         self.given = dict(given)
@@ -84,7 +86,7 @@ def per_block(value: Any, blocks: int, key: str) -> list[Any]:
     """Expands a setting given once, or once a block, to one value a block."""
     values = list(value) if isinstance(value, list | tuple) else [value] * blocks
     if len(values) != blocks:
-        raise ValueError(f"{key} needs one value or {blocks} (one a block), got {value!r}")
+        raise UserError(f"{key} needs one value or {blocks} (one a block), got {value!r}")
     return values
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.convolution import convolution
 from dmpo_jax.parallel.placement import gathered, platform, split_over_tensor
@@ -36,7 +37,7 @@ def _gelu(x: Array) -> Array:
 def activation(name: str):
     """Returns the activation function that config.json names; ValueError lists those supported."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"activation {name!r} is not supported: use one of {sorted(ACTIVATIONS)}")
+        raise UserError(f"activation {name!r} is not supported: use one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
 
 
@@ -136,7 +137,7 @@ class LayerNorm(nnx.LayerNorm):
 
 def group_norm(channels: int, groups: int, epsilon: float, **kw) -> GroupNorm:
     if channels % groups:
-        raise ValueError(f"norm_num_groups={groups} must divide {channels} channels")
+        raise UserError(f"norm_num_groups={groups} must divide {channels} channels")
     return GroupNorm(channels, num_groups=groups, epsilon=epsilon, **kw)
 
 
@@ -235,7 +236,7 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, context: int, heads: int, *, bias: bool = False, **kw: Any):
         if width % heads:
-            raise ValueError(
+            raise UserError(
                 f"attention_head_dim={heads} (the number of heads) must divide {width} channels"
             )
         into: Any = {"use_bias": bias, "split": "columns", **kw}

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.parameters import Params
 
@@ -46,7 +47,7 @@ def attach(
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             kinds = sorted({_last_parts(name) for name in layers})
-            raise ValueError(f"no layer's path ends in {target!r}; there are {', '.join(kinds)}")
+            raise UserError(f"no layer's path ends in {target!r}; there are {', '.join(kinds)}")
     for name in names:
         layer = layers[name]
         layer.lora_A, layer.lora_B = nnx.eval_shape(lambda layer=layer: _pair(layer, rank))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.models.component_config import ModelConfig, Only, per_block
 from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks, rematerialised
 from dmpo_jax.models.layers import (
@@ -350,23 +351,23 @@ def _check(config: ModelConfig, blocks: int) -> None:
     for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         types = config[key]
         if len(types) != blocks:
-            raise ValueError(
+            raise UserError(
                 f"{key} lists {len(types)} blocks, block_out_channels {blocks}: they must agree"
             )
         if unknown := [t for t in types if t not in known]:
-            raise ValueError(f"{key} holds {unknown}; supported: {sorted(known)}")
+            raise UserError(f"{key} holds {unknown}; supported: {sorted(known)}")
     if config.act_fn not in ACTIVATIONS:
-        raise ValueError(f"act_fn={config.act_fn!r}; supported: {sorted(ACTIVATIONS)}")
+        raise UserError(f"act_fn={config.act_fn!r}; supported: {sorted(ACTIVATIONS)}")
     depth = config.transformer_layers_per_block
     if isinstance(depth, list | tuple) and any(isinstance(d, list | tuple) for d in depth):
-        raise ValueError(
+        raise UserError(
             f"transformer_layers_per_block={depth!r} differs within a block; "
             "supported: one number, or one a block"
         )
     if config.addition_embed_type and not (
         config.addition_time_embed_dim and config.projection_class_embeddings_input_dim
     ):
-        raise ValueError(
+        raise UserError(
             "addition_embed_type='text_time' needs addition_time_embed_dim and "
             "projection_class_embeddings_input_dim in config.json"
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.models.component_config import ModelConfig, Only
 from dmpo_jax.models.layers import (
     ACTIVATIONS,
@@ -198,8 +199,8 @@ def _check(config: ModelConfig) -> None:
         ("up_block_types", "UpDecoderBlock2D"),
     ):
         if list(config[key]) != [kind] * blocks:
-            raise ValueError(
+            raise UserError(
                 f"{key}={list(config[key])!r}; supported: {kind} for each of the {blocks} blocks"
             )
     if config.act_fn not in ACTIVATIONS:
-        raise ValueError(f"act_fn={config.act_fn!r}; supported: {sorted(ACTIVATIONS)}")
+        raise UserError(f"act_fn={config.act_fn!r}; supported: {sorted(ACTIVATIONS)}")

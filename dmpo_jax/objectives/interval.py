@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+from dmpo_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
@@ -17,7 +19,7 @@ class Interval:
 
     def __post_init__(self):
         if not re.fullmatch(r"[\[(][-\w.]+, [-\w.]+[\])]", self.text):
-            raise ValueError(f"an interval is written like [0, 1) or (0, inf), got {self.text!r}")
+            raise UserError(f"an interval is written like [0, 1) or (0, inf), got {self.text!r}")
 
     @property
     def ends(self) -> tuple[float, float]:

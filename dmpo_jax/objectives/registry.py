@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.objectives.interval import Interval
 from dmpo_jax.types import PerPair
 
@@ -35,7 +36,7 @@ class Hyperparameter(NamedTuple):
         interval = Interval(self.within)
         if not isinstance(value, int | float) or value not in interval:
             # Traced values are refused too: what depends on them is chosen before compiling.
-            raise ValueError(
+            raise UserError(
                 f"{name} must be a finite Python number {interval.words}".rstrip()
                 + f", got {name}={value}"
                 + (f"; {self.meaning}" if self.meaning else "")
@@ -95,12 +96,12 @@ class Objective:
             if name in self.declared:  # `fn` refuses the others
                 self.declared[name].check(name, value)
         if self.needs_reference and reference is None:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.name!r} compares with a reference, got None; pass the frozen "
                 "model's predictions or choose an objective with needs_reference=False"
             )
         if self.needs_rejected and policy.shape[1] != 2:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.name!r} needs policy of shape [B, 2, H, W, C], got "
                 f"{policy.shape}; pass the rejected images too"
             )
@@ -118,7 +119,7 @@ class Objective:
         known = set(self.hyperparameters)
         needed = {p for p in known if self._default(p) is inspect.Parameter.empty}
         if not needed <= set(hyperparameters) <= known:
-            raise ValueError(
+            raise UserError(
                 f"objective {self.name!r} takes {sorted(known)}, got {sorted(hyperparameters)}"
             )
         pair = jax.ShapeDtypeStruct((1, 2, 1, 1, 1), jnp.float32)
@@ -154,7 +155,7 @@ def objective(
         name = fn.__name__
         # The same file again is a config that is loaded again.
         if name in OBJECTIVES and _file(OBJECTIVES[name].fn) != _file(fn):
-            raise ValueError(f"objective {name!r} is already defined; give this one another name")
+            raise UserError(f"objective {name!r} is already defined; give this one another name")
         declared = _declare(fn, hyperparameters)
         OBJECTIVES[name] = Objective(
             fn, name, needs_reference, needs_rejected, implied_logit, declared
@@ -171,7 +172,7 @@ def _declare(
     parameters = inspect.signature(fn).parameters.values()
     arguments = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     if unknown := set(given) - set(arguments):
-        raise ValueError(
+        raise UserError(
             f"objective {fn.__name__!r} declares {sorted(unknown)}, but its keyword-only arguments "
             f"are {sorted(arguments)}"
         )
@@ -180,7 +181,7 @@ def _declare(
         found = given.get(name, Hyperparameter())
         in_signature = default is not inspect.Parameter.empty
         if in_signature == (found.default is not None):
-            raise ValueError(
+            raise UserError(
                 f"objective {fn.__name__!r} needs one default for {name}, got "
                 f"{'two' if in_signature else 'none'}: give it in the decorator, "
                 f"{name}=Hyperparameter(default, meaning, interval), or in the signature"

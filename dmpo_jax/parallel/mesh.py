@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from dmpo_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 SHARDED_FROM = 2**18  # elements; below it, gathering costs more than the memory is worth
@@ -54,12 +56,12 @@ def make_mesh(
     unknown = [axis for axis, size in asked.items() if size == -1]
     known = math.prod(size for size in asked.values() if size != -1)
     if len(unknown) > 1:
-        raise ValueError(f"at most one of {', '.join(AXES)} may be -1; {refusal}")
+        raise UserError(f"at most one of {', '.join(AXES)} may be -1; {refusal}")
     if unknown and known > 0:
         asked[unknown[0]] = count // known
     shape = tuple(asked.values())
     if min(shape) < 1 or math.prod(shape) != count or shape[0] % slices:
-        raise ValueError(refusal)
+        raise UserError(refusal)
     try:
         # Without the split, shapes that do not fit the torus' axes whole are refused.
         if slices > 1:
@@ -72,7 +74,7 @@ def make_mesh(
                 shape, devices=devices, allow_split_physical_axes=True
             )
     except (NotImplementedError, AssertionError) as error:
-        raise ValueError(f"these devices cannot be laid out so; {refusal}") from error
+        raise UserError(f"these devices cannot be laid out so; {refusal}") from error
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -210,13 +212,13 @@ def check_batch(global_batch: int, accumulation: int, mesh: Mesh) -> None:
             accumulation, naming the nearest batch sizes that are.
     """
     if accumulation < 1:
-        raise ValueError(f"accumulation must be at least 1, but got {accumulation}")
+        raise UserError(f"accumulation must be at least 1, but got {accumulation}")
     shares = batch_shares(mesh)
     unit = shares * accumulation
     if global_batch < 1 or global_batch % unit:
         below = max(global_batch // unit, 0) * unit
         nearest = " or ".join(str(n) for n in (below, below + unit) if n)
-        raise ValueError(
+        raise UserError(
             f"a global batch must be a multiple of {unit} ({shares} devices x "
             f"{accumulation} microbatches), but got {global_batch}; nearest: {nearest}"
         )

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.extras import install_hint
 from dmpo_jax.planning import chips, flops, hlo
 from dmpo_jax.planning import report as plan_report
@@ -54,7 +55,7 @@ def plan(
         ValueError: a topology that cannot be had here, settings that do not fit it.
     """
     if not topologies:
-        raise ValueError("--topology must name at least one: v5p:2x2x1, v5e:4x4, gpu:8, cpu:8")
+        raise UserError("--topology must name at least one: v5p:2x2x1, v5e:4x4, gpu:8, cpu:8")
     for topology in topologies:
         check_topology(topology)
     folder = epath.Path(cache) if cache else _cache_folder()
@@ -77,12 +78,10 @@ def check_topology(topology: str) -> None:
     kind, _, shape = topology.partition(":")
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         if importlib.util.find_spec("libtpu") is None:
-            raise ValueError(
-                f"{topology} needs the TPU compiler, not a TPU: {install_hint('plan')}"
-            )
+            raise UserError(f"{topology} needs the TPU compiler, not a TPU: {install_hint('plan')}")
         return
     if kind not in ("cpu", "gpu") or not shape.isdigit() or int(shape) < 1:
-        raise ValueError(
+        raise UserError(
             f"a topology is one of {', '.join(TPUS)} with a slice's shape (v5e:4x4, v5p:2x2x1), or "
             f"gpu:N, cpu:N of this machine, but got {topology!r}"
         )
@@ -101,7 +100,7 @@ def open_devices(topology: str) -> list[Any]:
         try:
             found = tpu_topologies.get_topology_desc(platform="tpu", topology_name=topology)
         except Exception as error:  # libtpu's, of no one kind
-            raise ValueError(f"the TPU compiler has no {topology}: {error}") from error
+            raise UserError(f"the TPU compiler has no {topology}: {error}") from error
         return list(found.devices)
     count = int(shape)
     try:
@@ -109,7 +108,7 @@ def open_devices(topology: str) -> list[Any]:
     except RuntimeError:
         devices = []
     if len(devices) < count:
-        raise ValueError(
+        raise UserError(
             f"{topology} is compiled by the machine itself, and this one has {len(devices)} such "
             f"devices where {count} are needed: plan there, or for a TPU slice, which need not be "
             "there"

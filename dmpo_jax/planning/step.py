@@ -10,6 +10,7 @@ from dmpo_jax import diffusers_io
 from dmpo_jax.data.encoded import folder as records
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.diffusion.noise import TABLES, NoiseTable
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import PUBLISHED, Family, Published
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
@@ -94,7 +95,7 @@ def of_folder(
         ValueError: the folder is not there: a hub id is not downloaded for its shapes.
     """
     if not (epath.Path(folder) / "model_index.json").exists():
-        raise ValueError(
+        raise UserError(
             f"a plan reads model_index.json and the parts' config.json, and {str(folder)!r} is no "
             "folder that holds them (a hub id is not downloaded): give "
             f"--model={'|'.join(PUBLISHED)}, or a folder"

@@ -10,6 +10,7 @@ from PIL import Image
 
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.data.raw import decode_image
+from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Given
 
 LOG = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ def check_given(prompts: Sequence[Prompt], given: Given | None) -> None:
         for part in needed:
             article = "an" if part == "image" else "a"
             if not getattr(prompt, part):
-                raise ValueError(
+                raise UserError(
                     f"this model needs {article} {part} beside each prompt, but {prompt.text!r} "
                     f"has none: give a table or JSON of prompts with {' and '.join(needed)}"
                 )
@@ -36,7 +37,7 @@ def read_image(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray,
     try:
         image = decode_image(epath.Path(path).read_bytes())
     except (OSError, ValueError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from error
+        raise UserError(f"image {path} cannot be read: {error}") from error
     resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.asarray(resized)
 

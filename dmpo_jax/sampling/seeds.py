@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from dmpo_jax.data.prompt_files import Prompt
+from dmpo_jax.errors import UserError
 
 GRIDS = 2**30  # of a training run's image grids, the same at every step
 EVALUATED = 2**31  # the first of evaluation's, above all that are collected
@@ -16,7 +17,7 @@ def collected_seeds(seed: int, count: int) -> list[int]:
         ValueError: more images, or a higher seed of the run, than there are seeds for.
     """
     if count > EACH or not 0 <= seed < EVALUATED // EACH:
-        raise ValueError(
+        raise UserError(
             f"seeds are given out for 2**20 images a run and runs 0 to 2047, but got {count} "
             f"images and seed {seed}"
         )

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.scoring.digits import DigitJudge
 
 
@@ -51,5 +52,5 @@ def make_scorer(name: str) -> Scorer:
         ValueError: listing the names there are.
     """
     if name not in SCORERS:
-        raise ValueError(f"scorer {name!r} is unknown; there are {', '.join(sorted(SCORERS))}")
+        raise UserError(f"scorer {name!r} is unknown; there are {', '.join(sorted(SCORERS))}")
     return SCORERS[name]()

@@ -11,6 +11,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from dmpo_jax.errors import UserError
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
 # A pipeline folder that draws them, shipped with the package.
@@ -53,5 +55,5 @@ def caption_digit(caption: str) -> int:
     """The digit that a caption names; ValueError where it names none or two."""
     named = [i for i, word in enumerate(WORDS) if word in caption.lower().split()]
     if len(named) != 1:
-        raise ValueError(f"{caption!r} names {len(named)} digits; say one of {', '.join(WORDS)}")
+        raise UserError(f"{caption!r} names {len(named)} digits; say one of {', '.join(WORDS)}")
     return named[0]

@@ -17,6 +17,7 @@ from dmpo_jax.data.batches import batches as pipeline
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.diffusion.timesteps import make_timesteps
+from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Facts, Family
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
@@ -308,7 +309,7 @@ def check_splits(facts: Facts, tensor: int) -> None:
     counts = facts.splits
     if any(count % tensor for count in counts):
         legal = [n for n in range(1, min(counts) + 1) if not any(c % n for c in counts)]
-        raise ValueError(
+        raise UserError(
             f"mesh.tensor must divide the model's heads and groups of channels {sorted(counts)}, "
             f"but got {tensor}: use one of {legal}, and mesh.fsdp to share memory further"
         )
@@ -318,23 +319,23 @@ def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
     """ValueError where the encoded pairs were made for another model."""
     arrays = meta.arrays
     if meta.pack != family.pack:
-        raise ValueError(
+        raise UserError(
             f"a {family.name} model takes latents packed {family.pack} x {family.pack}, the "
             f"encoded pairs are packed {meta.pack} x {meta.pack}: encode them with this model"
         )
     family.check_takes(facts, meta.latent_channels)
     if meta.image_kind != family.given_kind:
-        raise ValueError(
+        raise UserError(
             f"a {family.name} model is given images of kind {family.given_kind!r}, the encoded "
             f"pairs hold {meta.image_kind!r}: encode the pairs with this model"
         )
     if (width := arrays.context.shape[-1]) != facts.context_width:
-        raise ValueError(
+        raise UserError(
             f"the model takes context of width {facts.context_width}, the encoded prompts have "
             f"{width}: encode the pairs with this model's text encoders"
         )
     if bool(arrays.pooled) != bool(facts.pooled_width):
-        raise ValueError(
+        raise UserError(
             f"the encoded pairs do not fit a {family.name} model (pooled prompt embeddings "
             f"{'present' if arrays.pooled else 'absent'}): encode them with this model"
         )

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmpo_jax.errors import UserError
+
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
 
@@ -38,13 +40,13 @@ def make_learning_rate(
     theirs, one step ahead.
     """
     if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {schedule!r}")
+        raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {schedule!r}")
     if peak < 0:
-        raise ValueError(f"the learning rate must be at least 0, but got {peak}")
+        raise UserError(f"the learning rate must be at least 0, but got {peak}")
     if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be at least 0, but got {warmup_steps}")
+        raise UserError(f"warmup_steps must be at least 0, but got {warmup_steps}")
     if schedule != "constant" and total_steps <= warmup_steps:
-        raise ValueError(
+        raise UserError(
             f"the {schedule} schedule needs total_steps above warmup_steps, but got "
             f"total_steps={total_steps} and warmup_steps={warmup_steps}"
         )
@@ -91,13 +93,13 @@ def make_optimizer(
         ValueError: for an unknown name, or a number out of its range.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but got {name!r}")
+        raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but got {name!r}")
     for what, value in {"b1": b1, "b2": b2}.items():
         if not 0 <= value < 1:
-            raise ValueError(f"{what} must be in [0, 1), but got {value}")
+            raise UserError(f"{what} must be in [0, 1), but got {value}")
     for what, value in {"eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}.items():
         if not value >= 0:  # also refuses NaN
-            raise ValueError(f"{what} must be at least 0, but got {value}")
+            raise UserError(f"{what} must be at least 0, but got {value}")
 
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if name in ("adamw", "adamw_bf16"):

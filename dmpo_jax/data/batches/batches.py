@@ -17,6 +17,7 @@ from jaxtyping import Float
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.batches.order import Draws, Element, Order
 from dmpo_jax.data.encoded.folder import EncodedPairs
+from dmpo_jax.errors import UserError
 from dmpo_jax.types import PairBatch
 
 CACHED_PROMPTS = 512  # 160 MB at SDXL's [77, 2048] in float16
@@ -61,15 +62,15 @@ class Batches:
         num_threads: int = 0,
     ):
         if not 0 <= prompt_dropout <= 1:
-            raise ValueError(f"prompt_dropout must lie in [0, 1], but got {prompt_dropout}")
+            raise UserError(f"prompt_dropout must lie in [0, 1], but got {prompt_dropout}")
         drops_images = pairs.meta.image_optional
         if drops_images and prompt_dropout > 2 / 3:
-            raise ValueError(
+            raise UserError(
                 "prompt_dropout must be at most 2/3 for pairs with images to edit, of which it "
                 f"drops half as many again, but got {prompt_dropout}"
             )
         if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must lie in [0, 2**32), but got {seed}")
+            raise UserError(f"seed must lie in [0, 2**32), but got {seed}")
         sets = _sets(pairs)
         if flip:
             _check_flipped(sets)
@@ -223,7 +224,7 @@ def _check_flipped(sets: Sequence[EncodedPairs]) -> None:
     for number, pairs in enumerate(sets):
         which = f"folder {number} of the mixture" if len(sets) > 1 else "the folder"
         if not pairs.meta.flipped:
-            raise ValueError(
+            raise UserError(
                 f"flips were asked for, but {which} of encoded pairs does not hold them: encode "
                 "with flips, or train without"
             )

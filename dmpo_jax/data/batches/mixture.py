@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dmpo_jax.data.batches.order import whole_parts
 from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore, open_pairs
 from dmpo_jax.data.encoded.meta import EncodedMeta, differences
+from dmpo_jax.errors import UserError
 
 # What the step takes for granted of every pair: keys of encoded.json.
 SAME = (
@@ -37,11 +38,11 @@ class Mixture:
 
     def __init__(self, sets: Sequence[EncodedPairs], weights: Sequence[float | int] | None = None):
         if not sets:
-            raise ValueError("a mixture needs at least one folder of encoded pairs, but got none")
+            raise UserError("a mixture needs at least one folder of encoded pairs, but got none")
         if weights is None:
             weights = [pairs.meta.counts["train"] for pairs in sets]
         if len(weights) != len(sets):
-            raise ValueError(f"{len(sets)} folders need as many weights, but got {list(weights)}")
+            raise UserError(f"{len(sets)} folders need as many weights, but got {list(weights)}")
         whole_parts(weights)  # refuses what is no weight
         for number, pairs in enumerate(sets[1:], start=1):
             _check_alike(sets[0].meta, pairs.meta, number)
@@ -79,7 +80,7 @@ def _check_alike(first: EncodedMeta, other: EncodedMeta, number: int) -> None:
     }
     if differing:
         said = "; ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in differing.items())
-        raise ValueError(
+        raise UserError(
             f"encoded pairs that are mixed must be made by one model at one size, but folders 0 "
             f"and {number} of the mixture differ ({said}): encode them alike"
         )

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from dmpo_jax.errors import UserError
+
 BLOCK = 1024  # elements of a mixture that are shuffled among each other
 
 
@@ -98,7 +100,7 @@ def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
         ValueError: at a weight that is not above 0 and finite.
     """
     if not all(0 < w < math.inf for w in weights):
-        raise ValueError(f"weights must be above 0 and finite, but got {list(weights)}")
+        raise UserError(f"weights must be above 0 and finite, but got {list(weights)}")
     exact = [fractions.Fraction(str(w)) for w in weights]  # 0.1 is a tenth here
     unit = math.lcm(*(x.denominator for x in exact))
     parts = [int(x * unit) for x in exact]

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import storage
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.families.family import Facts
 from dmpo_jax.types import Condition, PairBatch
@@ -182,7 +183,7 @@ class EncodedMeta:
         known = {f.name for f in dataclasses.fields(cls)} - {"arrays", "other"}
         found = {name: _read(name, values[name]) for name in known & set(values)}
         if missing := sorted(set(REQUIRED) - set(found)):
-            raise ValueError(f"{MARKER} needs {', '.join(REQUIRED)}, but {missing} is missing")
+            raise UserError(f"{MARKER} needs {', '.join(REQUIRED)}, but {missing} is missing")
         other = {name: value for name, value in values.items() if name not in known}
         return cls(arrays=arrays, other=other, **found)
 
@@ -199,14 +200,14 @@ class EncodedMeta:
             return None
         if not isinstance(values, dict) or values.get("format") not in READABLE:
             found = values.get("format") if isinstance(values, dict) else None
-            raise ValueError(
+            raise UserError(
                 f"{folder} has format {found}, but this version reads "
                 f"{' and '.join(map(str, READABLE))}: delete it and run encode again"
             )
         try:
             return cls.from_json(values)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}: run encode again") from error
+            raise UserError(f"{path}: {error}: run encode again") from error
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes encoded.json."""
@@ -281,9 +282,9 @@ def _read(name: str, value: Any) -> Any:
     kinds = _KINDS[name]
     if not isinstance(value, kinds):
         words = " or ".join(kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} should be {words}, but is {value!r}")
+        raise UserError(f"{name} should be {words}, but is {value!r}")
     if name == "moments" and value not in MOMENTS:
-        raise ValueError(
+        raise UserError(
             f'the encoded pairs\' moments should be "sample" or "mean", but are {value!r}'
         )
     if isinstance(value, list):
@@ -302,18 +303,18 @@ def _read_arrays(shapes: Any) -> Arrays:
             shape, dtype = tuple(given["shape"]), given["dtype"]
             np.dtype(dtype)
             if not all(isinstance(n, int) and n > 0 for n in shape):
-                raise ValueError(shape)
+                raise UserError(shape)
         except (TypeError, KeyError, ValueError):
-            raise ValueError(
+            raise UserError(
                 f"shapes.{name} should be a shape and a dtype, but is {given!r}"
             ) from None
         return ArraySpec(shape, dtype)
 
     if not isinstance(shapes, Mapping):
-        raise ValueError(f"shapes should say what each array is, but is {shapes!r}")
+        raise UserError(f"shapes should say what each array is, but is {shapes!r}")
     arrays = Arrays(*[spec(name) for name in Arrays._fields])
     if len(arrays.moments.shape) != 4 or len(arrays.context.shape) != 2:
-        raise ValueError(
+        raise UserError(
             "moments should be [2, h, w, M] and context [S, D], but are "
             f"{list(arrays.moments.shape)} and {list(arrays.context.shape)}"
         )

@@ -65,7 +65,7 @@ def chosen_first(pair: EncodedPair) -> EncodedPair:
         ValueError: the preference is no probability, naming the pair.
     """
     if not 0 <= pair.preference <= 1:  # also refuses nan
-        raise ValueError(
+        raise UserError(
             f"pair {pair.id!r}: preference must lie in [0, 1], but got {pair.preference}"
         )
     if pair.preference >= 0.5:

@@ -114,7 +114,7 @@ def described(array: np.ndarray) -> dict[str, Any]:
 def check_floats(what: str, array: np.ndarray, dtypes: Sequence[str] = DTYPES) -> None:
     """ValueError, beginning with `what`, at another dtype or a value that is not finite."""
     if array.dtype.name not in dtypes:
-        raise ValueError(f"{what} should be one of {dtypes}, but got {array.dtype.name}")
+        raise UserError(f"{what} should be one of {dtypes}, but got {array.dtype.name}")
     if not np.isfinite(array).all():
         raise UserError(f"{what} is not finite: encode in float32, or with another VAE")
 
@@ -141,7 +141,7 @@ def _serialized(what: str, prompt: PromptEmbedding) -> bytes:
     if length is not None and not (
         length.dtype == np.int32 and length.shape == () and 0 < length <= len(prompt.context)
     ):
-        raise ValueError(
+        raise UserError(
             f"{what}: length should be an int32 in [1, {len(prompt.context)}], but got {length!r}"
         )
     return write_example({**arrays, "text": prompt.text.encode()})

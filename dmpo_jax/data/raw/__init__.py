@@ -20,6 +20,7 @@ from dmpo_jax.data.raw.pick_a_pic import GIVEN, PICK_A_PIC, PickAPic, write_pick
 from dmpo_jax.data.raw.source import RawPair, Skipped, Source, Unit
 from dmpo_jax.data.raw.table import open_table
 from dmpo_jax.data.raw.web_dataset import WebDatasetSource
+from dmpo_jax.errors import UserError
 
 __all__ = [
     "GIVEN",
@@ -61,7 +62,7 @@ def open_source(spec: str, ties: str = "keep", **options: Any) -> Source:
     """
     kind, _, path = spec.partition(":")
     if kind not in SOURCES or not path:
-        raise ValueError(
+        raise UserError(
             f"a source is KIND:PATH with KIND one of {sorted(SOURCES)}, but got {spec!r}"
         )
     return SOURCES[kind](path, ties=ties, **options)

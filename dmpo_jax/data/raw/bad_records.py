@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from dmpo_jax.data.raw.images import BadImageError, decode_image, decode_mask
 from dmpo_jax.data.raw.source import RawPair, Skipped
+from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
 HANDFUL = 3  # so many bad records never stop a job, however small the set
@@ -75,7 +76,7 @@ class Tally:
 
     def __init__(self, limit: float | int = 0.01, total: int = 0):
         if not 0 <= limit <= 1:
-            raise ValueError(f"limit should be a share from 0 to 1, but is {limit}")
+            raise UserError(f"limit should be a share from 0 to 1, but is {limit}")
         self.limit, self.total = limit, total
         self.good = self.bad = self.ties = 0
         self.counts: collections.Counter[str] = collections.Counter()  # skipped, by reason

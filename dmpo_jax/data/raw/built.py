@@ -8,6 +8,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dmpo_jax.data.raw.source import RawPair, Skipped, Source, Unit, cut
+from dmpo_jax.errors import MissingFileError, UserError
 
 STATISTICS = "statistics.json"
 FEATURES = ("id", "prompt", "image_0", "image_1", "preference", "source", "mask")
@@ -30,14 +31,14 @@ class BuiltSource(Source):
         self._folder = epath.Path(path)
         if not (self._folder / "dataset_info.json").exists():
             deeper = sorted(p.parent for p in self._folder.glob("*/*/dataset_info.json"))
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no TFDS dataset in {self._folder}: give the folder with dataset_info.json"
                 + (f", such as {deeper[0]}" if deeper else "")
             )
         builder: Any = tfds.builder_from_directory(self._folder)
         found = sorted(builder.info.features or ())
         if missing := [name for name in FEATURES if name not in found]:
-            raise ValueError(
+            raise UserError(
                 f"{self._folder} holds no pairs: it needs the features {list(FEATURES)}, lacks "
                 f"{missing} and has {found}"
             )

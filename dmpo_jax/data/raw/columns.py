@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dmpo_jax.data.raw.source import RawPair, SkipError, Skipped
+from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
 # Ours -> what else it may be called; the first that is there.
@@ -175,12 +176,12 @@ def find_layout(names: Sequence[str], where: str) -> Layout:
     forms = [form for form in FORMS if all(name in found for name in itertools.chain(*form))]
     if "prompt" not in found or not forms:
         known = "; ".join(", ".join([*images, *values]) for images, values in FORMS)
-        raise ValueError(
+        raise UserError(
             f"{where} holds no pairs that are known: it needs the column prompt (or caption) and "
             f"one of these sets: {known}. It has {sorted(names)}: rename its columns"
         )
     if twice := sorted(name for name in found.values() if list(names).count(name) > 1):
-        raise ValueError(f"{where} has the columns {twice} twice: keep one of each")
+        raise UserError(f"{where} has the columns {twice} twice: keep one of each")
     images, values = forms[0]
     if len(forms) > 1:
         LOG.info("%s: preferences are read from %s", where, list(values) or list(images))

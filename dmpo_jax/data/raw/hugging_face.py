@@ -8,6 +8,7 @@ from etils import epath
 
 from dmpo_jax.data.raw import columns
 from dmpo_jax.data.raw.source import UNIT_PAIRS, RawPair, Skipped, Source, Unit, cut, load_bytes
+from dmpo_jax.errors import MissingFileError, MissingPackageError, UserError
 from dmpo_jax.extras import install_hint
 
 ROWS_AT_ONCE = 64
@@ -29,7 +30,7 @@ class HuggingFaceSource(Source):
         super().__init__(ties)
         self._folder = epath.Path(path)
         if not self._folder.exists():
-            raise FileNotFoundError(f"no folder at {self._folder}")
+            raise MissingFileError(f"no folder at {self._folder}")
         self._data = _load(self._folder)
         self.layout = columns.find_layout(self._data.column_names, str(self._folder))
         self.given = self.layout.given
@@ -68,7 +69,7 @@ class HuggingFaceSource(Source):
                 table.validate(full=True)  # Arrow trusts the file's offsets otherwise
                 rows = table.to_pylist()
             except (pa.ArrowException, UnicodeDecodeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{self._folder}, rows {start} to {stop}: damaged: {error}"
                 ) from error
             yield from enumerate(rows, start)
@@ -78,17 +79,17 @@ def _load(folder: epath.Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"hf:PATH needs Hugging Face's datasets: {install_hint('data')}"
         ) from error
     try:
         data = datasets.load_from_disk(str(folder))
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder} cannot be read as a folder of datasets' save_to_disk: {error}"
         ) from error
     if isinstance(data, datasets.DatasetDict):
-        raise ValueError(
+        raise UserError(
             f"{folder} holds the splits {sorted(data)}: give one, such as hf:"
             f"{folder / str(next(iter(data)))}"
         )

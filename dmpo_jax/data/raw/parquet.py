@@ -21,6 +21,7 @@ from dmpo_jax.data.raw.source import (
     load_bytes,
     make_unit,
 )
+from dmpo_jax.errors import UserError
 
 ROWS_AT_ONCE = 64  # of about 200 kB each; row groups may hold gigabytes
 
@@ -49,12 +50,12 @@ class ParquetSource(Source):
                 rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
                 layouts.append(self._find_layout(parquet.schema_arrow, str(file)))
             if min(rows, default=0) < 0 or sum(rows) != meta.num_rows:
-                raise ValueError(f"{file} is not a whole parquet file: row groups of {rows} rows")
+                raise UserError(f"{file} is not a whole parquet file: row groups of {rows} rows")
             self._groups[str(file)] = rows
         self.layout = layouts[0]
         for file, layout in zip(self._groups, layouts, strict=True):
             if layout.images != self.layout.images or layout.values != self.layout.values:
-                raise ValueError(
+                raise UserError(
                     f"all files should hold the same columns, but {next(iter(self._groups))} has "
                     f"{list(self.layout.columns.values())} and {file} has "
                     f"{list(layout.columns.values())}: give each by itself"
@@ -143,7 +144,7 @@ def _opened(file: epath.Path) -> Iterator[pq.ParquetFile]:
         try:
             yield pq.ParquetFile(stream, page_checksum_verification=True)
         except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-            raise ValueError(f"{file} is not a whole parquet file: {error}") from error
+            raise UserError(f"{file} is not a whole parquet file: {error}") from error
 
 
 def _read_rows(
@@ -169,7 +170,7 @@ def _read_rows(
             if number >= unit.stop:
                 return
         if number < unit.stop:
-            raise ValueError(
+            raise UserError(
                 f"{file} is not a whole parquet file: it should hold rows {unit.start} to "
                 f"{unit.stop}, but ends after {number}"
             )

@@ -12,6 +12,7 @@ from dmpo_jax import storage
 from dmpo_jax.data.raw.columns import Layout
 from dmpo_jax.data.raw.parquet import ROWS_AT_ONCE, ParquetSource
 from dmpo_jax.data.raw.source import SkipError
+from dmpo_jax.errors import UserError
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
 FLAGS = ("has_label", "are_different", "label_1")
@@ -62,16 +63,16 @@ class PickAPic(ParquetSource):
     def _find_layout(self, schema: pa.Schema, where: str) -> Layout:
         found = schema.names
         if missing := [name for name in REQUIRED if name not in found]:
-            raise ValueError(
+            raise UserError(
                 f"{where} is not in Pick-a-Pic's schema: it needs the columns "
                 f"{list(REQUIRED)}, lacks {missing} and has {sorted(found)}"
             )
         if twice := sorted({name for name in found if found.count(name) > 1}):
-            raise ValueError(f"{where} has the columns {twice} twice: keep one of each")
+            raise UserError(f"{where} has the columns {twice} twice: keep one of each")
         for names, types, wanted in _TYPES:
             for name in names:
                 if name in found and not any(check(schema.field(name).type) for check in types):
-                    raise ValueError(
+                    raise UserError(
                         f"{where} is not in Pick-a-Pic's schema: column {name} should be "
                         f"{wanted}, but is {schema.field(name).type}"
                     )
@@ -147,13 +148,13 @@ def _full_row(row: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in REQUIRED if row.get(name) is None]
     unknown = sorted(set(row) - set(PICK_A_PIC.names))
     if missing or unknown:
-        raise ValueError(
+        raise UserError(
             f"a row needs {list(REQUIRED)} and may have {PICK_A_PIC.names}, but lacks "
             f"{missing} and has {unknown}"
         )
     label = row["label_0"]
     if not 0 <= label <= 1:
-        raise ValueError(f"label_0 must lie in [0, 1], but got {label}")
+        raise UserError(f"label_0 must lie in [0, 1], but got {label}")
     # Content hashes: the same image has the same uid in every file.
     uids = [hashlib.sha256(row[name]).hexdigest()[:32] for name in ("jpg_0", "jpg_1")]
     derived = {

@@ -9,6 +9,7 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.data.raw.images import MAX_BYTES
+from dmpo_jax.errors import MissingFileError, UserError
 
 UNIT_PAIRS = 1000  # about so many pairs are read together
 # The table names a file that is not there; any other error of the storage stops the job.
@@ -74,7 +75,7 @@ class Source(abc.ABC):
 
     def __init__(self, ties: str = "keep"):
         if ties not in ("keep", "drop"):
-            raise ValueError(f"ties should be 'keep' or 'drop', but is {ties!r}")
+            raise UserError(f"ties should be 'keep' or 'drop', but is {ties!r}")
         self.ties = ties
 
     @abc.abstractmethod
@@ -111,7 +112,7 @@ def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
     else:
         files = [path] if path.exists() else []
     if not files:
-        raise FileNotFoundError(f"no {suffix.lstrip('.')} file at {path}")
+        raise MissingFileError(f"no {suffix.lstrip('.')} file at {path}")
     return files
 
 

@@ -6,6 +6,8 @@ pair keeps its side when others are added.
 
 import hashlib
 
+from dmpo_jax.errors import UserError
+
 
 def is_held_out(prompt: str, fraction: float | int) -> bool:
     """Whether all pairs of a prompt are for validation.
@@ -20,7 +22,7 @@ def is_held_out(prompt: str, fraction: float | int) -> bool:
         ValueError: if the fraction lies outside [0, 1].
     """
     if not 0 <= fraction <= 1:
-        raise ValueError(f"the held-out fraction must lie in [0, 1], but got {fraction}")
+        raise UserError(f"the held-out fraction must lie in [0, 1], but got {fraction}")
     return hash_share(prompt) < fraction
 
 

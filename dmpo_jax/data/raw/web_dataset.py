@@ -24,6 +24,7 @@ from dmpo_jax.data.raw.source import (
     cut,
     find_files,
 )
+from dmpo_jax.errors import UserError
 
 _KINDS = "(?:jpg|jpeg|png|webp|gif|bmp|tif|tiff)"
 _ROLE = r"(\d{1,6}|chosen|rejected|source|mask)"
@@ -81,11 +82,11 @@ class WebDatasetSource(Source):
                     try:
                         row = _to_row(tar, sample)
                     except SkipError as skip:
-                        raise ValueError(f"{where}: {skip.reason}: {skip.detail}") from skip
+                        raise UserError(f"{where}: {skip.reason}: {skip.detail}") from skip
                     self.layout = columns.find_layout(list(row), where)
                     self.given = self.layout.given
                     return
-        raise ValueError(f"the shards at {path} hold no sample: members are KEY.jpg_0, ...")
+        raise UserError(f"the shards at {path} hold no sample: members are KEY.jpg_0, ...")
 
     def units(self) -> list[Unit]:
         units = []
@@ -132,7 +133,7 @@ class WebDatasetSource(Source):
                     yield tar, f"{file.name}:{sample.key}", sample
                 if number == unit.stop:
                     return
-        raise ValueError(f"{file} should hold {unit.stop} samples, but holds {number}")
+        raise UserError(f"{file} should hold {unit.stop} samples, but holds {number}")
 
 
 def _count_pairs(file: epath.Path) -> list[int]:
@@ -148,7 +149,7 @@ def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 yield tar
         except (tarfile.TarError, EOFError, UnicodeDecodeError, OverflowError) as error:
-            raise ValueError(f"{file} is not a whole tar file: {error}") from error
+            raise UserError(f"{file} is not a whole tar file: {error}") from error
 
 
 def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
@@ -163,7 +164,7 @@ def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
             if sample is not None:
                 yield sample
             if key in keys:
-                raise ValueError(f"{file}: the members of {key} should stand together")
+                raise UserError(f"{file}: the members of {key} should stand together")
             keys.add(key)
             sample = Sample(key, {}, {}, [])
         image = _IMAGE.fullmatch(what)
@@ -185,7 +186,7 @@ def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo
     last = -1
     for info in tar:
         if info.offset <= last or info.size < 0:  # it would go round for ever
-            raise ValueError(f"{file} is not a whole tar file: bad header of {info.name!r:.80}")
+            raise UserError(f"{file} is not a whole tar file: bad header of {info.name!r:.80}")
         last = info.offset
         if info.isreg():
             yield info
@@ -194,11 +195,11 @@ def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo
     rest, found = stream.read(2**20), 0
     while rest:
         if rest.strip(b"\0"):
-            raise ValueError(f"{file} is not a whole tar file: bad header at byte {tar.offset}")
+            raise UserError(f"{file} is not a whole tar file: bad header at byte {tar.offset}")
         found += len(rest)
         rest = stream.read(2**20)
     if found < _BLOCK:
-        raise ValueError(f"{file} is not a whole tar file: cut at byte {tar.offset + found}")
+        raise UserError(f"{file} is not a whole tar file: cut at byte {tar.offset + found}")
 
 
 def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:

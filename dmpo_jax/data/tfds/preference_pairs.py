@@ -27,6 +27,7 @@ from dmpo_jax.data import raw as sources
 from dmpo_jax.data.raw.bad_records import Tally
 from dmpo_jax.data.raw.built import STATISTICS
 from dmpo_jax.data.tfds import build
+from dmpo_jax.errors import MissingPackageError, UserError
 from dmpo_jax.progress import Progress
 
 DESCRIPTION = """
@@ -68,7 +69,7 @@ class PreferencePairs(FileReaderBuilder):
 
     def __init__(self, *, file_format: Any = None, **arguments: Any):
         if file_format not in (None, "array_record", tfds.core.FileFormat.ARRAY_RECORD):
-            raise ValueError(f"pairs are built as array_record only, but got {file_format!r}")
+            raise UserError(f"pairs are built as array_record only, but got {file_format!r}")
         super().__init__(file_format="array_record", **arguments)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -81,7 +82,7 @@ class PreferencePairs(FileReaderBuilder):
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         if download_config.max_examples_per_split is not None or download_config.num_shards:
-            raise ValueError(
+            raise UserError(
                 "max_examples_per_split and num_shards have no meaning here: choose a smaller "
                 "source, or shard_pairs in the config"
             )
@@ -148,7 +149,9 @@ def _write_all(
     try:
         import apache_beam as beam  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
-        raise ImportError("a Beam build needs Apache Beam: pip install '.[beam]'") from error
+        raise MissingPackageError(
+            "a Beam build needs Apache Beam: pip install '.[beam]'"
+        ) from error
     with beam.Pipeline(runner=runner, options=options) as pipeline:
         write = beam.Map(functools.partial(build.write_shard, job))
         # Reshuffled, or a runner may fuse the steps and leave all shards to one worker.
