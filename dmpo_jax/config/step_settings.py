@@ -63,7 +63,7 @@ def read_loop(config: Config) -> LoopSettings:
     )
 
 
-def mesh_axes(config: Config) -> dict[str, int]:
+def mesh_axes(config: Config) -> dict[str, Any]:
     """Arguments of `mesh.make_mesh`."""
     return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
 

@@ -202,7 +202,8 @@ class Family:
 
     def trained_latents(self, model: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of the latents that the model was trained at, by the two configs."""
-        return self.facts(model).latent_size or (vae["sample_size"] // self.factor(vae),) * 2
+        side = vae["sample_size"] // self.factor(vae)
+        return self.facts(model).latent_size or (side, side)
 
     def random_inputs(
         self, model: Mapping[str, Any], *, largest: int, tokens: int
@@ -222,7 +223,8 @@ class Family:
         latents = normal(2, height, width, facts.in_channels)
         context = normal(2, tokens, facts.context_width)
         pooled = normal(2, facts.pooled_width) if facts.pooled_width else None
-        one = self.condition(Embedded(context, pooled), (1024, 768))
+        embedded: Any = (context, pooled)  # numpy, which the call takes as it is
+        one = self.condition(Embedded(*embedded), (1024, 768))
         sizes = one.sizes
         if sizes is not None:
             sizes = np.stack([sizes, sizes + np.float32(12)])

@@ -65,7 +65,10 @@ def prepare_process(topologies: Sequence[str]) -> None:
     JAX then looks for no TPU where only its compiler is wanted, for no GPU where none is
     planned for, and has as many CPU devices as are asked for.
     """
-    counts = dict(topology.partition(":")[::2] for topology in topologies)
+    counts: dict[str, str] = {}
+    for topology in topologies:
+        platform, _, count = topology.partition(":")
+        counts[platform] = count
     if set(counts) & set(planning.TPUS):
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

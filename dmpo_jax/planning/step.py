@@ -62,7 +62,7 @@ def of_published(
     facts = one.family.facts(one.model)
     size = facts.latent_size or (64, 64)
     if resolution:
-        size = (resolution // one.factor,) * 2
+        size = (resolution // one.factor, resolution // one.factor)
     meta = EncodedMeta.expected(
         one.family,
         facts,
@@ -111,7 +111,7 @@ def of_folder(
     scaling, shift = family.factors(vae)
     size = family.trained_latents(config, vae.config)
     if resolution:
-        size = (resolution // family.factor(vae.config),) * 2
+        size = (resolution // family.factor(vae.config), resolution // family.factor(vae.config))
     meta = EncodedMeta.expected(
         family,
         family.facts(config),

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.diffusion import samplers
-from dmpo_jax.diffusion.noise import restore_latents
+from dmpo_jax.diffusion.noise import Factor, restore_latents
 from dmpo_jax.families.family import Given
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh, placement
@@ -263,7 +263,7 @@ def guidance_parts(
 
 
 def encode_source(
-    given: Given, vae: Any, images: jax.Array, masks: jax.Array | None, scaling_factor: float
+    given: Given, vae: Any, images: jax.Array, masks: jax.Array | None, scaling_factor: Factor
 ) -> jax.Array:
     """`Condition.image` of uint8 images `[N, H, W, 3]` and masks `[N, H, W, 1]` of 0 and 1."""
     return given.channels(

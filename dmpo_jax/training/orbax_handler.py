@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.future import Future
 
 
 class Failure:
@@ -50,7 +51,7 @@ class IndexHandler(_Watched, ocp.JsonCheckpointHandler):
     """Writes and reads JSON."""
 
 
-class _WatchedFuture(ocp.future.Future):
+class _WatchedFuture(Future):
     """A part of a save."""
 
     def __init__(self, future: Any, failure: Failure):

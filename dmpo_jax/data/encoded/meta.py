@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import storage
+from dmpo_jax.diffusion.noise import Factor
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.families.family import Facts
@@ -70,9 +71,9 @@ class EncodedMeta:
     """
 
     model: str
-    scaling_factor: float | tuple[float, ...]
+    scaling_factor: Factor
     arrays: Arrays
-    shift_factor: float | tuple[float, ...] = 0.0
+    shift_factor: Factor = 0.0
     moments: str = "sample"
     image_kind: str = ""
     pack: int = 1
@@ -222,8 +223,8 @@ class EncodedMeta:
         size: tuple[int, int],
         latent_channels: int,
         tokens: int,
-        scaling_factor: float | int | tuple[float, ...],
-        shift_factor: float | int | tuple[float, ...] = 0.0,
+        scaling_factor: Factor,
+        shift_factor: Factor = 0.0,
         moments: str = "sample",
         moments_dtype: str = "bfloat16",
     ) -> "EncodedMeta":
@@ -295,7 +296,7 @@ def _read(name: str, value: Any) -> Any:
 def _read_arrays(shapes: Any) -> Arrays:
     """`shapes` of encoded.json, typed; ValueError in words where it is damaged."""
 
-    def spec(name: str) -> ArraySpec | None:
+    def spec(name: str) -> Any:
         given = shapes.get(name)
         if given is None and name not in ("moments", "context"):
             return None
@@ -303,7 +304,7 @@ def _read_arrays(shapes: Any) -> Arrays:
             shape, dtype = tuple(given["shape"]), given["dtype"]
             np.dtype(dtype)
             if not all(isinstance(n, int) and n > 0 for n in shape):
-                raise UserError(shape)
+                raise ValueError(shape)
         except (TypeError, KeyError, ValueError):
             raise UserError(
                 f"shapes.{name} should be a shape and a dtype, but is {given!r}"
