@@ -97,7 +97,6 @@ setup(
             "beartype>=0.22,<0.24",  # tested with 0.23.1
             DATASETS,
             DIFFUSERS,
-            "filelock>=3.16,<5",  # tested with 4.2.12; for a bounded compilation cache
             "matplotlib>=3.9,<4",  # tested with 3.11.2; pictures of benchmarks
             PEFT,
             "pyright==1.1.414",

@@ -1,21 +1,9 @@
 """Eight fake CPU devices for every test; ranks never promote; a random key is used once."""
 
 import gc
-import os
-import pathlib
 
-# Compiled programs are kept, for the other workers, for the processes that tests start and for the
-# next run. The size limit makes JAX lock the folder, without which two workers read half a file.
-_CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dmpo_jax" / "tests"
-for _name, _value in {
-    "JAX_COMPILATION_CACHE_DIR": str(_CACHE.expanduser()),
-    "JAX_COMPILATION_CACHE_MAX_SIZE": str(2 * 2**30),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
