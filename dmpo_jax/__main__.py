@@ -1,6 +1,6 @@
 """The command `dmpo-jax`, and what launch/NAME.py calls.
 
-Light on purpose: what must happen before JAX is imported happens here.
+Light on purpose: a wrong command is refused before JAX is imported.
 """
 
 import sys
@@ -30,10 +30,6 @@ def main(name: str = "") -> None:
             sys.exit(0 if asked and argv else 1)
         name, *argv = argv
         called = f"dmpo-jax {name}"
-    if name == "train":
-        from dmpo_jax.parallel import host_memory
-
-        host_memory.use_huge_pages()  # before the imports that take long
     from dmpo_jax import commands
 
     commands.main(name, [called, *argv])

@@ -137,7 +137,7 @@ def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
 def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[PromptEmbedding]:
     """The texts' embeddings, in the family's dtype."""
     dtype = np.dtype(pipeline.family.stored)
-    embedded = diffusers_io.embed_prompts(pipeline, texts)
+    embedded: Any = diffusers_io.embed_prompts(pipeline, texts)  # NumPy arrays
     for text, (context, pooled, length) in zip(texts, embedded, strict=True):
         pooled = None if pooled is None else pooled.astype(dtype)
         yield PromptEmbedding(text, context.astype(dtype), pooled, length)
