@@ -53,7 +53,7 @@ def write(folder, files=4, each=30):
             bad += [{**row, "has_label": False} for row in rows(9100, 2)]
         sources.write_pick_a_pic(folder / f"{k}.parquet", [*rows(k * each, each), *bad])
     found = sources.open_source(f"pickapic:{folder}")
-    return [p for p in found if not isinstance(decode_pair(p), sources.Skipped)]
+    return [p for p in read(found) if not isinstance(decode_pair(p), sources.Skipped)]
 
 
 def make(folder, data_dir, **changes):
