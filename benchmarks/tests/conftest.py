@@ -1,0 +1,5 @@
+"""The settings and fixtures of the package's own tests."""
+
+from tests.conftest import triple
+
+__all__ = ["triple"]
