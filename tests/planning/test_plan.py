@@ -111,7 +111,7 @@ def test_topologies_are_checked(topology, words):
 
 def test_a_missing_compiler_and_missing_devices(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install .*(libtpu|plan)"):
+    with pytest.raises(ValueError, match=r"pip install .*(libtpu|plan)"):
         check_topology("v5e:4x4")
     with pytest.raises(ValueError, match="this one has 8 such devices where 64"):
         open_devices("cpu:64")
