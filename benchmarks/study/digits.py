@@ -45,7 +45,7 @@ def main() -> None:
     objectives = args.objectives
     budget = Budget(args.steps, args.batch_size, args.pairs, args.images, args.images)
     work = epath.Path(args.work) / f"pairs_{budget.pairs}"
-    judges = list(base_config(budget).evaluate.judges)
+    judges = list(base_config(budget).evaluate.judges or ())
     about = {**dataclasses.asdict(budget), "judges": judges}
     clean = Results(args.out / "digits.json", about)
     if args.noise:

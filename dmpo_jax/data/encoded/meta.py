@@ -297,7 +297,7 @@ def _read_arrays(shapes: Any) -> Arrays:
     """`shapes` of encoded.json, typed; ValueError in words where it is damaged."""
 
     def spec(name: str) -> Any:
-        given = shapes.get(name)
+        given: Any = shapes.get(name)
         if given is None and name not in ("moments", "context"):
             return None
         try:
