@@ -297,9 +297,9 @@ def _read_arrays(shapes: Any) -> Arrays:
     """`shapes` of encoded.json, typed; ValueError in words where it is damaged."""
 
     def spec(name: str) -> Any:
-        given: Any = shapes.get(name)
-        if given is None and name not in ("moments", "context"):
+        if name not in ("moments", "context") and shapes.get(name) is None:
             return None
+        given: Any = shapes.get(name)
         try:
             shape, dtype = tuple(given["shape"]), given["dtype"]
             np.dtype(dtype)
