@@ -99,18 +99,30 @@ def conv(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, 
     return Conv(in_channels, out_channels, size, strides=stride, padding=(pad, pad), **kw)
 
 
-# Norms are recomputed in the backward. What a backward keeps of a forward, XLA does not fuse
-# as it does elsewhere: the policy's norms would differ from the reference's in their last
-# bits, and beta turns those into margins of the policy against itself. It also saves memory.
+# Norms, and the activations that follow them, are recomputed in the backward. What a backward
+# keeps of a forward, XLA does not fuse as it does elsewhere: the policy's norms would differ from
+# the reference's in their last bits, and beta turns those into margins of the policy against
+# itself. It also saves memory.
 
 
 class GroupNorm(nnx.GroupNorm):
-    """Statistics a channel first, then a group: channels lie side by side in memory, and a
+    """Group normalisation, then the activation `act` (a name in ACTIVATIONS; None: none).
+
+    Statistics a channel first, then a group: channels lie side by side in memory, and a
     reduction that leaves them alone is the quick one. Two passes, in float32: E[x²] - E[x]²
-    costs three digits at mean 30, deviation 1."""
+    costs three digits at mean 30, deviation 1.
+    """
+
+    def __init__(self, *args: Any, act: str | None = None, **kw: Any):
+        super().__init__(*args, **kw)
+        self.act = act
 
     def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
-        return jax.checkpoint(self._normalise)(x)
+        def normalise_and_act(x):
+            normed = self._normalise(x)
+            return activation(self.act)(normed) if self.act else normed
+
+        return jax.checkpoint(normalise_and_act)(x)
 
     def _normalise(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
         ones = (1,) * (x.ndim - 2)
@@ -135,10 +147,12 @@ class LayerNorm(nnx.LayerNorm):
         return jax.checkpoint(super().__call__)(x)
 
 
-def group_norm(channels: int, groups: int, epsilon: float, **kw) -> GroupNorm:
+def group_norm(
+    channels: int, groups: int, epsilon: float, act: str | None = None, **kw
+) -> GroupNorm:
     if channels % groups:
         raise UserError(f"norm_num_groups={groups} must divide {channels} channels")
-    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, **kw)
+    return GroupNorm(channels, num_groups=groups, epsilon=epsilon, act=act, **kw)
 
 
 def layer_norm(channels: int, epsilon: float = 1e-5, **kw) -> LayerNorm:
@@ -169,7 +183,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class ResnetBlock2D(nnx.Module):
-    """norm, act, conv, (+ time), norm, act, conv, + shortcut. time_width None: no time input."""
+    """norm+act, conv, (+ time), norm+act, conv, + shortcut. time_width None: no time input."""
 
     def __init__(
         self,
@@ -182,11 +196,11 @@ class ResnetBlock2D(nnx.Module):
         act: str,
         **kw: Any,
     ):
-        self.norm1 = group_norm(in_channels, groups, epsilon, **kw)
+        self.norm1 = group_norm(in_channels, groups, epsilon, act, **kw)
         self.conv1 = conv(in_channels, out_channels, split="columns", **kw)
         if time_width is not None:
             self.time_emb_proj = Linear(time_width, out_channels, split="columns", **kw)
-        self.norm2 = group_norm(out_channels, groups, epsilon, **kw)
+        self.norm2 = group_norm(out_channels, groups, epsilon, act, **kw)
         self.conv2 = conv(out_channels, out_channels, split="rows", **kw)
         if in_channels != out_channels:
             self.conv_shortcut = conv(in_channels, out_channels, kernel=1, **kw)
@@ -196,11 +210,10 @@ class ResnetBlock2D(nnx.Module):
     def __call__(
         self, x: Float[Array, "N H W C"], time: Float[Array, "N E"] | None = None
     ) -> Float[Array, "N H W D"]:
-        act = activation(self.act)
-        hidden = self.conv1(act(self.norm1(x)))
+        hidden = self.conv1(self.norm1(x))
         if time is not None:
-            hidden = hidden + self.time_emb_proj(act(time))[:, None, None]
-        hidden = self.conv2(act(self.norm2(hidden)))
+            hidden = hidden + self.time_emb_proj(activation(self.act)(time))[:, None, None]
+        hidden = self.conv2(self.norm2(hidden))
         return (self.conv_shortcut(x) if self.has_shortcut else x) + hidden
 
 

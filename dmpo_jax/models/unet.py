@@ -35,7 +35,7 @@ KEYS = {
     "act_fn": "silu",
     "addition_embed_type": Only(None, "text_time"),
     "addition_time_embed_dim": None,
-    "attention_head_dim": 8,  # the number of heads, in spite of its name
+    "attention_head_dim": 8,  # the number of heads, despite its name
     "attention_type": Only("default"),
     "block_out_channels": (320, 640, 1280, 1280),
     "center_input_sample": Only(False),
@@ -123,8 +123,10 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    """Transformer blocks over positions. SD1.x projects in and out by 1x1 convolutions, SD2 and
-    SDXL by linear layers."""
+    """Transformer blocks over positions.
+
+    SD1.x projects in and out by 1x1 convolutions, SD2 and SDXL by linear layers.
+    """
 
     def __init__(
         self, width: int, context: int, heads: int, layers: int, *, linear: bool, groups: int, **kw
@@ -148,7 +150,7 @@ class Transformer2DModel(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """A down, mid or up block: resnets, each followed by its attention where there are any."""
+    """A down, mid or up block: resnets, each followed by its attention if it has any."""
 
     def __init__(
         self,
@@ -231,12 +233,12 @@ class UNet2DConditionModel(nnx.Module):
     """Predicts noise, velocity or sample of noised latents under a text context.
 
     Args:
-        config: what diffusers writes into unet/config.json.
+        config: the contents of unet/config.json, as diffusers writes it.
         dtype: compute dtype. param_dtype: dtype the parameters are held in.
-        execution: how the forward is carried out; may be set on a built model too.
+        execution: execution choices; may be set on a built model too.
 
     Raises:
-        ValueError: naming each config key that asks for something unsupported.
+        ValueError: naming each config key whose value is not supported.
     """
 
     def __init__(
@@ -306,7 +308,9 @@ class UNet2DConditionModel(nnx.Module):
             stages.append(stage(j, channels, attends, up_depth[i], upsample=i < last))
         self.up_blocks = nnx.List(stages)
 
-        self.conv_norm_out = group_norm(widths[0], config.norm_num_groups, config.norm_eps, **kw)
+        self.conv_norm_out = group_norm(
+            widths[0], config.norm_num_groups, config.norm_eps, config.act_fn, **kw
+        )
         k = config.conv_out_kernel
         self.conv_out = conv(widths[0], config.out_channels, k, pad=((k - 1) // 2,) * 2, **kw)
 
@@ -338,7 +342,7 @@ class UNet2DConditionModel(nnx.Module):
         x = self.mid_block.mid(x, time, context, self.execution)
         for block in self.up_blocks:
             x = block.up(x, time, context, skips, self.execution)
-        return self.conv_out(activation(config.act_fn)(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
     def _sinusoid(self, values, width: int):
         config = self.config
@@ -347,7 +351,7 @@ class UNet2DConditionModel(nnx.Module):
 
 
 def _check(config: ModelConfig, blocks: int) -> None:
-    """Checks that the config's lists have lengths that fit one another."""
+    """Checks block types, activation, transformer depths and text_time keys of the config."""
     for key, known in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
         types = config[key]
         if len(types) != blocks:

@@ -17,7 +17,6 @@ from dmpo_jax.models.layers import (
     Downsample2D,
     ResnetBlock2D,
     Upsample2D,
-    activation,
     conv,
     group_norm,
 )
@@ -60,7 +59,7 @@ class SpatialAttention(Attention):
 
 
 class Stage(nnx.Module):
-    """Resnets, then down- or upsampling where asked."""
+    """Resnets, then down- or upsampling if requested."""
 
     def __init__(self, config, channels, *, downsample=False, upsample=False, **kw: Any):
         self.resnets = nnx.List(_resnet(config, i, o, **kw) for i, o in channels)
@@ -96,7 +95,6 @@ class Encoder(nnx.Module):
     def __init__(self, config: ModelConfig, **kw: Any):
         widths = list(config.block_out_channels)
         last = len(widths) - 1
-        self.act = config.act_fn
         self.conv_in = conv(config.in_channels, widths[0], **kw)
         self.down_blocks = nnx.List(
             Stage(
@@ -108,21 +106,22 @@ class Encoder(nnx.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(config, widths[-1], **kw)
-        self.conv_norm_out = group_norm(widths[-1], config.norm_num_groups, EPSILON, **kw)
+        self.conv_norm_out = group_norm(
+            widths[-1], config.norm_num_groups, EPSILON, config.act_fn, **kw
+        )
         self.conv_out = conv(widths[-1], 2 * config.latent_channels, **kw)
 
     def __call__(self, x: Float[Array, "N H W C"]) -> Float[Array, "N h w M"]:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(activation(self.act)(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
 
 
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, **kw: Any):
         widths = list(config.block_out_channels)[::-1]
         last = len(widths) - 1
-        self.act = config.act_fn
         self.conv_in = conv(config.latent_channels, widths[0], **kw)
         self.mid_block = MidBlock(config, widths[0], **kw)
         self.up_blocks = nnx.List(
@@ -134,24 +133,26 @@ class Decoder(nnx.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = group_norm(widths[-1], config.norm_num_groups, EPSILON, **kw)
+        self.conv_norm_out = group_norm(
+            widths[-1], config.norm_num_groups, EPSILON, config.act_fn, **kw
+        )
         self.conv_out = conv(widths[-1], config.out_channels, **kw)
 
     def __call__(self, x: Float[Array, "N h w C"]) -> Float[Array, "N H W D"]:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(activation(self.act)(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class AutoencoderKL(nnx.Module):
-    """Images in [-1, 1], NHWC, to latent moments and back.
+    """The VAE between images in [-1, 1], NHWC, and latent moments.
 
     Latents are unscaled: multiply by `config.scaling_factor` before diffusing, divide
     before decoding. Stock SDXL weights overflow in float16: use bfloat16 or float32.
 
     Raises:
-        ValueError: naming each config key that asks for something unsupported.
+        ValueError: naming each config key whose value is not supported.
     """
 
     def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
