@@ -1,10 +1,14 @@
-"""Eight fake CPU devices for every test; ranks never promote; a random key is used once."""
+"""Eight fake CPU devices and quick compiles for every test; ranks never promote; a random key is
+used once."""
 
 import gc
 
 import jax
 import pytest
 
+from tests.support import quick
+
+quick.set_flags()
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
@@ -44,11 +48,10 @@ def triple():
 
 
 @pytest.fixture(scope="module")
-def quick_steps():
-    """Compiles training steps in a third of the time, for what does not ask for quick programs."""
+def exact_steps():
+    """Compiles training steps so that both forwards round alike: margins at step 0 are 0."""
     from dmpo_jax.training import step
-    from tests.support.quick import QUICK
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **QUICK})
+        patch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **quick.EXACT})
         yield

@@ -1,11 +1,6 @@
 """Models straight onto meshes and from them, also of two processes."""
 
 import json
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,9 +9,9 @@ import pytest
 from dmpo_jax.diffusers_io import placement, tensor_files
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import mesh
+from tests.support import launched
 from tests.support.model_folders import KINDS, assert_bitwise, load, reopen, save
 
-ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -108,13 +103,13 @@ TWO_PROCESSES = """
 import functools, sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from etils import epath
 from dmpo_jax import diffusers_io
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import mesh, processes
+processes.join()
 from dmpo_jax.diffusers_io import tensor_files
 from dmpo_jax.models import parameters
-source, out = epath.Path(sys.argv[3]), epath.Path(sys.argv[4])
+source, out = epath.Path(sys.argv[1]), epath.Path(sys.argv[2])
 mesh.SHARDED_FROM = 64
 devices = mesh.make_mesh(data=1, fsdp=4)
 read, counts = tensor_files.TensorFile.read, []
@@ -144,33 +139,7 @@ def test_two_real_processes_load_their_slices_and_save_together(tmp_path):
     theirs.save_pretrained(tmp_path / "in" / "unet")
     index = {"_class_name": "StableDiffusionPipeline"}
     (tmp_path / "in" / "model_index.json").write_text(json.dumps(index))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    both = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                TWO_PROCESSES,
-                address,
-                str(i),
-                tmp_path / "in",
-                tmp_path / "out",
-            ],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], errors
+    launched.run_script(TWO_PROCESSES, tmp_path / "in", tmp_path / "out")
     want = {k: 2 * v for k, v in theirs.state_dict().items()}
     assert_bitwise(reopen(theirs, tmp_path / "out" / "unet").state_dict(), want)
     assert len(list((tmp_path / "out" / "unet").glob("*.safetensors"))) > 2

@@ -1,10 +1,8 @@
 """Tests for dmpo_jax/encoding: raw pairs in, the same files out however it was run."""
 
 import os
-import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,10 +25,9 @@ from dmpo_jax.encoding import pixels, vae
 from dmpo_jax.families import SD_INPAINT
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
-from tests.support import tiny
+from tests.support import launched, tiny
 from tests.support.raw_pairs import png, read
 
-ROOT = pathlib.Path(__file__).parents[2]
 ROWS = (7, 5, 9, 6)  # of the files: every one a unit, and 8 pairs make a batch
 SIDE = 32
 
@@ -206,7 +203,7 @@ encode(*sys.argv[1:4], validation_fraction=0.3,
 
 
 def start(made, out, cache):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {"PYTHONPATH": str(launched.ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SCRIPT, *made, str(out), str(cache)]
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -309,31 +306,17 @@ TWO_PROCESSES = """
 import sys, jax
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dmpo_jax.parallel import processes
+processes.join()
 from tests.support.tiny import encode
-encode(*sys.argv[3:6], validation_fraction=0.3,
+encode(*sys.argv[1:4], validation_fraction=0.3,
        batch_size=8, pairs_per_shard=6, num_threads=2)
 """
 
 
 @pytest.mark.slow
 def test_two_real_processes_write_the_same_files(made, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    own = [*made, str(tmp_path / "out")]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(i), *own],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    errors = [process.communicate(timeout=180)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
+    launched.run_script(TWO_PROCESSES, *made, tmp_path / "out")
     assert_same_files(whole, tmp_path / "out")
 
 

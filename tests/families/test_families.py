@@ -32,10 +32,8 @@ from dmpo_jax.families import editing
 from dmpo_jax.jobs.run import run
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import tiny as debug
-from dmpo_jax.training import step
 from dmpo_jax.training.build import check_fits
 from tests.support import tiny, torch_pipelines
-from tests.support.quick import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIDE = torch_pipelines.SIDE
@@ -80,7 +78,6 @@ def leaves(model, source) -> dict:
 
 
 def train_here(model, source, workdir, monkeypatch):
-    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **QUICK})
     run(tiny.make_config("", "", **leaves(model, source)), workdir)
 
 
@@ -227,7 +224,7 @@ def assert_same_unet(pipeline, folder):
         wanted = pipeline.unet(sample, times, context, added_cond_kwargs=added).sample
     arrays = (sample.permute(0, 2, 3, 1), times, context, pooled, ids)
     structure, params = parameters.split(unet)
-    call = jax.jit(lambda p, *x: parameters.merge(structure, p)(*x), compiler_options=QUICK)
+    call = jax.jit(lambda p, *x: parameters.merge(structure, p)(*x))
     found = call(params, *[None if x is None else jnp.asarray(x.numpy()) for x in arrays])
     np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1), atol=2e-4, rtol=2e-4)
 

@@ -46,7 +46,6 @@ def bucket(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_steps")
 def test_a_run_on_gs_is_that_on_a_disk(bucket, tmp_path, monkeypatch):
     made = tiny.write(tmp_path / "made")
     leaves = {"log__tensorboard": False}

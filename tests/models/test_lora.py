@@ -14,7 +14,7 @@ from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.training import build, step
 from dmpo_jax.types import Condition, PairBatch
 from tests.support import steps
-from tests.support.quick import QUICK
+from tests.support.quick import AS_USERS
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ALL = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "conv1", "conv", "proj_in", "time_emb_proj")
@@ -124,7 +124,10 @@ def test_adapters_begin_as_nothing_and_folded_is_unfolded():
         pytest.param("two", BF16, 16, 1, ALL, 16, marks=pytest.mark.slow),
     ],
 )
-def test_margins_are_exactly_zero_at_step_0(config, dtype, pairs, accumulation, targets, size):
+def test_margins_are_exactly_zero_at_step_0(
+    config, dtype, pairs, accumulation, targets, size, monkeypatch
+):
+    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **AS_USERS})
     merge, base, adapters = make(targets, config, dtype)
     base = {path: x.astype(parameters.frozen_dtype(path, dtype)) for path, x in base.items()}
     setup = make_setup(merge, accumulation=accumulation)
@@ -135,8 +138,7 @@ def test_margins_are_exactly_zero_at_step_0(config, dtype, pairs, accumulation, 
     assert float(metrics["grad_norm"]) > 0
 
 
-def test_the_step_moves_adapters_and_nothing_else(monkeypatch):
-    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **QUICK})
+def test_the_step_moves_adapters_and_nothing_else():
     merge, base, adapters = make(ATTENTION)
     setup = make_setup(merge, dropout=0.5, ema_decay=0.5)
     before = jax.device_get(base)

@@ -12,7 +12,6 @@ from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 from tests.support import full_size, torch_models
-from tests.support.quick import QUICK
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -46,7 +45,7 @@ def unet_inputs(model, size, seed=1):
 
 def compiled(fn, *args):
     """`fn` jitted. The compiler's optimisation takes most of the time and changes no meaning."""
-    return jax.jit(fn, compiler_options=QUICK)(*args)
+    return jax.jit(fn)(*args)
 
 
 GRADIENTS = ("small", "sd15", "sdxl")  # these are checked forward as well

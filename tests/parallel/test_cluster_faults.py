@@ -238,7 +238,7 @@ if jax.process_index() == 0:
 
 def gradients(made, out, count: int, devices: int, fsdp: int) -> dict[str, np.ndarray]:
     """One gradient at one state, by `count` processes of as many devices each."""
-    run_script(GRADIENTS, [*made, str(out), str(devices), str(fsdp)], count=count)
+    run_script(GRADIENTS, *made, out, devices, fsdp, count=count, timeout=1200)
     return dict(np.load(out))
 
 

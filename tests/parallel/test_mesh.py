@@ -1,10 +1,5 @@
 """Tests for dmpo_jax/parallel/mesh.py, on eight fake devices."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
 from unittest import mock
 
 import jax
@@ -15,9 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dmpo_jax.parallel import mesh as mesh_lib
 from dmpo_jax.types import Condition, PairBatch
+from tests.support import launched
 from tests.support.meshes import PERMUTED, permuted_mesh, pretend_process
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -176,16 +170,16 @@ def test_check_batch():
 TWO_PROCESSES = """
 import sys, jax, numpy as np
 from jax.sharding import AxisType, Mesh
-from dmpo_jax.parallel import mesh as m
+from dmpo_jax.parallel import mesh as m, processes
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+processes.join()
 devices = sorted(jax.devices(), key=lambda d: d.id)
 mesh = Mesh(np.array([devices[i] for i in (2, 0, 1, 3)]).reshape(2, 2, 1), m.AXES,
             axis_types=(AxisType.Auto,) * 3)
 sharding = m.batch_sharding(mesh)
 rows = m.local_rows(sharding, 8)
-assert rows.tolist() == ([2, 3, 4, 5] if int(sys.argv[2]) == 0 else [0, 1, 6, 7]), rows
+assert rows.tolist() == ([2, 3, 4, 5] if jax.process_index() == 0 else [0, 1, 6, 7]), rows
 x = m.shard_batch(np.stack([rows, rows * 10], 1).astype(np.float32), sharding, 8)
 whole = jax.jit(lambda a: a + 0, out_shardings=m.replicated(mesh))(x)
 want = np.stack([np.arange(8), 10 * np.arange(8)], 1)
@@ -194,20 +188,4 @@ np.testing.assert_array_equal(whole.addressable_data(0), want)
 
 
 def test_two_real_processes_on_a_permuted_mesh():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", TWO_PROCESSES, address]
-    children = [
-        subprocess.Popen(
-            [*command, str(i)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for i in range(2)
-    ]
-    try:
-        outs = [child.communicate(timeout=120)[0].decode() for child in children]
-    finally:
-        for child in children:
-            child.kill()
-    assert [child.returncode for child in children] == [0, 0], "\n".join(outs)
+    launched.run_script(TWO_PROCESSES)

@@ -152,7 +152,7 @@ FAIL = """
 import sys, jax
 from dmpo_jax.parallel import processes
 jax.config.update("jax_num_cpu_devices", 1)
-processes.join(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+processes.join()
 if jax.process_index() == 1:
     processes.end(1, "the disk of process 1 is full")
 processes.barrier("which process 1 never comes to")
@@ -160,24 +160,8 @@ processes.barrier("which process 1 never comes to")
 
 
 def test_all_end_with_the_words_and_status_of_the_first_that_fails():
-    address = f"127.0.0.1:{launched.free_port()}"
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAIL, address, str(i)],
-            env=environ,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=100)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [1, 1], said
-    assert "process 1 has failed, so this one ends: the disk of process 1 is full" in said[0]
+    first, _ = launched.run_script(FAIL, statuses=[1, 1])
+    assert "process 1 has failed, so this one ends: the disk of process 1 is full" in first.errors
 
 
 LOST = """
@@ -185,13 +169,13 @@ import os, sys, jax
 from jax.experimental import multihost_utils
 from dmpo_jax.parallel import processes
 jax.config.update("jax_num_cpu_devices", 1)
-processes.join(coordinator=sys.argv[1], processes=2, process_id=int(sys.argv[2]))
+processes.join()
 processes.barrier("both are here")
 processes.ANSWER = 3
-if sys.argv[3] == "gone" and jax.process_index() == 1:
+if sys.argv[1] == "gone" and jax.process_index() == 1:
     os._exit(9)
 try:
-    if sys.argv[3] == "gone":
+    if sys.argv[1] == "gone":
         for i in range(100):
             processes.barrier(f"which process 1 never comes to {i}")
     raise ValueError("a bug, which both have")
@@ -203,20 +187,5 @@ except Exception as error:
 
 @pytest.mark.parametrize(("what", "lost"), [("gone", "True"), ("bug", "False")])
 def test_a_process_that_does_not_answer_is_lost(what, lost):
-    address = f"127.0.0.1:{launched.free_port()}"
-    environ = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(launched.ROOT)}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", LOST, address, str(i), what],
-            env=environ,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=100)[0] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert said[0].splitlines()[-1] == lost
+    first, _ = launched.run_script(LOST, what, statuses=[0, 9] if what == "gone" else [0, 0])
+    assert first.output.splitlines()[-1] == lost

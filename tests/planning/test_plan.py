@@ -78,7 +78,7 @@ def test_the_batch_is_the_one_that_the_pipeline_makes(config, tmp_path):
     assert assumed.scaling_factor == model.meta.scaling_factor
 
 
-def test_a_plan_and_its_cache(quick_steps, config, tmp_path, monkeypatch):
+def test_a_plan_and_its_cache(config, tmp_path, monkeypatch):
     """Memory, FLOPs and collectives are there; the second time nothing is compiled."""
     made = plan(config, ["cpu:8"], cache=tmp_path / "cache", out=tmp_path / "plan.json")
     (one,) = made
@@ -111,7 +111,7 @@ def test_topologies_are_checked(topology, words):
 
 def test_a_missing_compiler_and_missing_devices(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install .*(libtpu|plan)"):
+    with pytest.raises(ValueError, match="pip install 'libtpu'"):
         check_topology("v5e:4x4")
     with pytest.raises(ValueError, match="this one has 8 such devices where 64"):
         open_devices("cpu:64")

@@ -290,8 +290,9 @@ def test_seeds_of_one_use_are_never_anothers():
     assert len(set(drawn)) == len(drawn)
     assert max(drawn) < 2**32
     for run, count in ((2048, 1), (-1, 1), (0, 2**20 + 1)):
-        with pytest.raises(ValueError, match="runs 0 to 2047"):
-            seeds.collected_seeds(run, count)
+        for give_out in (seeds.collected_seeds, seeds.evaluated_seeds):
+            with pytest.raises(ValueError, match="runs 0 to 2047"):
+                give_out(run, count)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -6,10 +6,10 @@ import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 from dmpo_jax.config import leaves as configs
 from tests.support import tiny
-from tests.support.quick import QUICK
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -44,26 +44,41 @@ def identity(port: int, index: int, count: int) -> dict[str, str]:
     }
 
 
-def run_script(script: str, arguments: list[str], *, count: int) -> None:
-    """A Python script on `count` processes, which see each other; asserts that all succeed."""
+class Ended(NamedTuple):
+    """The end of a process: `status` as subprocess gives it, output and errors."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def run_script(
+    script: str, *arguments, count: int = 2, timeout: float = 180, statuses=None
+) -> list[Ended]:
+    """Runs a Python script as `count` processes that `processes.join()` makes one job.
+
+    Asserts that each ends with its number of `statuses`; by default all with 0.
+    """
     port = free_port()
-    path = str(ROOT)
-    shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", script, *arguments],
+            [sys.executable, "-c", script, *map(str, arguments)],
             env={**shared, **identity(port, i, count)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(count)
     ]
     try:
-        errors = [process.communicate(timeout=1200)[1] for process in running]
+        said = [process.communicate(timeout=timeout) for process in running]
     finally:
         for process in running:
             process.kill()
-    assert [process.returncode for process in running] == [0] * count, errors
+    ended = [Ended(p.returncode, *words) for p, words in zip(running, said, strict=True)]
+    assert [one.status for one in ended] == (statuses or [0] * count), ended
+    return ended
 
 
 class Job:
@@ -103,7 +118,6 @@ class Job:
                         **os.environ,
                         "PYTHONPATH": str(ROOT),
                         "JAX_PLATFORMS": "cpu",
-                        "XLA_FLAGS": " ".join(f"--{k}={str(v).lower()}" for k, v in QUICK.items()),
                         # One for each number of devices: XLA's programs for CPUs are of a kind.
                         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "cache"),
                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

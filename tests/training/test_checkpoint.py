@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.training import checkpoint, checksums
+from tests.support import launched
 
 # When one array cannot be read, Orbax leaves the tasks that read the others, and their event
 # loop, to the garbage collector, which complains.
@@ -320,7 +320,8 @@ TWO_PROCESSES = """
 import sys, jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 jax.config.update("jax_num_cpu_devices", 2)
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from dmpo_jax.parallel import processes
+processes.join()
 from dmpo_jax.training.checkpoint import Checkpoints
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -328,8 +329,8 @@ def state(step):
     full = np.arange(2.0**16, dtype=np.float32).reshape(4096, 16) * step
     return {"w": jax.make_array_from_callback(full.shape, sharding, lambda index: full[index])}
 said = []
-with Checkpoints(sys.argv[3], keep=3, identity={}, warn=said.append) as checkpoints:
-    if sys.argv[4] == "save":
+with Checkpoints(sys.argv[1], keep=3, identity={}, warn=said.append) as checkpoints:
+    if sys.argv[2] == "save":
         for step in (1, 2):
             checkpoints.save(step, state(step))
     else:
@@ -341,31 +342,11 @@ with Checkpoints(sys.argv[3], keep=3, identity={}, warn=said.append) as checkpoi
 """
 
 
-def two_processes(folder, what):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO_PROCESSES, address, str(i), folder, what],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in both]
-    finally:
-        for process in both:
-            process.kill()
-    assert [process.returncode for process in both] == [0, 0], errors
-
-
 @pytest.mark.parametrize("breakage", ["flip", "delete"])
 def test_two_processes_fall_back_together_when_one_cannot_read(breakage, tmp_path):
-    two_processes(tmp_path, "save")
+    launched.run_script(TWO_PROCESSES, tmp_path, "save")
     files = (tmp_path / "2" / "state" / "ocdbt.process_1" / "d").iterdir()
     BREAKAGES[breakage](max(files, key=lambda f: f.stat().st_size))  # what process 1 wrote
-    two_processes(tmp_path, "restore")
+    launched.run_script(TWO_PROCESSES, tmp_path, "restore")
     names = sorted(f.name for f in tmp_path.iterdir())
     assert names == ["1", "2", "2.corrupt", "identity.json"]

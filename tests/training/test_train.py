@@ -3,12 +3,9 @@
 import dataclasses
 import gc
 import json
-import os
 import pathlib
 import random
 import signal
-import subprocess
-import sys
 import time
 import types
 
@@ -29,12 +26,12 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.training import hooks
 from dmpo_jax.training import step as training_step
 from dmpo_jax.training import telemetry as watch
-from tests.support import tiny
+from tests.support import launched, tiny
+from tests.support.quick import EXACT
 
 # Orbax leaves coroutines of reads that failed to the garbage collector.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.usefixtures("quick_steps"),
 ]
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -46,7 +43,7 @@ def _collect():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, quick_steps):
+def made(tmp_path_factory):
     return tiny.write(tmp_path_factory.mktemp("tiny"))
 
 
@@ -248,8 +245,11 @@ def get_config():
 """
 
 
-def test_a_config_file_adds_an_objective_and_trains_with_it(made, tmp_path):
+def test_a_config_file_adds_an_objective_and_trains_with_it(made, tmp_path, monkeypatch):
     """No file of the package is changed."""
+    monkeypatch.setattr(
+        training_step, "COMPILER_OPTIONS", {**training_step.COMPILER_OPTIONS, **EXACT}
+    )
     leaves = {"train__steps": 1, "log__validate_every": 0}
     values = configs.flatten(tiny.make_config(*made, **leaves)) | {"objective": "slic"}
     file = tmp_path / "own.py"
@@ -342,55 +342,26 @@ def test_convert_any_step(uninterrupted, tmp_path):
 # --- killed processes ---------------------------------------------------------
 
 
-def start(made, workdir, **leaves) -> subprocess.Popen:
-    """The run in a process of its own, one device."""
-    given = tiny.make_config(*made, **leaves)
-    flags = {path: value for path, value in configs.flatten(given).items() if value is not None}
-    changed = {k: v for k, v in flags.items() if v != configs.flatten(configs.defaults()).get(k)}
-    file = workdir.parent / "config.py"
-    file.write_text(
-        "from dmpo_jax import config\n"
-        "def get_config():\n"
-        "    plain = config.flatten(config.defaults())\n"
-        f"    return config.from_flat({{**plain, **{changed!r}}})\n"
-    )
-    cache = str(workdir.parent / "cache")
-    return subprocess.Popen(
-        [sys.executable, "launch/train.py", f"--config={file}", f"--workdir={workdir}"],
-        cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_for_step(process: subprocess.Popen, workdir, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        metrics = workdir / "metrics.jsonl"
-        if metrics.exists() and f'"step": {step}' in metrics.read_text():
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
-
-
 LONG = {"train__steps": 400, "log__checkpoint_every": 25, "log__validate_every": 0}
+
+
+def start(made, workdir, **leaves) -> launched.Job:
+    return launched.Job(made, workdir, count=1, devices=1, **{**LONG, **leaves})
 
 
 def test_sigterm_saves_and_resumes(made, tmp_path):
     workdir = tmp_path / "run"
-    process = start(made, workdir, **LONG)
-    wait_for_step(process, workdir, 30)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, said
+    with start(made, workdir) as job:
+        job.wait_for_step(30)
+        job.processes[0].send_signal(signal.SIGTERM)
+        ((status, said),) = job.end(120)
+    assert status == 128 + signal.SIGTERM, said
     assert "run the same command again" in said
     stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.is_dir())
     assert f"stopped at step {stopped}" in said
-    again = start(made, workdir, **{**LONG, "train__steps": stopped + 5})
-    said, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, said
+    with start(made, workdir, train__steps=stopped + 5) as job:
+        ((status, said),) = job.end(300)
+    assert status == 0, said
     assert f"going on from step {stopped}" in said
     steps = [row["step"] for row in lines(workdir)]
     assert steps == list(range(1, stopped + 6))
@@ -399,19 +370,16 @@ def test_sigterm_saves_and_resumes(made, tmp_path):
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(made, tmp_path):
     whole, broken = tmp_path / "a" / "run", tmp_path / "b" / "run"
-    whole.parent.mkdir()
-    broken.parent.mkdir()
-    said, _ = start(made, whole, **LONG).communicate(timeout=600)
-    assert (whole / "export").exists(), said
+    with start(made, whole) as job:
+        assert job.end(600)[0][0] == 0
     moments = random.Random(0)
     kills = 0
     for step in sorted(moments.sample(range(10, 390), 10)):
-        process = start(made, broken, **LONG)
-        wait_for_step(process, broken, step)
-        time.sleep(moments.random() * 0.05)
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    said, _ = start(made, broken, **LONG).communicate(timeout=600)
+        with start(made, broken) as job:
+            job.wait_for_step(step)
+            time.sleep(moments.random() * 0.05)
+        kills += job.processes[0].returncode == -signal.SIGKILL
+    with start(made, broken) as job:
+        assert job.end(600)[0][0] == 0
     assert kills == 10
     assert_same_run(broken, whole)

@@ -103,6 +103,6 @@ def test_every_layout_stays_near_float64(devices, shape, in_float64):
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [1, 8])
 def test_two_processes_of_four_devices_stay_near_float64(fsdp, in_float64, tmp_path):
-    run_script(PROCESS, [str(tmp_path / "out.npz"), str(fsdp)], count=2)
+    run_script(PROCESS, tmp_path / "out.npz", fsdp, timeout=1200)
     params = dict(np.load(tmp_path / "out.npz"))
     assert_stays_near(params, params.pop("losses"), in_float64)
