@@ -1,4 +1,4 @@
-"""Makes the embedded digits pipeline, less its UNet's training."""
+"""Makes the shipped digits pipeline, except for training its UNet."""
 
 import logging
 
@@ -10,13 +10,13 @@ LOG = logging.getLogger(__name__)
 
 
 def make_digits(*, out: epath.PathLike, seed: int = 0, vae_steps: int = 1000) -> epath.Path:
-    """Writes the pipeline folder and the real digits' pairs into `out`, and returns it.
+    """Writes the pipeline folder and the pairs of real digits into `out`; returns `out`.
 
     Args:
         seed: of every random draw.
-        vae_steps: updates of the VAE, 64 images each; minutes on a CPU.
+        vae_steps: updates of the VAE, 64 images each; takes minutes on a CPU.
     """
     out = epath.Path(out)
     write_digits(out, seed=seed, vae_steps=vae_steps)
-    LOG.info("the digits are in %s; next: train --config=configs/digits_base.py", out)
+    LOG.info("the digits are in %s; next: train --config=digits_base", out)
     return out
