@@ -3,8 +3,8 @@
     python launch/make_digits.py --out=runs/digits
     python launch/train.py --config=configs/digits_base.py --workdir=runs/digits_base
 
-Some minutes on 2 cores. The base is left where its digits can be read but are
-often untidy or wrong: that is what `configs/digits_dmpo.py` then aligns.
+Some minutes on 2 cores. Training stops when the digits are legible but often untidy or wrong;
+`configs/digits_dmpo.py` then aligns this base.
 """
 
 from dmpo_jax import config as base

@@ -1,11 +1,10 @@
-"""The main job: aligns the embedded digits model with DMPO and shows what that did.
+"""The main job: aligns the packaged digits model with DMPO and measures the effect.
 
     python launch/train.py --config=configs/digits_dmpo.py
 
-On two CPU cores, in minutes: samples pairs from the base, lets a judge label them as
-noisily as people do, encodes, trains, and compares base and tuned model on held-out
-seeds by that judge and by a second one. See `WORKDIR/samples/before_after.png` and
-`WORKDIR/result.json`.
+Takes minutes on two CPU cores. It samples pairs from the base, labels them by a judge as noisily
+as people do, encodes, trains, and compares base and tuned model on held-out seeds by that
+judge and by a second one. See `WORKDIR/samples/before_after.png` and `WORKDIR/result.json`.
 """
 
 from dmpo_jax import config as base
@@ -15,8 +14,8 @@ from dmpo_jax.toy.digits import PIPELINE
 def get_config():
     config = base.defaults()
     config.objective = "dmpo"
-    # Errors of so small a model differ more than Stable Diffusion's do: at its beta of 2000
-    # nearly every pair is past the slope, and what is left to learn from is noise.
+    # Errors of so small a model differ more than Stable Diffusion's. At its beta of 2000 the
+    # gradient of nearly every pair vanishes, and the rest is noise.
     config.objectives.dmpo.beta = 300.0
     config.objectives.dmpo.alpha = 0.01
     config.jobs = ("collect", "encode", "train", "evaluate")
@@ -30,7 +29,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_steps = 10
     config.optimizer.schedule = "cosine"
-    config.mesh.cpu_devices = 2  # on two cores quicker by a sixth than one device with both
+    config.mesh.cpu_devices = 2  # on two cores, a sixth faster than one device with both
     config.log.validate_every = 50
     config.log.sample_every = 75
     config.log.checkpoint_every = 50
@@ -41,7 +40,7 @@ def get_config():
     config.sample.count = 10
     config.collect.scorer = "digits_svm"
     config.collect.pairs = 1000
-    # On scores in [0, 1]: a sure win is named 98 times in 100, a difference of 0.2 69 times.
+    # On scores in [0, 1]: a difference of 1 is labelled right 98 times in 100, of 0.2 69 times.
     config.collect.temperature = 0.25
     config.collect.tie_margin = 0.02
     config.evaluate.judges = ("digits_svm", "digits_forest")

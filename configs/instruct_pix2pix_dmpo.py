@@ -4,9 +4,9 @@
         --config.model.folder=timbrooks/instruct-pix2pix \\
         --config.data.encoded=ENCODED   # made by launch/encode.py
 
-The pairs are two edits of one image (column jpg_source), preferred by people. Settings: no
-DMPO on editing is published; these are SD1.5's, with the dropout that InstructPix2Pix was
-trained with (arXiv 2211.09800: 5 % lose the prompt, 5 % the image, 5 % both).
+A pair is two edits of one image (column jpg_source), labelled by people. No DMPO on editing is
+published: the settings are SD1.5's, with the dropout that InstructPix2Pix was trained with
+(arXiv 2211.09800: 5 % lose the prompt, 5 % the image, 5 % both).
 Inpainting models train in the same way, from `configs/sd15_dmpo.py` or `sdxl_dmpo.py`,
 with a column mask.
 `configs/instruct_pix2pix_dmpo.py:debug` runs the same path at tiny width, without any file.

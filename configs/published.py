@@ -1,11 +1,11 @@
-"""Published settings by name, as their launchers have them.
+"""Published settings by name, as in their launchers.
 
     python launch/train.py --config=configs/published.py:sd15_diffusion_dpo --workdir=DIR \\
         --config.data.encoded=ENCODED   # made by launch/encode.py
 
 `dmpo_jax/config/recipes.py` lists them with their sources: sd15_dmpo, sd15_diffusion_dpo,
 sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo, sdxl_diffusion_dpo_safeguarded. All are 2,000 updates of
-2,048 pairs of Pick-a-Pic v2. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are DMPO plain,
+2,048 pairs of Pick-a-Pic v2. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are plain DMPO,
 without the safeguard that its launchers add.
 """
 
@@ -24,6 +24,6 @@ def get_config(name: str = "sd15_dmpo"):
     config.model.folder = MODELS[family]
     if family == "sdxl":
         config.model.vae = "madebyollin/sdxl-vae-fp16-fix"
-        # 70 transformer blocks: compiled once a kind, and computed again in the backward.
+        # 70 transformer blocks: compiled once per kind, and recomputed in the backward.
         config.model.scan, config.model.remat = True, "transformer"
     return config

@@ -4,11 +4,11 @@
         --config.model.folder=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
         --config.data.encoded=ENCODED   # made by launch/encode.py
 
-Settings: beta, alpha, rate and batch as AIDC-AI/Diffusion-SDPO's launcher has them for
-DMPO on SD1.5, less its safeguard: learning rate 1e-8 x 2048 pairs, 500 steps of warmup,
-2,000 steps, 20 % empty prompts. Pick-a-Pic v2 is what that work trains on.
+Settings: beta, alpha, rate and batch of AIDC-AI/Diffusion-SDPO's launcher for DMPO on SD1.5,
+without its safeguard: learning rate 1e-8 x 2048 pairs, 500 steps of warmup, 2,000 steps,
+20 % empty prompts. That work trains on Pick-a-Pic v2.
 `configs/sd15_dmpo.py:lora` trains adapters of rank 64 on the attention instead of every
-parameter, at five times the rate: a start to tune from, no published setting.
+parameter, at five times the rate: a starting point for tuning, not a published setting.
 `configs/sd15_dmpo.py:debug` runs the same path at tiny width, without any file.
 """
 

@@ -6,10 +6,10 @@
         --config.data.encoded=ENCODED   # made by launch/encode.py
         --config.mesh.fsdp=16           # shard parameters and optimizer
 
-Settings: AIDC-AI/Diffusion-SDPO's launcher for DMPO on SDXL, less its safeguard: beta
-6000, learning rate 1e-9 x 2048 pairs, 500 steps of warmup, 2,000 steps.
+Settings: those of AIDC-AI/Diffusion-SDPO's launcher for DMPO on SDXL, without its safeguard:
+beta 6000, learning rate 1e-9 x 2048 pairs, 500 steps of warmup, 2,000 steps.
 `configs/sdxl_dmpo.py:lora` trains adapters of rank 64 on the attention instead of every
-parameter, at five times the rate: a start to tune from, no published setting.
+parameter, at five times the rate: a starting point for tuning, not a published setting.
 `configs/sdxl_dmpo.py:debug` runs the same path at tiny width, without any file.
 """
 
@@ -22,7 +22,7 @@ def get_config(variant: str = ""):
     config.objectives.dmpo.beta = 6000.0
     config.objectives.dmpo.alpha = 0.01
     config.optimizer.learning_rate = 2.048e-6
-    # 70 transformer blocks: compiled once a kind, and computed again in the backward.
+    # 70 transformer blocks: compiled once per kind, and recomputed in the backward.
     config.model.scan, config.model.remat = True, "transformer"
     if variant == "lora":
         config.lora.rank = 64

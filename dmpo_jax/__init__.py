@@ -9,8 +9,8 @@
     dj.train(config, "run")
     dj.sample(model="run/export", prompts="prompts.txt", out="images", steps=30)
 
-The functions are the commands, with the flags' names and defaults as keywords; `help(dj.sample)`
-lists them. They are loaded when they are asked for: importing this package imports no JAX.
+The functions are the commands; their keywords have the names and defaults of the flags.
+`help(dj.sample)` lists them. They are imported lazily: importing this package imports no JAX.
 """
 
 from typing import Any

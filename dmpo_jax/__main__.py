@@ -1,6 +1,6 @@
-"""The command `dmpo-jax`, and what launch/NAME.py calls.
+"""Entry point of `dmpo-jax` and of launch/NAME.py.
 
-Light on purpose: a wrong command is refused before JAX is imported.
+Imports little, so that an unknown command is rejected before JAX is imported.
 """
 
 import sys
@@ -9,10 +9,10 @@ NAMES = ("train", "encode", "collect", "sample", "evaluate", "convert", "plan", 
 
 
 def main(name: str = "") -> None:
-    """Runs a command with the rest of the command line; does not return.
+    """Runs a command with the rest of the command line, then ends the process.
 
     Args:
-        name: of the command; '' takes the first word of the command line.
+        name: the command; '' takes the first word of the command line.
     """
     called, *argv = sys.argv
     if not name:

@@ -1,7 +1,7 @@
-"""The commands: what each takes, and the job that it calls.
+"""The commands: the arguments of each, and the job that it calls.
 
 `COMMANDS` is the one table behind `dmpo-jax NAME`, `launch/NAME.py` and `dmpo_jax.NAME(...)`.
-Every command takes every leaf as `--config.section.key`, and those in its table under short names.
+Every command takes every leaf as `--config.section.key`; its interface adds short names.
 """
 
 import pathlib
@@ -39,9 +39,11 @@ SAMPLING = {
 
 
 class Command(NamedTuple):
-    """about: the first line says what it does; the rest is help. call: (config, options) -> result.
+    """One command.
 
-    check: refuses a config that the command cannot run, beyond each leaf's own check.
+    about: help text; its first line is a summary. call: (config, options) -> result.
+    check: raises ValueError for a config that the command cannot run, beyond each leaf's own
+        check. It may set leaves that are unset.
     """
 
     about: str
@@ -333,8 +335,8 @@ the UNet. `runs/digits_base/export` is then what stands in `dmpo_jax/toy/pipelin
 def main(name: str, argv: list[str]) -> None:
     """Runs a command line and ends the process with its status; argv[0] is for messages.
 
-    Whatever is wrong with the command line, the config file's values or the config ends the
-    process with status 1 and a short message, before anything is compiled.
+    An invalid command line, config file or config ends the process with status 1 and a short
+    message, before anything is compiled.
     """
     command, options = COMMANDS[name], {}
 
@@ -365,7 +367,7 @@ def main(name: str, argv: list[str]) -> None:
 
 
 def help_of(name: str, me: str) -> str:
-    """What --help prints."""
+    """Returns the text that --help prints."""
     command = COMMANDS[name]
     own = parsing.describe(command.interface)
     return (

@@ -1,29 +1,31 @@
-"""Which errors are for the user: their message is printed, without a traceback.
+"""User errors: their message is printed without a traceback.
 
-Every other exception is a bug, ours or a library's, and shows its traceback.
+Every other exception is a bug in this package or a library, and shows its traceback.
 """
 
 import errno
 
-# What the system refuses until a person acts: the disk is full, or the file is not ours.
+# Errors of the system that only a person can resolve: a full disk, a missing permission.
 _NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 
 
 class UserError(ValueError):
-    """A problem that the user can fix. The message says what was needed, what came and what
-    to change."""
+    """A problem that the user can fix.
+
+    The message says what was needed, what was given and what to change.
+    """
 
 
 class MissingPackageError(UserError, ImportError):
-    """An optional dependency is not installed; the message says how to install it."""
+    """A missing optional dependency; the message says how to install it."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder that the user named does not exist."""
+    """A missing file or folder that the user named."""
 
 
 def message_of(error: BaseException) -> str:
-    """The message of an error that is for the user; '' where it is a bug."""
+    """Returns the message of a user error; '' for a bug."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _NEEDS_A_PERSON:

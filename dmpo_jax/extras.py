@@ -1,4 +1,4 @@
-"""How optional dependencies are installed, in words for error messages."""
+"""Installation hints for optional dependencies, used in error messages."""
 
 import importlib.metadata
 
@@ -6,9 +6,9 @@ DISTRIBUTION = "dmpo_jax"
 
 
 def install_hint(extra: str) -> str:
-    """The command that installs the packages of an extra of setup.py, such as "eval".
+    """Returns the command that installs an extra of setup.py, such as "eval".
 
-    It names the packages themselves, so that it is right wherever this package came from.
+    It names the packages themselves, so it is correct wherever this package was installed from.
     """
     try:
         required = importlib.metadata.requires(DISTRIBUTION) or []

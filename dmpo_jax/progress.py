@@ -10,16 +10,16 @@ import rich.progress
 
 
 class Progress:
-    """How far a long job is, how fast it goes and when it ends. A context manager.
+    """Shows a job's progress and its remaining time. A context manager.
 
-    On a terminal a bar; elsewhere (a log file, a cluster) plain lines, one every
-    `LINE_SECONDS` or tenth of the whole, whichever comes first. Only process 0 shows.
+    A terminal gets a bar. Elsewhere (a log file, a cluster) it prints plain lines, one every
+    `LINE_SECONDS` or tenth of the total, whichever comes first. Only process 0 shows anything.
 
     Args:
-        total: how many units (steps, images, ...) there are.
-        start: how many are done already, as after a resume; not counted in the speed.
-        description: what the job is, in a word or two.
-        console: where to show it; by default standard error.
+        total: number of units (steps, images, ...).
+        start: units done already, as after a resume; excluded from the speed.
+        description: the job, in a word or two.
+        console: the output; by default standard error.
     """
 
     LINE_SECONDS = 10.0
@@ -65,9 +65,9 @@ class Progress:
         """Counts `n` more units as done.
 
         Args:
-            n: how many.
-            **fields: numbers to show, such as loss, implicit_accuracy or
-                pairs_per_second; the last value of each stays in view.
+            n: number of units.
+            **fields: values to show, such as loss, implicit_accuracy or pairs_per_second; the
+                last value of each stays visible.
         """
         self._done += n
         self._fields |= fields
@@ -83,7 +83,7 @@ class Progress:
             self._print_line(now)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Stops the bar in its present state."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -94,7 +94,7 @@ class Progress:
         parts = [f"{self._description} {self._done}/{self._total} ({percent} %)".strip()]
         parts += [self._shown()] if self._fields else []
         parts += [f"ETA {_duration(left)}" if self._done < self._total else "done"]
-        # Not console.print, which would break the line at a width that no log has.
+        # Not console.print: it wraps lines at the console's width, and a log has none.
         print("  ".join(parts), file=self._console.file, flush=True)
 
     def _shown(self) -> str:

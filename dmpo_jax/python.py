@@ -1,4 +1,4 @@
-"""The commands as Python functions: what `import dmpo_jax as dj` offers."""
+"""The commands as Python functions, for `import dmpo_jax as dj`."""
 
 import inspect
 import pathlib
@@ -11,10 +11,10 @@ from dmpo_jax.config.leaves import Config, declared
 
 
 def python_function(name: str) -> Callable[..., Any]:
-    """The command as a function: `config` and, by keyword, what its flags are called.
+    """Returns the command as a function of `config` and of keywords named like its flags.
 
-    It returns what the job does, and raises ValueError where the command would end with a
-    message.
+    The function returns the job's result. It raises ValueError where the command would end with
+    a message.
     """
     command = COMMANDS[name]
 
@@ -40,12 +40,12 @@ def python_function(name: str) -> Callable[..., Any]:
 
 
 def train(config: Config | str, workdir: str | pathlib.Path, hooks: Sequence[Any] = ()) -> Any:
-    """Runs the jobs that a config names, for most training, in `workdir`; returns the workdir.
+    """Runs the jobs of a config, usually training, in `workdir`; returns the workdir.
 
     Args:
-        config: a config, or what --config takes. `config.jobs` says what is done.
+        config: a config, or a value of --config. `config.jobs` lists the jobs.
         workdir: the run's folder; a second run in it resumes.
-        hooks: objects with `every` (updates) that training calls beside its own.
+        hooks: further hooks (`training.hooks.HookLike`), called after the run's own.
     """
     command, keywords = COMMANDS["train"], {"workdir": str(workdir)}
     found, options = parsing.from_keywords("train", config, keywords, command.interface)

@@ -1,7 +1,7 @@
 """Files on local disks and in object storage: atomic writes, JSON, staging.
 
-A local file is written under its temporary name and renamed. Object storage shows a file
-only when it is complete, so there it is written directly.
+A local file is written under a temporary name and renamed. Object storage shows a file only
+when it is complete, so there it is written directly.
 """
 
 import contextlib
@@ -20,27 +20,27 @@ PART = ".part"  # suffix of temporary names
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path lies in object storage."""
+    """True if a path is in object storage."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The path from the root; URLs stay as they are."""
+    """Returns the absolute path; URLs are unchanged."""
     found = epath.Path(path)
-    # `absolute` would make a local folder of a URL.
+    # `absolute` would turn a URL into a local path.
     return found if is_remote(path) else found.absolute()
 
 
 def temporary(path: epath.Path) -> epath.Path:
-    """The name that a file bears until it is complete."""
+    """Returns the temporary name of a file that is still being written."""
     return path.with_name(path.name + PART)
 
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields where to write a file; it appears at `path` when the block ends without an error.
+    """Yields a path to write to; the file appears at `path` if the block ends without an error.
 
-    A reader finds the old content or all of the new.
+    A reader sees the old content or all of the new.
     """
     path = epath.Path(path)
     if is_remote(path):
@@ -69,10 +69,10 @@ def write_json(path: epath.PathLike, value: Any, *, sort_keys: bool = False) -> 
 
 
 def read_json(path: epath.PathLike) -> Any:
-    """The value of a JSON file.
+    """Reads a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON.
+        UserError: the file is missing or is not valid JSON.
     """
     path = epath.Path(path)
     try:
@@ -84,7 +84,7 @@ def read_json(path: epath.PathLike) -> Any:
 
 
 def find_json(path: epath.PathLike) -> Any:
-    """The value of a JSON file; None where it is missing or truncated."""
+    """Reads a JSON file; None if it is missing or not valid JSON."""
     try:
         return read_json(path)
     except UserError:
@@ -92,20 +92,21 @@ def find_json(path: epath.PathLike) -> Any:
 
 
 def list_names(folder: epath.Path) -> set[str]:
-    """The names of the files and folders in a folder."""
+    """Returns the names of the files and folders in a folder."""
     return {path.name for path in folder.iterdir()}
 
 
 def first_incomplete(
     folder: epath.Path, files: Mapping[str, int], present: set[str] | None = None
 ) -> str | None:
-    """The first of the files (name -> size in bytes) that is missing or truncated, or None.
+    """Returns the first of the files (name -> size in bytes) that is missing or of another size.
 
-    present: `list_names(folder)`, where it is known already.
+    None if all are complete. In object storage only missing files are found.
+    present: `list_names(folder)`, if already known.
     """
     present = list_names(folder) if present is None else present
     for name, size in files.items():
-        # Asking each remote file for its size is slow.
+        # Requesting the size of each remote file is slow.
         if name not in present:
             return name
         if not is_remote(folder) and (folder / name).stat().length != size:
@@ -115,7 +116,7 @@ def first_incomplete(
 
 @contextlib.contextmanager
 def local_folder(folder: epath.Path) -> Iterator[epath.Path]:
-    """A local folder to write to; its files are copied to `folder` where that is remote."""
+    """Yields a local folder to write to; its files are copied to `folder` if that is remote."""
     if not is_remote(folder):
         yield folder
         return
@@ -127,7 +128,7 @@ def local_folder(folder: epath.Path) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def local_file(path: epath.Path) -> Iterator[epath.Path]:
-    """A local file of the same content: the file itself, or a temporary copy of a remote one."""
+    """Yields a local file: `path` itself, or a temporary copy of a remote one."""
     if not is_remote(path):
         yield path
         return
@@ -136,7 +137,7 @@ def local_file(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def stage(folder: epath.Path, files: Mapping[str, int], kind: str) -> epath.Path:
-    """A local copy of a remote folder's files (name -> size), kept between runs."""
+    """Copies a remote folder's files (name -> size) to a local folder that later runs reuse."""
     key = hashlib.sha256(json.dumps([os.fspath(folder), files]).encode()).hexdigest()[:16]
     local = epath.Path(tempfile.gettempdir()) / f"dmpo_jax-{kind}-{key}"
     local.mkdir(parents=True, exist_ok=True)
@@ -144,7 +145,7 @@ def stage(folder: epath.Path, files: Mapping[str, int], kind: str) -> epath.Path
         target = local / name
         if target.exists() and target.stat().length == size:
             continue
-        # A temporary name of this process's own: several processes of one machine may stage.
+        # The name includes the process id: processes of one machine may stage at the same time.
         part = temporary(local / f"{name}.{os.getpid()}")
         (folder / name).copy(part, overwrite=True).replace(target)
     return local

@@ -1,4 +1,4 @@
-"""Arrays and records that every module speaks of. Imports nothing of ours.
+"""Arrays and records that all modules share. Imports nothing from this package.
 
 Letters: B pairs, 2 the images of a pair (0 chosen, 1 rejected), H W C a latent's
 height, width and channels, S context tokens, D context width, P pooled width.
@@ -14,14 +14,15 @@ PerPair = Float[Array, " B"]
 
 
 class Condition(NamedTuple):
-    """What a model is given beside latents and time: named arrays, None where a family has none.
+    """Inputs of a model beside latents and time: named arrays, None where a family has none.
 
     Row i belongs to pair i. The arrays named in `PER_IMAGE` differ between the images of a pair
-    and have an axis of 2 after the first; a pair shares the others. Read by name alone.
+    and have an axis of 2 after the first; the images share the others. Read by name only.
 
-    context: text embeddings. lengths: how many positions of each context are text.
-    pooled: one embedding a prompt. sizes: SDXL's time ids `(original height, width, crop top,
-    left, target height, width)`, in pixels. image: channels of a given image, beside the latents.
+    context: text embeddings. lengths: number of positions of each context that are text.
+    pooled: one embedding per prompt. sizes: SDXL's time ids `(original height, width, crop top,
+    left, target height, width)`, in pixels. image: channels of a given image, appended to the
+    latents.
     """
 
     context: Float[Array, "B S D"]
@@ -33,7 +34,7 @@ class Condition(NamedTuple):
     PER_IMAGE = frozenset({"sizes"})
 
     def per_image(self, images: int) -> "Condition":
-        """`[B, ...]` of pairs -> `[B images, ...]`, one row for each of a pair's first images."""
+        """Expands `[B, ...]` to `[B images, ...]`, one row for each of a pair's first images."""
 
         def rows(name: str, x: Any) -> Any:
             if x is None:
@@ -48,9 +49,12 @@ class Condition(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """Encoded pairs: the unscaled VAE moments (mean, then log-variance, on the last
-    axis, or the mean alone: `Setup.mean_only`) and the probability, in [0.5, 1], that
-    image 0 is the preferred one."""
+    """Encoded pairs.
+
+    moments: unscaled VAE moments, mean then log-variance on the last axis, or the mean alone
+        (`Setup.mean_only`).
+    preference: probability, in [0.5, 1], that image 0 is preferred.
+    """
 
     moments: Float[Array, "B 2 H W M"]
     preference: PerPair
@@ -58,9 +62,9 @@ class PairBatch(NamedTuple):
 
 
 class Noised(NamedTuple):
-    """A pair under noise: one timestep and one noise for both of its images.
+    """Noised pairs: both images of a pair have the same timestep and the same noise.
 
-    timesteps: index into the noise table. times: what the model is told there.
+    timesteps: index into the noise table. times: the model's time input at those timesteps.
     weights: of each pair's loss, by its timestep; None is 1 everywhere.
     """
 

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Runs a command again for as long as its exit status asks for it:
+# Reruns a command while its exit status asks for it:
 #
 #     launch/again.sh python launch/train.py --config=... --workdir=...
 #     launch/again.sh --asks STATUS        # 0 if that status asks for another run, else 1
 #
-# 75 asks for it (a process was lost or hangs), and so does every status above 128 (ended by a
-# signal, or saved after one) but 130, Ctrl-C. 0 is done; 1 is an error that would come again.
-# dmpo_jax/parallel/processes.py has the whole list. On many workers start this on each: all processes of
-# a job end together, and find one another again.
+# 75 asks for a rerun (a process was lost or hangs), and so does every status above 128 (ended by
+# a signal, or saved after one) but 130, Ctrl-C. 0 is done; 1 is an error that a rerun would
+# repeat. dmpo_jax/parallel/processes.py has the complete list. On many workers start this on
+# each: all processes of a job end together, and join one another again.
 #
-# AGAIN_MOST (20) runs in all, AGAIN_PAUSE (10) seconds between two. A SIGTERM to this script
-# goes on to the command, which saves, and ends both.
+# AGAIN_MOST (20) is the limit of runs, AGAIN_PAUSE (10) the seconds between two. A SIGTERM to
+# this script is passed to the command, which saves, and ends both.
 set -u
 
 asks() { (($1 == 75 || ($1 > 128 && $1 != 130))); }

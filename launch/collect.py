@@ -1,4 +1,4 @@
-"""Makes preference pairs from a model's own images: `dmpo-jax collect`, in a clone.
+"""Runs `dmpo-jax collect` from a clone: makes preference pairs from a model's own images.
 
 python launch/collect.py --help
 """

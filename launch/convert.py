@@ -1,4 +1,4 @@
-"""Turns a training checkpoint into what PyTorch diffusers opens: `dmpo-jax convert`, in a clone.
+"""Runs `dmpo-jax convert` from a clone: exports a training checkpoint for PyTorch diffusers.
 
 python launch/convert.py --help
 """

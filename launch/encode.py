@@ -1,4 +1,4 @@
-"""Encodes raw preference pairs: `dmpo-jax encode`, in a clone.
+"""Runs `dmpo-jax encode` from a clone: encodes raw preference pairs.
 
 python launch/encode.py --help
 """

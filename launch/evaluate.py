@@ -1,4 +1,4 @@
-"""Compares two models: `dmpo-jax evaluate`, in a clone.
+"""Runs `dmpo-jax evaluate` from a clone: compares two models.
 
 python launch/evaluate.py --help
 """

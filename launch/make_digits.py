@@ -1,4 +1,4 @@
-"""Makes the digits pipeline that the package ships: `dmpo-jax make_digits`, in a clone.
+"""Runs `dmpo-jax make_digits` from a clone: makes the digits pipeline that the package ships.
 
 python launch/make_digits.py --help
 """

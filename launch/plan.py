@@ -1,4 +1,4 @@
-"""Compiles a config's training step for chips that need not be there: `dmpo-jax plan`, in a clone.
+"""Runs `dmpo-jax plan` from a clone: compiles a config's training step without the chips.
 
 python launch/plan.py --help
 """

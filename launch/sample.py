@@ -1,4 +1,4 @@
-"""Draws images from a diffusers pipeline folder: `dmpo-jax sample`, in a clone.
+"""Runs `dmpo-jax sample` from a clone: draws images from a diffusers pipeline folder.
 
 python launch/sample.py --help
 """

@@ -1,4 +1,4 @@
-"""Runs the jobs that a config names: for most, training: `dmpo-jax train`, in a clone.
+"""Runs `dmpo-jax train` from a clone: runs the jobs that a config names, usually training.
 
 python launch/train.py --help
 """

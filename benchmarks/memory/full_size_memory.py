@@ -3,11 +3,11 @@
     python benchmarks/memory/full_size_memory.py
 
 Writes UNet folders of random numbers (at most 21 GB of disk), then loads and exports each in
-a process of its own. Peak is VmHWM of /proc/self/status: the most that was resident, mapped
-files included; it is set back between loading and exporting. (ru_maxrss would start from
-what the parent held.) The goal is 1.15 times the parameters as held, plus 1 GB. Files leave
+a separate process. Peak is VmHWM of /proc/self/status: the maximum of resident memory, mapped
+files included. It is reset between loading and exporting. (ru_maxrss would start from the
+parent's memory.) The goal is 1.15 times the parameters as held, plus 1 GB. Files leave
 the page cache before each load; exported ones need not have reached the disk. CPU seconds
-are given beside seconds, for machines that others use too.
+are reported beside seconds, for machines that are shared.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 class Case(NamedTuple):
-    """held: of the parameters; exported: dtype of the export, None as held."""
+    """One measurement. held: dtype of the parameters. exported: of the export, None as held."""
 
     source: str
     held: str
@@ -98,7 +98,7 @@ def compare(folder: str) -> list[dict[str, Any]]:
 
 
 def run(folder: str, *arguments: str) -> str:
-    """The last line that a child process of this program prints."""
+    """Runs this program in a child process; returns the last line that it prints."""
     command = [sys.executable, __file__, "--folder", folder, *arguments]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
@@ -107,7 +107,7 @@ def run(folder: str, *arguments: str) -> str:
 
 
 class Drawn:
-    """An array that is drawn when NumPy asks for it: a model that takes no memory."""
+    """An array drawn when NumPy asks for it, so that a model takes no memory."""
 
     def __init__(self, spec: Any, seed: int):
         self.shape, self.dtype, self.seed = spec.shape, spec.dtype, seed
@@ -170,7 +170,7 @@ def measure(folder: pathlib.Path, case: Case) -> dict[str, Any]:
     export_seconds, export_peak = time.monotonic() - start, peak_bytes()
     export_cpu_seconds = time.process_time() - cpu
     written = sum(f.stat().st_size for f in (folder / "export").glob("*.safetensors"))
-    diffusers_io.load_unet(folder / "export", abstract=True)  # whole, and of this model
+    diffusers_io.load_unet(folder / "export", abstract=True)  # complete, and of this model
     shutil.rmtree(folder / "export")
     return {
         "held_gb": held / GIGA,
@@ -194,7 +194,7 @@ def peak_bytes() -> int:
 def drop_cache(folder: pathlib.Path) -> None:
     for file in folder.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)  # pages that are not on the disk yet would stay
+        os.fsync(descriptor)  # dirty pages would stay
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 

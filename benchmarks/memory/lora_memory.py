@@ -2,9 +2,9 @@
 
     python benchmarks/memory/lora_memory.py [--latents=16] [--rank=16]
 
-Each of the two runs two steps in a process of its own, with random weights, one pair a step.
-Reported: bytes that the step's arguments take, by part; XLA's count of temporaries; and the
-process's peak resident memory (VmHWM). Writes results/lora_memory_DTYPE.json beside this file.
+Each of the two runs two steps in a separate process, with random weights, one pair per step.
+Reported: bytes of the step's arguments, by part; XLA's count of temporaries; and the process's
+peak resident memory (VmHWM). Writes benchmarks/results/lora_memory_DTYPE.json.
 In float32 the full step does not fit 24 GB.
 """
 
@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
-    """Two steps of `kind`, "full" or "lora", in this process."""
+    """Runs two steps of `kind`, "full" or "lora", in this process."""
     import jax
     import jax.numpy as jnp
 

@@ -10,11 +10,11 @@ import numpy as np
 
 BETA, ALPHA, LEARNING_RATE, CLIP_NORM, WEIGHT_DECAY = 2000.0, 0.01, 1e-5, 1.0, 0.01
 CHANNELS = 4
-POLICY = 1.01  # times the reference: margins are not zero from the first step on
+POLICY = 1.01  # times the reference: margins are nonzero from the first step
 
 
 class Size(NamedTuple):
-    """What a step works on, and how it is timed."""
+    """Shapes of a step's work, and how it is timed."""
 
     unet: dict[str, Any]
     tokens: int
@@ -26,7 +26,7 @@ class Size(NamedTuple):
     devices: int | None  # CPU devices of ours; None: one a thread
     rounds: int
     steps: int  # timed, a round
-    first: float  # how far the first step's numbers may differ, relatively
+    first: float  # relative tolerance of the first step's numbers
 
 
 def size_of(name: str) -> Size:
@@ -35,13 +35,13 @@ def size_of(name: str) -> Size:
 
         unet = {k: v for k, v in UNET.items() if not k.startswith("_")}
         return Size(unet, 8, 32, 8, 64, "adamw", True, None, 15, 5, 1e-4)
-    # diffusers' defaults are SD1.5's but for this one. One pair is not to be split.
-    # beta multiplies the rounding of one pair alone: gradient norms differed by 2.5e-4.
+    # diffusers' defaults are SD1.5's except this one. One pair cannot be split.
+    # beta multiplies the rounding of a single pair: gradient norms differed by 2.5e-4.
     return Size({"cross_attention_dim": 768}, 77, 768, 8, 1, "sgd", False, 1, 3, 3, 1e-3)
 
 
 def write_reference(folder: str, size: Size) -> None:
-    """A UNet folder of random weights."""
+    """Writes a UNet folder of random weights."""
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -50,7 +50,7 @@ def write_reference(folder: str, size: Size) -> None:
 
 
 class Ours:
-    """`jit_train_step`, timed with all that a real run does."""
+    """Our `jit_train_step`, timed with everything that a real run does."""
 
     def __init__(self, folder: str, size: Size):
         import jax
@@ -115,7 +115,7 @@ class Ours:
         self.compiled = jitted.lower(*arguments).compile()
 
     def noised(self) -> tuple[np.ndarray, ...]:
-        """(latents, timesteps, target, context) of the next step, for the other side."""
+        """Returns (latents, timesteps, target, context) of the next step, for the other side."""
         import jax
 
         from dmpo_jax.training import step
@@ -187,7 +187,7 @@ class Torch:
         self.loss = self.grad_norm = float("nan")
 
     def give(self, noised) -> None:
-        """The noised pairs of the steps to come, laid out before the clock starts."""
+        """Sets the noised pairs of the next steps, laid out before the clock starts."""
         import torch
 
         latents, timesteps, target, context = (torch.from_numpy(x.copy()) for x in noised)
@@ -224,7 +224,7 @@ class Torch:
 
 
 def count_flops(jaxpr: Any) -> int:
-    """Multiplications and additions of matrix products and convolutions, inner calls too."""
+    """Counts multiplications and additions of matrix products and convolutions, recursively."""
     total = 0
     for eqn in jaxpr.eqns:
         shapes = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")]
@@ -249,7 +249,7 @@ def count_flops(jaxpr: Any) -> int:
 
 
 def peak_resident_mb() -> float:
-    # Not getrusage: its ru_maxrss outlives exec, and so is the parent's if that was larger.
+    # Not getrusage: its ru_maxrss outlives exec, so it is the parent's if that was larger.
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 

@@ -4,15 +4,15 @@
     python benchmarks/speed/cpu_step.py                # the digits UNet, 64 pairs, AdamW
     python benchmarks/speed/cpu_step.py --size=sd15    # SD1.5's UNet at 64 px, one pair, SGD: 13 GB
 
-Both sides start from the same weights and get the same noised pairs; their losses and
-gradient norms must agree before a ratio is given. Rounds alternate, so that a busy machine
-slows both. The ratio is torch / ours: above 1, ours is faster. PyTorch runs eagerly, in the
-quicker of its memory formats and with the quickest of its optimizer's kinds, and is spared
-the noising, the health metrics and the check for a non-finite update.
+Both sides start from the same weights and get the same noised pairs. Their losses and gradient
+norms must agree, or no ratio is reported. Rounds alternate, so that a busy machine slows both.
+The ratio is torch / ours: above 1, ours is faster. PyTorch runs eagerly, in the faster of its
+memory formats and with the fastest implementation of its optimizer. It is spared the noising,
+the health metrics and the check for a non-finite update.
 
-SD1.5's 860 million parameters, their gradients and the reference are 10.3 GB in float32:
+SD1.5's 860 million parameters, their gradients and the reference are 10.3 GB in float32.
 AdamW's moments would not fit beside them in 16 GB, so both sides update by SGD, and each
-round of a side is a process of its own. Seconds of a CPU core are given beside seconds.
+round of a side is a separate process. Core seconds are reported beside seconds.
 """
 
 import argparse
@@ -84,14 +84,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def timed(side: Ours | Torch, steps: int) -> tuple[float, float]:
-    """(seconds, seconds of a core) a step."""
+    """Measures (seconds, core seconds) per step."""
     wall, core = time.perf_counter(), time.process_time()
     side.run(steps)
     return (time.perf_counter() - wall) / steps, (time.process_time() - core) / steps
 
 
 def together(args: argparse.Namespace, size: Size, rounds: int, steps: int) -> dict[str, Any]:
-    """Both sides in this process, taking turns; memory in processes of their own."""
+    """Runs both sides in this process, in turns; measures memory in separate processes."""
     ours = Ours(args.folder, size)
     ours.compile()
     noised = ours.noised()
@@ -118,8 +118,8 @@ def together(args: argparse.Namespace, size: Size, rounds: int, steps: int) -> d
 
 
 def apart(args: argparse.Namespace, size: Size, rounds: int, steps: int) -> dict[str, Any]:
-    """Each round of a side in a process of its own: two would not fit."""
-    memory = {"ours": call_worker(args, "ours", PLAIN, steps)}  # it leaves the noised pairs
+    """Runs each round of a side in a separate process: two would not fit in memory."""
+    memory = {"ours": call_worker(args, "ours", PLAIN, steps)}  # also writes the noised pairs
     tried = {
         choice: call_worker(args, "torch", choice, steps)
         for choice in (PLAIN, "channels_last,default", "contiguous,fused")
@@ -146,7 +146,7 @@ def call_worker(args: argparse.Namespace, side: str, choice: str, steps: int) ->
 
 
 def work(args: argparse.Namespace, size: Size, steps: int) -> dict[str, Any]:
-    """One side alone: a step to warm up, then `steps` timed ones; peaks of resident MB."""
+    """Runs one side: a warm-up step, then `steps` timed ones; records peak resident MB."""
     result: dict[str, Any] = {"times": [], "seen": []}
     noised = pathlib.Path(args.folder) / "noised"
     noised.mkdir(exist_ok=True)
@@ -167,7 +167,7 @@ def work(args: argparse.Namespace, size: Size, steps: int) -> dict[str, Any]:
         else:
             np.savez(noised / f"{i}.npz", *side.noised())
         if i == 0:
-            pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         result["times"].append(timed(side, 1))
         result["seen"].append(side.seen())
     result["times"] = result["times"][1:]
@@ -180,7 +180,7 @@ def read(folder: pathlib.Path, step: int) -> list[np.ndarray]:
 
 
 def quickest(choices: list[str], args: argparse.Namespace, size: Size, noised) -> str:
-    """The one with the smallest of a few step times."""
+    """Returns the choice with the smallest of a few step times."""
 
     def best(choice: str) -> float:
         side = Torch(args.folder, size, args.threads, noised, choice=choice)
@@ -191,12 +191,12 @@ def quickest(choices: list[str], args: argparse.Namespace, size: Size, noised) -
 
 
 def check_agreement(seen: dict[str, list[dict[str, float]]], first: float = 1e-4) -> None:
-    """Losses and gradient norms of the first steps, from equal weights and noise.
+    """Checks losses and gradient norms of the first steps, from equal weights and noise.
 
-    first: how far, in parts of the value, the first step's may differ.
+    first: relative tolerance of the first step.
 
     Raises:
-        ValueError: if they differ by more than rounding; the times would mean nothing.
+        ValueError: if they differ by more than rounding; the times would be meaningless.
     """
     for i, (ours, other) in enumerate(zip(seen["ours"], seen["torch"], strict=True)):
         for name, value in ours.items():
@@ -236,7 +236,7 @@ def summary(size: Size, times, flops: int, seen, memory, choice: str) -> dict[st
 
 
 def floors(size: Size) -> dict[str, float]:
-    """GFLOP/s of one large matrix product and of the UNet's 64-channel convolution, alone."""
+    """Measures GFLOP/s of one large matrix product and of the UNet's 64-channel convolution."""
     import jax
     import jax.numpy as jnp
     import torch

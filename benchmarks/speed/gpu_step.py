@@ -4,15 +4,15 @@
     python benchmarks/speed/gpu_step.py --tiny       # on a CPU: tests this program
 
 A case is MODEL:PAIRS:REMAT. Both sides have the same shapes (SD1.5 at 512², SDXL at 1024²),
-random weights, bfloat16 compute over float32 master weights and AdamW, a frozen bfloat16
-reference; REMAT other than none is gradient checkpointing in diffusers, which keeps what ours
-keeps with "transformer". What each does is in our_step.py and torch_step.py.
+random weights, bfloat16 compute over float32 master weights and AdamW, and a frozen bfloat16
+reference. A REMAT other than none is gradient checkpointing in diffusers, which keeps what ours
+keeps with "transformer". our_step.py and torch_step.py are the two sides.
 
-Every number is of a process of its own, so that peak memory is its own; the sides take turns,
-round by round, with compiled programs cached from the first round on. Given are medians, with
-the least and the most. MFU is the analytic FLOPs of a pair, recomputation apart, over the best
-rate that either framework reached in a bfloat16 product of 8192 x 8192 on the same card. A
-side that runs out of memory says so in its cell.
+Every number comes from a separate process, so that peak memory is its own. The sides take turns,
+round by round; compiled programs are cached from the first round on. Reported are medians, with
+minimum and maximum. MFU is the analytic FLOPs of a pair without recomputation, over the best rate
+that either framework reached in a bfloat16 product of 8192 x 8192 on the same card. The cell of a
+side that runs out of memory says so.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def require_gpu() -> None:
 
 
 def make_case(case: str, side: str, cache: str, args: argparse.Namespace) -> dict[str, Any]:
-    """All that a side's process is told."""
+    """Returns the settings of a side's process, JSON-serialisable."""
     name, pairs, remat = case.split(":")
     model: dict[str, Any] = {**MODELS[name], "unet": unet_config(name, args.tiny)}
     if args.tiny:
@@ -127,7 +127,7 @@ def make_case(case: str, side: str, cache: str, args: argparse.Namespace) -> dic
 
 
 def unet_config(name: str, tiny: bool) -> dict[str, Any]:
-    """The real model's, or one of the same kind, tiny."""
+    """Returns the published model's config, or that of a tiny model of the same kind."""
     from dmpo_jax.families import PUBLISHED
 
     if tiny:
@@ -137,11 +137,11 @@ def unet_config(name: str, tiny: bool) -> dict[str, Any]:
 
 
 def run_side(side: str, case: dict[str, Any], cache: str) -> dict[str, Any]:
-    """What a side's process measured, or {"error": in a few words}."""
+    """Runs a side in a separate process; returns its measurements, or {"error": message}."""
     program = HERE / ("our_step.py" if side == "ours" else "torch_step.py")
     environ = {
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
-        # JAX takes three quarters of the card by default; a trainer alone on it can have all.
+        # JAX takes three quarters of the card by default; a trainer alone on it can use all.
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         **os.environ,
     }
@@ -163,7 +163,7 @@ def run_side(side: str, case: dict[str, Any], cache: str) -> dict[str, Any]:
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a case and side: medians over its rounds, and the time's ratio to ours."""
+    """Makes a row per case and side: medians over its rounds, and its time over ours."""
     best = max((r["matmul_flops"] for r in runs if "error" not in r), default=0.0)
     work = {r["case"]: r["pair_flops"] for r in runs if "pair_flops" in r}
     rows = []

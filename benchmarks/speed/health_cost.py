@@ -1,9 +1,9 @@
-"""What the health metrics cost: the digits step with all of them against one with the loss alone.
+"""Cost of the health metrics: the digits step with all of them against one with the loss alone.
 
     python benchmarks/speed/health_cost.py            # some minutes on 2 cores
 
-Both sides read their metrics every update and make of them what a run logs, in alternating
-rounds within one process. Prints the ratio, and writes results/health_cost.json.
+Both sides read their metrics after every update and process them as a run's log does, in
+alternating rounds within one process. Prints the ratio, and writes results/health_cost.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ RESULTS = HERE.parent / "results" / "health_cost.json"
 
 
 def without_health() -> Any:
-    """A patch of the step under which it hands out the loss and the gradient's norm alone."""
+    """Returns a patch under which the step computes loss and gradient norm alone."""
     import jax.numpy as jnp
 
     from dmpo_jax.training import health, step

@@ -1,14 +1,14 @@
-"""Encoded pairs from local disk to a host batch, against PyTorch's DataLoader over raw JPEGs.
+"""Input throughput: encoded pairs to a host batch, against PyTorch's DataLoader over raw JPEGs.
 
     python benchmarks/speed/input_pipeline.py
 
-For SD1.5 and SDXL, on one core and on two: pairs a second of `pipeline.make_batches` at its
+For SD1.5 and SDXL, on one core and on two: pairs per second of `pipeline.make_batches` at its
 default threads; of a bare read of the same ArrayRecord records; of a raw read of as many
-bytes of the same files; and of a DataLoader that decodes two JPEGs a pair (512 or 1024
-pixels, no larger than the model's images, so that none is resized), normalises, stacks and
-tokenizes, as peers' training scripts do, before a VAE that is not counted. Each is a process
-of its own; rounds alternate. Files are in the page cache but for the rows that say otherwise.
-Pairs a CPU second count the process's and its workers' time alone, whoever else is busy.
+bytes of the same files; and of a DataLoader. The DataLoader decodes two JPEGs per pair (512 or
+1024 pixels, the size of the model's images, so that none is resized), normalises, stacks and
+tokenizes, as peers' training scripts do before the VAE, which is not counted. Each measurement
+is a separate process; rounds alternate. Files are in the page cache unless a row says otherwise.
+Pairs per CPU second count the time of the process and its workers only, whatever else is running.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def machine() -> dict[str, Any]:
 
 
 def run_all(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """Every measurement in turns, `rounds` times."""
+    """Runs every measurement in turns, `rounds` times."""
     jobs = [(kind, model, cores) for model in MODELS for cores in (1, 2) for kind in KINDS] + [
         (kind, model, 1) for model in MODELS for kind in ("ours, cold", "profile", "resume")
     ]
@@ -120,7 +120,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def make_data(folder: pathlib.Path, model: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Encoded pairs of random latents, and JPEGs; both as large as real ones."""
+    """Writes encoded pairs of random latents, and JPEGs; both as large as real ones."""
     import ml_dtypes
     from etils import epath
 
@@ -153,7 +153,7 @@ def make_data(folder: pathlib.Path, model: str, args: argparse.Namespace) -> dic
     for i in range(2 * 64):
         (jpegs / f"{i}.jpg").write_bytes(picture(rng, pixels))
     write_tokenizer(epath.Path(folder / f"{model}_tokenizer"))
-    os.sync()  # or dropping them from the page cache would do nothing
+    os.sync()  # dirty pages cannot be dropped from the page cache
     image = statistics.mean(path.stat().st_size for path in jpegs.iterdir())
     stored = sum(path.stat().st_size for path in (folder / model).glob("*train*"))
     return {"pairs": count, "bytes_a_pair": stored / count, "bytes_a_jpeg": image}
@@ -164,7 +164,7 @@ def caption(j: int) -> str:
 
 
 def picture(rng: np.random.Generator, side: int) -> bytes:
-    """A JPEG of noise at many scales, about as hard to code as a photograph."""
+    """Draws a JPEG of noise at many scales, about as hard to code as a photograph."""
     import io
 
     from PIL import Image
@@ -181,7 +181,7 @@ def picture(rng: np.random.Generator, side: int) -> bytes:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """One process's measurement, on `cores` cores."""
+    """Runs one measurement in this process, on `cores` cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cores])
     if args.measure == "resume":
         return resume(args)
@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     kind, _, cold = args.measure.partition(", ")
     make = {"ours": ours, "array_record": array_record, "raw": raw, "torch": torch_loader}
     batches = make[kind](args)
-    if cold:  # no longer than what is read is new
+    if cold:  # stops before a record is read twice
         for path in (args.folder / args.model).iterdir():
             with open(path, "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -201,7 +201,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 def timed(
     batches: Iterator[int], seconds: float, *, warm_up: int, most: int | None = None
 ) -> dict[str, float]:
-    """Pairs a second, of `most` pairs at most; `batches` yields how many each batch had."""
+    """Measures pairs per second over at most `most` pairs; `batches` yields each batch's pairs."""
     for _ in range(warm_up):
         next(batches)
     pairs, wall, cpu, start = 0, 0.0, cpu_seconds(), time.perf_counter()
@@ -212,7 +212,7 @@ def timed(
 
 
 def cpu_seconds() -> float:
-    """Of this process and of workers that live: theirs is not in RUSAGE_CHILDREN yet."""
+    """CPU seconds of this process and its live workers, which RUSAGE_CHILDREN lacks."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     total = used.ru_utime + used.ru_stime
     tick = os.sysconf("SC_CLK_TCK")
@@ -228,7 +228,7 @@ def open_pairs(args: argparse.Namespace) -> Any:
     from dmpo_jax.data.encoded import folder as records
 
     pairs = records.open_pairs(args.folder / args.model)
-    # As rarely of use as it would be among all of Pick-a-Pic's prompts.
+    # The cache is as rarely of use as with all of Pick-a-Pic's prompts.
     share = len(pairs.prompts) / PICK_A_PIC_PROMPTS
     pipeline.CACHED_PROMPTS = max(2, round(pipeline.CACHED_PROMPTS * share))
     return pairs
@@ -254,11 +254,11 @@ def make_batches(args: argparse.Namespace, pairs: Any, start: int = 0) -> Any:
 
 def ours(args: argparse.Namespace) -> Iterator[int]:
     batches = make_batches(args, open_pairs(args))
-    return (len(batch.preference) for batch in batches)  # opened already, when first asked
+    return (len(batch.preference) for batch in batches)  # the folder is open before the first batch
 
 
 def elements(pairs: Any) -> Iterator[tuple[int, bool]]:
-    """(record, whether its prompt is dropped), in training's order."""
+    """Yields (record, true if its prompt is dropped), in training's order."""
     from dmpo_jax.data.batches.order import Draws, Order
 
     order = Order([len(pairs.split("train"))], [1], seed=SEED, shuffle=True)
@@ -268,7 +268,7 @@ def elements(pairs: Any) -> Iterator[tuple[int, bool]]:
 
 
 def array_record(args: argparse.Namespace) -> Iterator[int]:
-    """The records that make the batches, read in one thread and let go."""
+    """Reads the records of the batches in one thread and discards them."""
     pairs = open_pairs(args)
     source, prompts = pairs.split("train"), pairs.prompts
     picked = [next(it) for it in [elements(pairs)] for _ in range(1024)]
@@ -282,7 +282,7 @@ def array_record(args: argparse.Namespace) -> Iterator[int]:
 
 
 def raw(args: argparse.Namespace) -> Iterator[int]:
-    """As many bytes as a pair's records take, at random places of the same files."""
+    """Reads as many bytes as a pair's records take, at random offsets of the same files."""
     folder, rng = args.folder / args.model, np.random.default_rng(SEED)
     pairs = open_pairs(args)
     stores = []
@@ -317,7 +317,7 @@ def torch_loader(args: argparse.Namespace) -> Iterator[int]:
     def load(path: pathlib.Path):
         with Image.open(path) as image:
             image = image.convert("RGB")
-        if min(image.size) != side:  # torchvision's Resize leaves the right size alone, too
+        if min(image.size) != side:  # torchvision's Resize also leaves the right size alone
             image = image.resize((side, side), Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         return pixels.float().div_(255).sub_(0.5).div_(0.5)
@@ -345,7 +345,7 @@ def torch_loader(args: argparse.Namespace) -> Iterator[int]:
 
 
 def profile(args: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of CPU a pair by stage, in one thread."""
+    """Measures CPU microseconds per pair by stage, in one thread."""
     from dmpo_jax.data.encoded.examples import read_example
 
     pairs = open_pairs(args)
@@ -357,7 +357,7 @@ def profile(args: argparse.Namespace) -> dict[str, float]:
         for name in ("moments", "context")
     }
     picked, start = elements(pairs), time.perf_counter()
-    next(picked)  # which sets the order up
+    next(picked)  # sets up the order
     spent: dict[str, float] = dict.fromkeys(STAGES, 0.0)
     last = 0.0
 
@@ -389,7 +389,7 @@ def profile(args: argparse.Namespace) -> dict[str, float]:
 
 
 def resume(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds from the folder to the first batch, from a step on."""
+    """Measures milliseconds from the folder to the first batch, when started at a step."""
     found: dict[str, list[float]] = {}
     for _ in range(7):
         for step in (0, 1_000_000):

@@ -1,4 +1,4 @@
-"""One DMPO update of ours, as the train job runs it: `step.jit_train_step`, random weights.
+"""One DMPO update of ours by `step.jit_train_step`, as in the train job, with random weights.
 
 python benchmarks/speed/our_step.py CASE           # JSON, from gpu_step.py; prints JSON
 """
@@ -26,7 +26,7 @@ from dmpo_jax.types import Condition, PairBatch
 
 
 def draw(shapes: dict[str, Any]) -> parameters.Params:
-    """Kernels of deviation 1/sqrt(fan in), norms one, biases zero; drawn on the device."""
+    """Draws kernels of deviation 1/sqrt(fan in), norms one, biases zero, on the device."""
     normal = jax.jit(jax.random.normal, static_argnums=1)  # one program a shape
     drawn = {}
     for i, (path, leaf) in enumerate(shapes.items()):
@@ -82,7 +82,7 @@ def family(case: dict[str, Any]) -> Family:
 
 
 def make_meta(case: dict[str, Any]) -> EncodedMeta:
-    """Of pairs as `make_batch` draws them."""
+    """Makes the metadata of pairs as `make_batch` draws them."""
     return EncodedMeta.expected(
         family(case),
         family(case).facts(case["unet"]),
@@ -110,7 +110,7 @@ def make_batch(case: dict[str, Any]) -> PairBatch:
 
 
 def matmul_flops(side: int, blocks: int = 5, products: int = 10) -> float:
-    """FLOP/s of a bfloat16 product of two [side, side]: the best of some blocks."""
+    """Measures FLOP/s of a bfloat16 product of two [side, side]: the best of some blocks."""
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (side, side), jnp.bfloat16) for key in keys)
     product, best = jax.jit(jnp.matmul), math.inf
@@ -122,7 +122,7 @@ def matmul_flops(side: int, blocks: int = 5, products: int = 10) -> float:
 
 
 def pair_flops(case: dict[str, Any]) -> int:
-    """What one pair needs, recomputation apart; the same for both sides."""
+    """Counts the FLOPs of one pair without recomputation; the same for both sides."""
     model = parameters.abstract(family(case).model, case["unet"])
     forward = flops.forward_flops(family(case), model, make_meta(case))
     return flops.step_flops(forward, needs_reference=True, needs_rejected=True)

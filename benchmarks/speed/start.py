@@ -2,12 +2,12 @@
 
     python benchmarks/speed/start.py [--rounds 3]
 
-Each start is a process of its own, `launch/train.py` as a user runs it: with an empty
-compilation cache (cold), with the one that the start before filled (warm), and again with the
-checkpoint of that run (restart), cold and warm. The data are encoded beforehand, and no image
-grid is drawn. Seconds are the run's own: from the start of its process, imports included, to
-the end of its first step (`seconds_to_first_step` in metrics.jsonl), of which `seconds_compile`
-is spent on compiling the step or reading it from the cache. Medians, with the least and most.
+Each start is a separate process, `launch/train.py` as a user runs it: with an empty compilation
+cache (cold), with the cache that the previous start filled (warm), and again with the checkpoint
+of that run (restart), cold and warm. The data are encoded beforehand, and no image grid is
+drawn. Seconds are the run's own: from the start of its process, imports included, to the end of
+its first step (`seconds_to_first_step` in metrics.jsonl). `seconds_compile` of these are spent on
+compiling the step or reading it from the cache. Reported: medians, minimum and maximum.
 """
 
 import argparse
@@ -25,13 +25,13 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "start.json"
 QUIET = ["--config.log.sample_every=0", "--config.log.validate_every=0", "--config.log.every=1"]
-# The command before the starts that are timed, which leaves the encoded pairs in the workdir.
+# Flags of the timed starts, and of the command before them, which encodes the pairs.
 CONFIGS = {
     "digits": [
         "--config=configs/digits_dmpo.py",
         "--config.collect.pairs=160",
         "--config.mesh.cpu_devices=1",
-        # With any other, train.steps, which every start raises, is part of what a run is.
+        # Every start raises train.steps, which other schedules require to match on resume.
         "--config.optimizer.schedule=constant",
     ],
 }
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """A workdir with the encoded pairs and nothing of a training run."""
+    """Makes a workdir with the encoded pairs and nothing of a training run."""
     jobs = "--config.jobs=('collect','encode')"
     run(name, folder / "workdir", folder / "cache", jobs, "--config.train.steps=1")
     for left in ("checkpoints", "export"):
@@ -74,7 +74,7 @@ def prepare(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def four_starts(name: str, prepared: pathlib.Path):
-    """(start, what its first line of metrics says) of each of STARTS, in turn."""
+    """Yields (start, measurements of its first line of metrics) for each of STARTS, in turn."""
     with tempfile.TemporaryDirectory() as temporary:
         work, cache = pathlib.Path(temporary) / "work", pathlib.Path(temporary) / "cache"
         for i, start in enumerate(STARTS):
@@ -84,12 +84,12 @@ def four_starts(name: str, prepared: pathlib.Path):
             if kind == "fresh":
                 shutil.rmtree(work, ignore_errors=True)
                 shutil.copytree(prepared, work)
-            # A fresh run makes two steps; each restart goes on for two more.
+            # A fresh run makes two steps; each restart makes two more.
             steps = 2 if kind == "fresh" else 2 * i
             jobs = "--config.jobs=('train',)"
             run(name, work, cache, jobs, f"--config.train.steps={steps}")
             lines = [json.loads(x) for x in (work / "metrics.jsonl").read_text().splitlines()]
-            # Only the first line of a process has what is measured once.
+            # Only a process's first line has the values that are measured once.
             first = [line for line in lines if "seconds_to_first_step" in line][-1]
             yield start, {name: first[name] for name in KEPT}
 
@@ -103,7 +103,7 @@ def run(name: str, workdir: pathlib.Path, cache: pathlib.Path, *flags: str) -> N
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a config and start: median, least and most over the rounds."""
+    """Makes a row per config and start: median, minimum and maximum over the rounds."""
     rows = []
     for config, start in dict.fromkeys((r["config"], r["start"]) for r in runs):
         mine = [r for r in runs if (r["config"], r["start"]) == (config, start)]

@@ -1,14 +1,14 @@
-"""What pairs take on disk: raw JPEGs, and encoded for SD1.5 and SDXL in every way offered.
+"""Disk space of pairs: raw JPEGs, and encoded for SD1.5 and SDXL with every option.
 
     python benchmarks/speed/storage.py [--pairs=100] [--prompts=100]
 
-Writes a few pairs with the pieces of encode, the very files that encode makes, and divides.
-Moments and embeddings are drawn from normal distributions with the spread of real ones, pixel by
-pixel: there is no full-size VAE here. Real ones have neighbours alike and so compress no worse.
+Writes a few pairs with encode's own writer and divides the file sizes. There is no full-size VAE
+here: moments and embeddings are drawn from normal distributions with the spread of real ones,
+independently per pixel. Real ones have similar neighbours, so they compress at least as well.
 Raw images are noise with the 1/f spectrum of photographs, as JPEG of quality 95 without
-subsampling, which knows no smooth sky and so comes out larger than most photographs. The whole of
-Pick-a-Pic v2 is by arithmetic, beside the 335 GB that its images take as they are handed round.
-Writes results/storage.json beside this file and prints a table.
+subsampling. They have no smooth areas, and so are larger than most photographs. Figures for the
+complete Pick-a-Pic v2 are extrapolated, and compared with the 335 GB of its distributed images.
+Writes benchmarks/results/storage.json and prints a table.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # for the writer that the tests have too
+sys.path.insert(0, str(ROOT))  # for the tests' writer
 from dmpo_jax.data import raw as sources  # noqa: E402
 from dmpo_jax.data.encoded import folder as records  # noqa: E402
 from dmpo_jax.data.encoded.meta import EncodedMeta  # noqa: E402
@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def draw_moments(rng: np.random.Generator, side: int, moments: str, dtype: str) -> np.ndarray:
-    """Means of spread 5 (1 / 0.18215), log-variances about -18, as Stable Diffusion's VAEs give."""
+    """Draws means of deviation 5 (1 / 0.18215) and log-variances near -18, as SD's VAEs have."""
     mean = rng.normal(0, 5, (2, side, side, 4))
     if moments == "mean":
         return mean.astype(dtype)
@@ -77,7 +77,7 @@ def make_prompts(count: int, context: int, pooled: int | None) -> Iterator[Promp
 
 
 def measure_option(model: dict[str, Any], option: dict[str, Any], pairs: int) -> dict[str, float]:
-    """Bytes a pair: of the arrays, and on disk."""
+    """Measures bytes per pair: of the arrays, and on disk."""
     with tempfile.TemporaryDirectory() as folder:
         meta = {"model": "x", "scaling_factor": 1.0, "moments": option.get("moments", "sample")}
         prompts = make_prompts(2, 8, None)
@@ -90,7 +90,7 @@ def measure_option(model: dict[str, Any], option: dict[str, Any], pairs: int) ->
 
 
 def measure_prompts(model: dict[str, Any], prompts: int) -> float:
-    """Bytes on disk of a prompt's embeddings."""
+    """Measures bytes on disk of a prompt's embeddings."""
     with tempfile.TemporaryDirectory() as folder:
         drawn = make_prompts(prompts, model["context"], model["pooled"])
         pairs = make_pairs(1, 8)
@@ -110,13 +110,13 @@ def disk_bytes(meta: EncodedMeta, begins: str) -> int:
 
 
 def measure_jpegs(side: int, count: int = 8) -> float:
-    """Bytes of a pair of JPEGs."""
+    """Measures bytes of a pair of JPEGs."""
     rng = np.random.default_rng(2)
     return 2 * float(np.mean([len(sources.encode_image(photo(rng, side))) for _ in range(count)]))
 
 
 def photo(rng: np.random.Generator, side: int) -> np.ndarray:
-    """An image whose amplitudes fall as 1/f, its channels mostly alike, as photographs have it."""
+    """Draws an image with the 1/f spectrum and the similar channels of photographs."""
     fy, fx = np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None]
     fall = 1 / np.maximum(np.hypot(fy, fx), 1 / side)
 

@@ -2,10 +2,10 @@
 
     python benchmarks/speed/torch_step.py CASE         # JSON, from gpu_step.py; prints JSON
 
-The same update as ours: one timestep and one noise a pair, a frozen bfloat16 copy as the
-reference, the factored loss, clipping, fused AdamW. Set up as a fast PyTorch trainer would be:
-channels_last, TF32 for what is left in float32, cuDNN's autotuner, attention by
-scaled_dot_product_attention (flash where it takes the heads), gradients set to None.
+The same update as ours: one timestep and one noise per pair, a frozen bfloat16 copy as the
+reference, the factored loss, clipping, fused AdamW. It is set up as a fast PyTorch trainer
+would be: channels_last, TF32 for the remaining float32, cuDNN's autotuner, attention by
+scaled_dot_product_attention (flash if it supports the heads), gradients set to None.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 
 def implied_logits(policy, reference, target, beta: float) -> torch.Tensor:
-    """u of each pair, from predictions [2B, C, H, W], chosen and rejected in turn."""
+    """Computes u of each pair, from predictions [2B, C, H, W], chosen and rejected in turn."""
     policy, reference = policy.float(), reference.float()
     gain = (reference - policy) * (reference + policy - 2 * target)
     chosen, rejected = gain.mean((1, 2, 3)).reshape(-1, 2).unbind(1)
@@ -30,7 +30,7 @@ def implied_logits(policy, reference, target, beta: float) -> torch.Tensor:
 
 
 def dmpo_loss(u: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Mean KL from the implied preference to the label 1 - alpha."""
+    """Computes the mean KL from the implied preference to the label 1 - alpha."""
     log_p, log_not_p = functional.logsigmoid(u), functional.logsigmoid(-u)
     loss = log_p.exp() * (log_p - math.log(1 - alpha))
     return (loss + log_not_p.exp() * (log_not_p - math.log(alpha))).mean()
@@ -103,7 +103,7 @@ class TorchStep:
 
 
 def draw(model: torch.nn.Module) -> None:
-    """Kernels of deviation 1/sqrt(fan in), biases 0, as `parameters.initialise` has them."""
+    """Draws kernels of deviation 1/sqrt(fan in), biases 0, as `parameters.initialise` does."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -113,7 +113,7 @@ def draw(model: torch.nn.Module) -> None:
 
 
 def matmul_flops(side: int, device: str, blocks: int = 5, products: int = 10) -> float:
-    """FLOP/s of a bfloat16 product of two [side, side]: the best of some blocks."""
+    """Measures FLOP/s of a bfloat16 product of two [side, side]: the best of some blocks."""
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     best = math.inf
     for _ in range(blocks + 1):
@@ -128,7 +128,7 @@ def matmul_flops(side: int, device: str, blocks: int = 5, products: int = 10) ->
 
 
 def peak_gigabytes(device: str) -> float:
-    """What tensors took at most; on a CPU the whole process."""
+    """Peak memory of tensors; on a CPU, of the process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = pathlib.Path("/proc/self/status").read_text()
@@ -145,7 +145,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     side = TorchStep(case, device)
     began = time.perf_counter()
-    side.run(1)  # compiles, where it is to
+    side.run(1)  # compiles, if requested
     first, u = time.perf_counter() - began, side.u.abs().max().item()
     side.run(case["warmup"])
     began = time.perf_counter()

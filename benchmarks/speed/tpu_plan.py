@@ -1,12 +1,13 @@
-"""What the real TPU compiler says of our step: memory, collectives, time, and each lever's gain.
+"""Plans of our step from the real TPU compiler: memory, collectives, time, gain of each lever.
 
     python benchmarks/speed/tpu_plan.py                     # every row, minutes each
     python benchmarks/speed/tpu_plan.py sdxl-full-v5e-4x4   # one row, or several
-    python benchmarks/speed/tpu_plan.py --table             # what was measured before, as a table
-    python benchmarks/speed/tpu_plan.py --tiny ROW ...      # the same at tiny width, to try it out
+    python benchmarks/speed/tpu_plan.py --table             # earlier measurements, as a table
+    python benchmarks/speed/tpu_plan.py --tiny ROW ...      # the same at tiny width, as a trial
 
-Needs libtpu, no TPU. Each row is `launch/plan.py` in a process of its own, so that its time and
-peak memory are its own. Results go to results/tpu_plan.json, a later one in an earlier's place.
+Requires libtpu, but no TPU. Each row runs `launch/plan.py` in a separate process, so that its
+time and peak memory are its own. Results go to results/tpu_plan.json; a later one replaces an
+earlier one of the same row.
 """
 
 import argparse
@@ -26,7 +27,7 @@ RESULTS = HERE.parent / "results" / "tpu_plan.json"
 SD15 = {"model": "sd15", "topology": "v5p:2x2x2", "pairs": 4}
 REPLICATED = {"mesh.data": 8, "mesh.fsdp": 1, "model.attention": "plain", "model.remat": "none"}
 FSDP = {**REPLICATED, "mesh.data": 1, "mesh.fsdp": 8}
-# SDXL compiles in reasonable time and memory with its 70 blocks in loops alone.
+# SDXL compiles in reasonable time and memory only with its 70 blocks in loops.
 LEAN = {"mesh.data": 1, "mesh.fsdp": -1, "model.remat": "transformer", "model.scan": True}
 # name: (what is compiled, overrides of the config). Levers are config leaves. Not model.scan for
 # SD1.5, whose transformers have one block each: the program is the same.
@@ -56,8 +57,8 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**LEAN, "model.attention": "splash"},
     ),
 }
-# Measured once with diffusers 0.36's Flax UNet in the same DMPO step, on 2 cores; that UNet is
-# no part of diffusers any more. SDXL at 1 pair a chip was killed for memory after 26 minutes.
+# Measured once with diffusers 0.36's Flax UNet in the same DMPO step, on 2 cores; diffusers has
+# since removed that UNet. SDXL at 1 pair per chip was killed for memory after 26 minutes.
 YARDSTICK_2 = {
     "row": "diffusers 0.36 Flax, SD1.5, 4 pairs a chip, v5p 2x2x2",
     "temporaries_gb": 23.0,
@@ -68,7 +69,7 @@ YARDSTICK_2 = {
 
 
 def command(name: str, tiny: bool) -> tuple[list[str], int]:
-    """The command line of a row, and how many chips it is for."""
+    """Returns the command line of a row, and its number of chips."""
     what, overrides = ROWS[name]
     chips = 1
     for side in re.findall(r"\d+", what["topology"].partition(":")[2]):
@@ -87,7 +88,7 @@ def command(name: str, tiny: bool) -> tuple[list[str], int]:
 
 
 def measure(name: str, tiny: bool) -> dict[str, Any]:
-    """One row in a process of its own."""
+    """Measures one row in a separate process."""
     line, _ = command(name, tiny)
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "plan.json"
@@ -99,7 +100,7 @@ def measure(name: str, tiny: bool) -> dict[str, Any]:
         }
         began = time.monotonic()
         process = subprocess.Popen(line, env=environment)
-        # Of this child alone: RUSAGE_CHILDREN would hold the largest of all of them.
+        # Usage of this child only: RUSAGE_CHILDREN would hold the largest of all children.
         _, status, usage = os.wait4(process.pid, 0)
         took = time.monotonic() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -111,7 +112,7 @@ def measure(name: str, tiny: bool) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a row a result, yardstick 2 first."""
+    """Formats results as Markdown, one per row, yardstick 2 first."""
     head = (
         "row",
         "pairs/chip",
@@ -189,7 +190,7 @@ def main() -> None:
         new = measure(name, given.tiny)
         kept = [r for r in results if (r["row"], r["tiny"]) != (name, given.tiny)]
         results = [*kept, new]
-        if not given.tiny:  # a trial is no result
+        if not given.tiny:  # a trial is not a result
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 

@@ -1,17 +1,17 @@
-"""Every objective on the digits job: same pairs, same budget, same tuning effort.
+"""Comparison of all objectives on the digits job: same pairs, same budget, same tuning effort.
 
     python benchmarks/study/digits.py            # about an hour on 2 cores
     python benchmarks/study/digits.py --noise    # another: labels flipped
-    python benchmarks/study/digits.py --table    # draws table and plot again, trains nothing
+    python benchmarks/study/digits.py --table    # redraws table and plot, trains nothing
 
-The pairs are made once, by the project's own jobs, into --work. Every objective is then given
-nine settings (`digits_plan.GRIDS`); the judge that labelled the pairs chooses two of them on
-validation seeds, and of these one, when both were trained with two seeds more. Runs of that
-setting with other training seeds are judged by two judges on held-out seeds. --noise takes those
-settings and runs as they are and trains again with 10, 20 and 30 % of the decided labels flipped.
+The project's own jobs make the pairs once, in --work. Every objective is trained with nine
+settings (`digits_plan.GRIDS`). The judge that labelled the pairs selects two of them on
+validation seeds, and one of these after two more training seeds each. That setting is trained
+with other seeds, and two judges score these runs on held-out seeds. --noise takes those
+settings and runs, and trains again with 10, 20 and 30 % of the decided labels flipped.
 
-Writes OUT/digits.json (every run, as soon as it is done), digits.md and digits.png, with
---noise digits_noise.*. Killed and called again, it goes on where it was.
+Writes OUT/digits.json (every run, as soon as it is done), digits.md and digits.png; with
+--noise digits_noise.*. Resumable: after a kill, run the same command again.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # under the names that tests have for them, too
+sys.path.insert(0, str(ROOT))  # imports by the same names as in tests
 
 import rich.console  # noqa: E402
 from etils import epath  # noqa: E402
@@ -39,7 +39,7 @@ from dmpo_jax.progress import Progress  # noqa: E402
 
 
 def main() -> None:
-    # Of the workers, which are started after this: a fifth less of a core for each step.
+    # For the workers, which start after this: saves a fifth of a core per step.
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     args = parse()
     objectives = args.objectives
@@ -90,7 +90,7 @@ def train_clean(
     objectives: Sequence[str],
     judge: str,
 ) -> None:
-    """The grids, then the chosen settings."""
+    """Trains the grids, then the chosen settings."""
     make_pairs(budget, work)
     make_pairs(budget, work, probabilities=True)
     results.notes = notes(args)
@@ -119,13 +119,13 @@ def run_all(
     *,
     with_base: bool = False,
 ) -> None:
-    """Those that are not there yet, each kept as soon as it is done."""
+    """Runs the trials that have no result yet; saves each as soon as it is done."""
     todo: list[Group] = list(digits_plan.groups(trials, results.runs))
     if with_base and results.base is None:
         todo.insert(0, None)
     left = sum(1 if group is None else len(group) for group in todo)
     start = len(trials) + with_base - left
-    # A console of its own: what sampling shows is held back by way of sys.stderr.
+    # A separate console: sampling's output is suppressed by redirecting sys.stderr.
     console = rich.console.Console(file=sys.stderr)
     with Progress(len(trials) + with_base, start, stage, console=console) as bar:
         for name, result in workers.run(todo):
@@ -152,7 +152,7 @@ def train_noisy(
 
 
 def notes(args: argparse.Namespace) -> dict[str, Any]:
-    """Where it ran. Of the last call, where there were several."""
+    """Describes the machine and the workers, of the last call if there were several."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
     lines = pathlib.Path("/proc/cpuinfo")
@@ -167,7 +167,7 @@ def notes(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The call that trains what the tables show."""
+    """Returns the command that trains the runs of the tables."""
     given = [word for word in sys.argv[1:] if word != "--table"]
     return shlex.join(["python", "benchmarks/study/digits.py", *given])
 

@@ -1,4 +1,4 @@
-"""The numbers of the comparison under label noise: a curve an objective."""
+"""Numbers of the comparison under label noise: one curve per objective."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from benchmarks.study.digits_scores import Interval, Results, Scores, done, inte
 
 
 class Curve(NamedTuple):
-    """An objective's scores by judge and by share of flipped labels, 0 among them."""
+    """An objective's scores by judge and by share of flipped labels, 0 included."""
 
     name: str
     scores: dict[str, dict[float, Scores]]
@@ -19,7 +19,7 @@ class Curve(NamedTuple):
 def noise_trials(
     clean: Results, objectives: Sequence[str], seeds: int, judge: str
 ) -> dict[str, dict[float, list[Trial]]]:
-    """The trials of every objective by share, 0 (which are in `clean`) among them.
+    """Returns every objective's trials by share, 0 included, whose runs are in `clean`.
 
     Raises:
         ValueError: the comparison without noise is not done for one of them.
@@ -41,7 +41,7 @@ def noise_trials(
 def make_curves(
     clean: Results, noisy: Results, trials: dict[str, dict[float, list[Trial]]], judges: list[str]
 ) -> list[Curve]:
-    """A curve for each objective that is done; best first at the largest share, by judges[0]."""
+    """Makes a curve for each finished objective; best first at the largest share, by judges[0]."""
     runs = {**clean.runs, **noisy.runs}
     curves = []
     for name, by_share in trials.items():

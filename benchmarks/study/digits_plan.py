@@ -1,17 +1,17 @@
-"""What the comparison on the digits trains: the budget, every objective's grid, every trial."""
+"""Plan of the digits comparison: the budget, every objective's grid, every trial."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-BASELINE = "diffusion_dpo"  # against whom all others are also compared
+BASELINE = "diffusion_dpo"  # all others are also compared with it
 SHARES = (0.1, 0.2, 0.3)  # of the decided pairs' labels, flipped by --noise
-# Of training; final runs count from 0. The whole grid is trained with the first, its FINALISTS
-# with the others too: the best of many on one seed may be a setting that falls apart on the next.
+# Training seeds; final runs count from 0. The full grid is trained with the first seed, its
+# FINALISTS with the others too: the best of many on one seed may fail on the next.
 TUNING_SEEDS, FINALISTS = (100, 101, 102), 2
 # Blocks of image seeds, `seeds.EVALUATED + block * 2**20` on: nothing is trained on either.
 TUNING_IMAGES, HELD_OUT_IMAGES = 1, 2
-# Rows more, with their objective's setting, not tuned themselves: the winner-preserving safeguard
+# More rows, with their objective's setting, not tuned themselves: the winner-preserving safeguard
 # with its mu as published for SD1.5, and the judge's probabilities instead of labels drawn by them.
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "dmpo": ({"safeguard": 0.9}, {"probabilities": True}),
@@ -21,14 +21,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Nine settings an objective: hyperparameters kept, betas tried, learning rates tried."""
+    """Nine settings of an objective: hyperparameters kept, betas tried, learning rates tried."""
 
     betas: tuple[float, ...] = ()
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     kept: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def settings(self) -> list["Setting"]:
-        """All of them, those of one compiled step together."""
+        """Returns all settings, those of one compiled step together."""
         tried: list[dict[str, float]] = [{"beta": beta} for beta in self.betas] or [{}]
         return [Setting({**one, **self.kept}, rate) for one in tried for rate in self.rates]
 
@@ -66,10 +66,10 @@ GRIDS: dict[str, Grid] = {
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What every run is given, and how it is judged. Runs of two budgets do not compare.
+    """Training and judging of every run. Runs of two budgets are not comparable.
 
-    steps, batch_size: of training. pairs: that are made and labelled, a tenth of them for
-    validation. tuning_images, images: that a judge sees of a run, in tuning and at the end.
+    steps, batch_size: of training. pairs: made and labelled, a tenth of them for validation.
+    tuning_images, images: judged per run, in tuning and at the end.
     """
 
     steps: int = 150
@@ -83,9 +83,10 @@ class Budget:
 class Trial:
     """One training run and its judging.
 
-    seed: of the data's order, noise and timesteps, and of which labels are flipped.
-    flipped: the share of them. safeguard: its mu; 0 is none. probabilities: instead of drawn
-    labels. tuning: judged on the tuning images, whose scores are kept as means only.
+    seed: of the data's order, noise and timesteps, and of the choice of flipped labels.
+    flipped: share of flipped labels. safeguard: its mu; 0 is none. probabilities: train on them
+    instead of drawn labels. tuning: judge on the tuning images, whose scores are kept as means
+    only.
     """
 
     objective: str
@@ -111,18 +112,18 @@ class Trial:
 
     @property
     def program(self) -> str:
-        """What trials with one compiled step share."""
+        """Key that trials with one compiled step share."""
         return f"{self.row} {self.setting.hyperparameters}"
 
 
 def tuning_trials(objective: str) -> list[Trial]:
-    """An objective's grid, the first round of tuning."""
+    """Returns an objective's grid, the first round of tuning."""
     settings = GRIDS[objective].settings()
     return [Trial(objective, setting, TUNING_SEEDS[0], tuning=True) for setting in settings]
 
 
 def second_round(objective: str, runs: dict[str, Any], judge: str) -> list[Trial] | None:
-    """The FINALISTS of the grid with the other seeds; None where the grid is not done."""
+    """Returns the FINALISTS of the grid with the other seeds; None if the grid is not done."""
     trials = tuning_trials(objective)
     if any(trial.name not in runs for trial in trials):
         return None
@@ -133,20 +134,20 @@ def second_round(objective: str, runs: dict[str, Any], judge: str) -> list[Trial
 def final_trials(
     objective: str, setting: Setting, seeds: int, *, flipped: float = 0.0, **variant: Any
 ) -> list[Trial]:
-    """The runs of a chosen setting. variant: one of VARIANTS' dicts."""
+    """Returns the runs of a chosen setting. variant: one of VARIANTS' dicts."""
     return [Trial(objective, setting, s, flipped=flipped, **variant) for s in range(seeds)]
 
 
 def rows_of(objective: str, setting: Setting, seeds: int) -> list[list[Trial]]:
-    """The runs of each of its rows in the table, its own first."""
+    """Returns the runs of each of an objective's rows in the table, its own first."""
     every = ({}, *VARIANTS.get(objective, ()))
     return [final_trials(objective, setting, seeds, **variant) for variant in every]
 
 
 def chosen(objective: str, runs: dict[str, Any], judge: str) -> Setting | None:
-    """The finalist whose tuning images the judge scores highest, by the mean over TUNING_SEEDS.
+    """Returns the finalist whose tuning images the judge scores highest, over all TUNING_SEEDS.
 
-    runs: name -> result, as kept. None where tuning is not yet done.
+    runs: name -> result, as saved. None if tuning is not yet done.
     """
     second = second_round(objective, runs, judge)
     if second is None or any(trial.name not in runs for trial in second):
@@ -159,13 +160,13 @@ def chosen(objective: str, runs: dict[str, Any], judge: str) -> Setting | None:
 def tuning_scores(
     objective: str, setting: Setting, runs: dict[str, Any], judge: str
 ) -> list[float]:
-    """Of the seeds it was tuned with: all of TUNING_SEEDS, or the first alone."""
+    """Returns scores of a setting's tuning seeds: all of TUNING_SEEDS, or the first alone."""
     names = [Trial(objective, setting, seed, tuning=True).name for seed in TUNING_SEEDS]
     return [runs[name]["scores"][judge] for name in names if name in runs]
 
 
 def groups(trials: Sequence[Trial], done: Iterable[str]) -> list[list[Trial]]:
-    """Those not done, the ones that share a compiled step together, in the order given."""
+    """Groups the trials that are not done by compiled step, in the order given."""
     done, found = set(done), {}
     for trial in trials:
         if trial.name not in done:

@@ -1,4 +1,4 @@
-"""The plots of the comparison on the digits, from the numbers alone."""
+"""Plots of the digits comparison, from its numbers alone."""
 
 import pathlib
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from benchmarks.study.digits_noise import Curve
 from benchmarks.study.digits_plan import BASELINE
 from benchmarks.study.digits_scores import Interval, Results, Row
 
-# Okabe and Ito's, which stay apart for every colour vision; the markers differ too.
+# Okabe and Ito's, distinct for every colour vision; the markers differ too.
 COLOURS, MARKERS = ("#0072B2", "#D55E00"), ("o", "s")
 GREY, PALE = "#888888", "#dddddd"
 ROLES = ("labelled the pairs", "never labelled")  # of the judges, in their order
 
 
 def plot(path: pathlib.Path, results: Results, rows: Sequence[Row], judges: Sequence[str]) -> None:
-    """Scores and win rates with their intervals, best at the top."""
+    """Plots scores and win rates with their intervals, best at the top."""
     figure, axes = _axes(1, 3, figsize=(10, 1.3 + 0.38 * len(rows)), sharey=True)
     for i, judge in enumerate(judges):
         places = [y + 0.14 * (2 * i - 1) for y in range(len(rows))]
@@ -54,7 +54,7 @@ def _points(
     label: str = "",
     scale: float = 1,
 ) -> None:
-    """Means with their intervals, each at its height; None leaves a gap."""
+    """Plots means with their intervals, each at its height; None leaves a gap."""
     for y, x in zip(places, column, strict=True):
         if x is not None:
             spread = [[scale * (x.mean - x.low)], [scale * (x.high - x.mean)]]
@@ -65,7 +65,7 @@ def _points(
 def plot_noise(
     path: pathlib.Path, results: Results, curves: Sequence[Curve], judges: Sequence[str]
 ) -> None:
-    """A panel an objective: both judges' scores by the share of flipped labels."""
+    """Plots a panel per objective: both judges' scores by the share of flipped labels."""
     columns = min(5, len(curves))
     lines = -(-len(curves) // columns)
     size = (max(2.0 * columns + 0.8, 6.0), 2.1 * lines + 0.9)
@@ -117,7 +117,7 @@ def _axes(*shape: int, **more: Any) -> tuple[Any, Any]:
 
 
 def _finish(figure: Any, labelled: Any, path: pathlib.Path) -> None:
-    """The legend, above all panels, and the file."""
+    """Adds the legend above all panels and writes the file."""
     from matplotlib import pyplot
 
     handles, labels = labelled.get_legend_handles_labels()

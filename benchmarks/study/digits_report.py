@@ -1,4 +1,4 @@
-"""The tables of the comparison on the digits, as Markdown, from the numbers alone."""
+"""Markdown tables of the digits comparison, from its numbers alone."""
 
 from collections.abc import Sequence
 
@@ -28,13 +28,13 @@ def number(x: Interval, sign: str = "") -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of Markdown."""
+    """Formats a Markdown table as lines."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)] + [""]
 
 
 def how(results: Results, command: str) -> list[str]:
-    """What was run, in words."""
+    """Describes in words how the runs were made."""
     about, notes = results.about, results.notes
     seen = about["steps"] * about["batch_size"]
     return [
@@ -49,7 +49,7 @@ def how(results: Results, command: str) -> list[str]:
 
 
 def report(results: Results, rows: Sequence[Row], judges: Sequence[str], command: str) -> str:
-    """The comparison as Markdown."""
+    """Formats the comparison as Markdown."""
     first, second = judges
     seeds = max(len(row.scores[first]) for row in rows)
     about, base = results.about, results.base or {}
@@ -105,7 +105,7 @@ def _details(rows: Sequence[Row]) -> list[str]:
 
 
 def _grids(results: Results, rows: Sequence[Row], judge: str) -> list[str]:
-    """Every point of every grid, the chosen one in bold."""
+    """Formats every point of every grid, the chosen one in bold."""
     lines = [
         f"The grids, and the mean score by {judge} on the validation seeds, of each tuning run:",
         "",
@@ -135,7 +135,7 @@ def _grids(results: Results, rows: Sequence[Row], judge: str) -> list[str]:
 
 
 def at_an_end(objective: str, setting: Setting | None) -> bool:
-    """Whether a setting has the least or largest beta or rate of its grid."""
+    """True if a setting has the smallest or largest beta or rate of its grid."""
     grid = GRIDS[objective]
     if setting is None:
         return False
@@ -148,7 +148,7 @@ def at_an_end(objective: str, setting: Setting | None) -> bool:
 def noise_report(
     results: Results, curves: Sequence[Curve], judges: Sequence[str], command: str
 ) -> str:
-    """The comparison under label noise as Markdown."""
+    """Formats the comparison under label noise as Markdown."""
     seeds = max(len(curve.scores[judges[0]][0.0]) for curve in curves)
     lines = ["# Label noise on the digits job", "", *how(results, command)]
     lines += [

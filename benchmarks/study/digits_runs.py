@@ -1,4 +1,4 @@
-"""One run of the comparison on the digits: train a trial, draw images, have them judged."""
+"""One run of the digits comparison: trains a trial, draws images and has them judged."""
 
 import contextlib
 import functools
@@ -34,13 +34,13 @@ from tests.support.encoded import write_pairs
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits_dmpo.py"
 PROBABILITIES = "probabilities"  # folder
-LAST = 10  # updates whose metrics are averaged as those of the end
-NOISES = 8  # timesteps and noises a validation pair is measured at
+LAST = 10  # final updates whose metrics are averaged
+NOISES = 8  # timesteps and noises per validation pair
 HEALTH = ("implicit_accuracy", "margin", "chosen_gain", "rejected_gain")
 
 
 def base_config(budget: Budget) -> configs.Config:
-    """The digits job's own, at this budget."""
+    """Returns the digits job's config at this budget."""
     config: configs.Config = load_config(str(CONFIG))
     config.train.steps, config.train.batch_size = budget.steps, budget.batch_size
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, budget.steps // 2)
@@ -49,7 +49,7 @@ def base_config(budget: Budget) -> configs.Config:
 
 
 def trial_config(budget: Budget, trial: Trial, work: epath.Path) -> configs.Config:
-    """A trial's, with a peak learning rate of 1: the trial's own is in the optimizer's state."""
+    """Returns a trial's config. Its peak rate is 1: the trial's own is in the optimizer's state."""
     config = base_config(budget)
     config.objective, config.seed = trial.objective, trial.seed
     for name, value in trial.setting.hyperparameters.items():
@@ -63,7 +63,7 @@ def trial_config(budget: Budget, trial: Trial, work: epath.Path) -> configs.Conf
 
 
 def make_pairs(budget: Budget, work: epath.Path, *, probabilities: bool = False) -> None:
-    """Collects and encodes pairs in `work`, by the project's own jobs, unless they are there.
+    """Collects and encodes pairs in `work`, by the project's own jobs, unless they exist.
 
     probabilities: the same images in a folder of their own, with the judge's probabilities.
     """
@@ -79,10 +79,10 @@ def encoded_folder(work: epath.Path, share: float, seed: int) -> epath.Path:
 
 
 def flip_labels(work: epath.Path, share: float, seed: int) -> None:
-    """Writes the encoded pairs again, with `share` of the training labels flipped, unless there.
+    """Copies the encoded pairs with `share` of the training labels flipped, unless done before.
 
-    Of the decided pairs alone; ties stay, and so do the validation split and the order. Which
-    ones is a function of the seed, and those of a smaller share are among those of a larger.
+    Only decided pairs are flipped; ties, the validation split and the order stay. The seed
+    determines the flipped pairs, and those of a smaller share are among those of a larger.
     """
     out = encoded_folder(work, share, seed)
     with contextlib.suppress(FileNotFoundError, records.NotWholeError):
@@ -104,7 +104,7 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
 
 
 def flipped_rows(preference: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Rows to flip of `preference` `[N]`: `share` of those that are not 0.5, rounded."""
+    """Returns rows of `preference` `[N]` to flip: `share` of those that are not 0.5, rounded."""
     decided = np.flatnonzero(preference != 0.5)
     return np.random.default_rng(seed).permutation(decided)[: round(share * len(decided))]
 
@@ -112,7 +112,7 @@ def flipped_rows(preference: np.ndarray, share: float, seed: int) -> np.ndarray:
 def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
     """Mean distance between two images of one caption: root mean square over pixels in [0, 1].
 
-    images: uint8 `[N, H, W, 3]`. NaN where no caption has two images.
+    images: uint8 `[N, H, W, 3]`. NaN if no caption has two images.
     """
     pixels = images.reshape(len(images), -1).astype(np.float64) / 255
     means = []
@@ -128,8 +128,8 @@ def diversity(images: np.ndarray, prompts: Sequence[str]) -> float:
 class Bench:
     """Trains and judges trials, one after another, on this process's devices.
 
-    work: the folder that `make_pairs` and `flip_labels` filled. What is compiled is kept:
-    the sampler and the measure of health for all, the step for trials of one `program`.
+    work: the folder that `make_pairs` and `flip_labels` filled. Compiled programs are kept:
+    the sampler and the measure of health for all trials, the step for trials of one `program`.
     """
 
     def __init__(self, budget: Budget, work: epath.Path):
@@ -152,12 +152,12 @@ class Bench:
         self._health_program: Any = None
 
     def judge_base(self) -> dict[str, Any]:
-        """The untrained model on the tuning images and on the held-out ones."""
+        """Judges the untrained model on the tuning images and on the held-out ones."""
         tuning, held_out = (self._judge(self._base, tuning=tuning) for tuning in (True, False))
         return {"tuning": tuning, "held_out": held_out}
 
     def run(self, trial: Trial) -> dict[str, Any]:
-        """What is kept of a trial: as JSON can hold it, every number to 6 digits."""
+        """Runs a trial; returns its result, JSON-serialisable, every number to 6 digits."""
         run, params, result = self._train(trial)
         result |= {"health": self._measure_health(run, params)}
         began = time.monotonic()
@@ -193,7 +193,7 @@ class Bench:
         result = {
             "trial": trial_fields(trial),
             "seconds_training": _short(seconds),
-            "cpu_seconds_training": _short(cpu),  # of all cores; other jobs beside it add nothing
+            "cpu_seconds_training": _short(cpu),  # over all cores; other jobs add nothing
             "seconds_compiling": _short(compiling),
             "devices": built.mesh.size,
             "skipped": int(state.skipped),
@@ -225,7 +225,7 @@ class Bench:
         return {name: _short(np.mean(values)) for name, values in found.items()}
 
     def _health(self, run: train.Run) -> Any:
-        # The objective and the optimizer of whichever run came first do not enter.
+        # Independent of the objective and the optimizer of the first run.
         if self._health_program is None:
             setup = run.step.setup._replace(needs_reference=True, needs_rejected=True)
             self._health_program = jax.jit(
@@ -235,12 +235,12 @@ class Bench:
         return self._health_program
 
     def _judge(self, params: dict[str, jax.Array], *, tuning: bool) -> dict[str, Any]:
-        """Scores by both judges, of the tuning images their means alone, and the diversity."""
+        """Returns scores by both judges (means alone for tuning images) and the diversity."""
         count = self._budget.tuning_images if tuning else self._budget.images
         block = TUNING_IMAGES if tuning else HELD_OUT_IMAGES
         asked = [self._prompts[i % len(self._prompts)] for i in range(count)]
         seeds = [EVALUATED + block * 2**20 + i for i in range(count)]
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar a run would hide the whole's
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar per run would hide the overall one
             images = self._sampler(params, asked, seeds)
         scores = {}
         for name in self._config.evaluate.judges or ():
@@ -250,30 +250,30 @@ class Bench:
 
 
 def validation_health(params, reference, batch, number, *, setup: step.Setup):
-    """`health.summary` of a validation batch under noise `number`."""
+    """Computes `health.summary` of a validation batch under noise `number`."""
     noised = step.noise_batch(jax.random.key(number), batch, setup)
     predictions = step.predict_both(params, reference, noised, batch.condition, setup)
     compared = (*predictions, noised.target, batch.preference, noised.timesteps)
-    # Losses, which differ in meaning from one objective to the next, are not looked at.
+    # Losses differ in meaning between objectives and are ignored.
     return health.summary(health.by_pair(*compared, jnp.zeros_like(batch.preference)))
 
 
 def rate_in_state(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`tx`, made for a peak of 1, times a number in its state: one program for every rate.
+    """Scales `tx`, made for a peak of 1, by a number in its state: one program for every rate.
 
-    Exact for what ends by scaling with the learning rate, as `optim.make_optimizer`'s do.
+    Exact if `tx` ends by scaling with the learning rate, as `optim.make_optimizer`'s do.
     """
     return optax.chain(tx, optax.inject_hyperparams(optax.scale)(step_size=1.0))
 
 
 def with_rate(state: step.TrainState, rate: float, devices: jax.sharding.Mesh) -> step.TrainState:
-    """The state with that peak learning rate, for a step made with `rate_in_state`."""
+    """Returns the state with that peak learning rate, for a step made with `rate_in_state`."""
     value = jax.device_put(jnp.float32(rate), mesh.replicated(devices))
     return state._replace(opt_state=optax.tree.set(state.opt_state, step_size=value))
 
 
 def trial_fields(trial: Trial) -> dict[str, Any]:
-    """A trial as JSON holds it."""
+    """Returns a trial's fields, JSON-serialisable."""
     return {
         "objective": trial.objective,
         "hyperparameters": trial.setting.hyperparameters,

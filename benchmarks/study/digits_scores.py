@@ -1,4 +1,4 @@
-"""The numbers of the comparison on the digits: results on disk, intervals, a row an objective."""
+"""Numbers of the digits comparison: results on disk, intervals, one row per objective."""
 
 import json
 import os
@@ -15,9 +15,9 @@ Scores = Float[np.ndarray, "T N"]  # of T training runs on the same N images
 
 
 class Results:
-    """A file of results, written anew after every run; reading it goes on where it stopped.
+    """A file of results, rewritten after every run; reading it resumes the comparison.
 
-    about: what two runs must share to be compared; a file with another is refused.
+    about: settings that must match to compare two runs; a file with others is refused.
 
     Raises:
         ValueError: naming what differs, and what to do about it.
@@ -43,7 +43,7 @@ class Results:
         self.notes, self.base, self.runs = held["notes"], held["base"], held["runs"]
 
     def add(self, name: str, result: dict[str, Any]) -> None:
-        """Keeps a run, or the base, and saves."""
+        """Adds a run, or the base, and saves."""
         if name == "base":
             self.base = result
         else:
@@ -51,7 +51,7 @@ class Results:
         self.save()
 
     def save(self) -> None:
-        """Atomic; a run a line."""
+        """Writes the file atomically, one run per line."""
         heads = {"about": self.about, "notes": self.notes, "base": self.base}
         lines = [f" {json.dumps(k)}: {json.dumps(v)}," for k, v in heads.items()]
         runs = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in self.runs.items()]
@@ -71,13 +71,13 @@ class Interval(NamedTuple):
 
 
 def interval(values: Scores, *, resamples: int = 2000) -> Interval:
-    """Of the mean of `[T, N]` values; training runs and images are drawn anew, independently.
+    """Bootstraps the mean of `[T, N]` values; resamples training runs and images independently.
 
     Paired: a difference or a win of two models on the same image is one value here.
     """
     rng = np.random.default_rng(0)
     runs, images = values.shape
-    # How often each is drawn, rather than which: a resample's mean is then a product.
+    # Counts of draws, not indices: a resample's mean is then a product.
     drawn = rng.multinomial(runs, np.full(runs, 1 / runs), resamples)
     seen = rng.multinomial(images, np.full(images, 1 / images), resamples)
     means = ((drawn @ values) * seen).sum(1) / (runs * images)
@@ -86,12 +86,12 @@ def interval(values: Scores, *, resamples: int = 2000) -> Interval:
 
 
 def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """1 where a score is above the other's, 1/2 where equal, else 0; shapes broadcast."""
+    """Returns 1 where a score is above the other's, 1/2 where equal, else 0; shapes broadcast."""
     return np.where(scores > others, 1.0, np.where(scores == others, 0.5, 0.0))
 
 
 class Row(NamedTuple):
-    """What the table says of one objective; dicts are by judge."""
+    """The table's row of one objective; dicts are by judge."""
 
     name: str
     setting: Setting
@@ -106,7 +106,7 @@ class Row(NamedTuple):
 
 
 def scores_of(trials: Sequence[Trial], runs: dict[str, Any], judge: str) -> Scores:
-    """`[T, N]`, T the trials."""
+    """Returns the trials' scores, `[T, N]`."""
     return np.array([runs[trial.name]["scores"][judge] for trial in trials])
 
 
@@ -120,7 +120,7 @@ def make_row(
     base: dict[str, Any],
     baseline: Sequence[Trial],
 ) -> Row:
-    """The row of an objective's final trials, all of them done.
+    """Makes the row of an objective's final trials, all of them done.
 
     base: as `Bench.judge_base` made it. baseline: the baseline's trials, of the same seeds, or
     none.
@@ -152,7 +152,7 @@ def make_row(
 
 
 def make_rows(results: Results, objectives: Sequence[str], seeds: int, judge: str) -> list[Row]:
-    """A row for each objective that is done and its variants; best first by `judge`."""
+    """Makes a row for each finished objective and its variants; best first by `judge`."""
     runs, base = results.runs, results.base
     if base is None:
         return []

@@ -20,10 +20,10 @@ Result = tuple[str, dict[str, Any]]  # name of the trial, or "base"
 
 
 class Workers:
-    """A context manager; `run(groups)` yields each trial's result as it is there.
+    """A context manager of worker processes; `run(groups)` yields each result when it is ready.
 
-    count: of processes, each with its share of the cores and one JAX device. With 1 no process
-    is started, and the trials see this process's devices. A worker's error ends all.
+    count: number of processes, each with its share of the cores and one JAX device. With 1, no
+    process is started, and trials use this process's devices. A worker's error ends all.
     """
 
     def __init__(self, count: int, budget: Budget, work: epath.Path):
@@ -37,14 +37,14 @@ class Workers:
 
     def __exit__(self, *exception: object) -> None:
         for connection in self._connections:
-            connection.close()  # which ends a worker that waits
+            connection.close()  # ends a waiting worker
         for process in self._processes:
             if any(exception):
                 process.terminate()
             process.join()
 
     def run(self, groups: Sequence[Group]) -> Iterator[Result]:
-        """Name and result of each trial, in the order in which they are done."""
+        """Yields name and result of each trial, in order of completion."""
         if self._count == 1:
             self._bench = self._bench or Bench(self._budget, self._work)
             for group in groups:
@@ -68,7 +68,7 @@ class Workers:
                     busy.remove(connection)
 
     def _start(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")  # JAX's threads do not outlive a fork
+        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
         for i in range(len(self._processes), count):
             ours, theirs = context.Pipe()
             arguments = (theirs, i, self._count, self._budget, os.fspath(self._work))
@@ -80,7 +80,7 @@ class Workers:
 
 
 def receive(connection: Any) -> Any:
-    """A result, or None at the end of a group; RuntimeError where the worker failed."""
+    """Returns a result, or None at the end of a group; RuntimeError if the worker failed."""
     try:
         message = connection.recv()
     except EOFError:
@@ -91,7 +91,7 @@ def receive(connection: Any) -> Any:
 
 
 def serve(connection: Any, index: int, count: int, budget: Budget, work: str) -> None:
-    """What worker `index` of `count` does: groups in, results out, until the other end closes."""
+    """Loop of worker `index` of `count`: groups in, results out, until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started it
     if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores
         cores = sorted(os.sched_getaffinity(0))

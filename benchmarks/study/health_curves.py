@@ -1,11 +1,11 @@
-"""What training's curves look like when it is healthy and when it is not, and what came of it.
+"""Training curves of a healthy run and of four faulty ones, with their win rates.
 
     python benchmarks/study/health_curves.py           # about a quarter of an hour on 2 cores
-    python benchmarks/study/health_curves.py --table   # draws again, trains nothing
+    python benchmarks/study/health_curves.py --table   # redraws, trains nothing
 
-The digits job by `launch/train.py`, once as its config has it and once for each way to go wrong
-in RUNS, on the same pairs. Each run is judged on held-out seeds. Writes OUT/health_curves.json
-(curves and win rates), health_curves.md and health_curves.png. A run that is there is kept.
+Runs the digits job by `launch/train.py`, once with its own config and once for each fault in
+RUNS, on the same pairs. Each run is judged on held-out seeds. Writes OUT/health_curves.json
+(curves and win rates), health_curves.md and health_curves.png. Existing runs are kept.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PANELS = {
     "error against the reference's": ("chosen_gain", "rejected_gain"),
     "shares": ("past_optimum", "saturation"),
 }
-SMOOTHED = 15  # updates whose mean is drawn
+SMOOTHED = 15  # updates per mean in the plots
 COLOURS = ("#0072B2", "#D55E00", "#888888")
 
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def run(name: str, work: pathlib.Path, steps: int) -> dict[str, Any]:
-    """Curves by update, and what the judges say."""
+    """Trains a run, unless it exists; returns its curves by update and the judges' result."""
     settings, flipped = RUNS[name]
     budget = Budget()
     pairs = epath.Path(work) / f"pairs_{budget.pairs}"
@@ -102,7 +102,7 @@ def run(name: str, work: pathlib.Path, steps: int) -> dict[str, Any]:
 
 
 def smooth(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Means of up to SMOOTHED neighbours, fewer at the start, at the last one's update."""
+    """Returns means of up to SMOOTHED points, fewer at the start, at the last point's update."""
     steps, values = np.array(points).T
     sums = np.cumsum(np.insert(values, 0, 0.0))
     ends = np.arange(1, len(values) + 1)
@@ -111,7 +111,7 @@ def smooth(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plot(found: dict[str, Any], path: pathlib.Path) -> None:
-    """A row a run, a column a panel, columns on one scale but for the margins' outliers."""
+    """Plots a row per run and a column per panel; accuracy and shares have fixed scales."""
     size = (2.9 * len(PANELS), 1.75 * len(found) + 0.6)
     figure, axes = pyplot.subplots(
         len(found), len(PANELS), figsize=size, sharex=True, squeeze=False, layout="constrained"
@@ -150,7 +150,10 @@ def _curve(axis: Any, points: list[tuple[int, float]], name: str, colour: str) -
 
 
 def table(found: dict[str, Any]) -> str:
-    """How each run ended: means of the last SMOOTHED updates, and win rates against the base."""
+    """Formats the end of each run as Markdown.
+
+    Means of the last SMOOTHED updates, and win rates against the base.
+    """
     judges = list(next(iter(found.values()))["result"]["judges"])
     heads = ["run", "loss", "accuracy", "validation", "margin", "chosen_gain", "rejected_gain"]
     heads += ["past_optimum", "saturation", *(f"win rate, {judge}" for judge in judges)]

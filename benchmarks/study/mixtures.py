@@ -1,4 +1,4 @@
-"""Gaussian mixtures in the plane, and numbers about them by summing over a fine grid.
+"""Gaussian mixtures in the plane, and integrals over them as sums over a fine grid.
 
 Used by mode_seeking.py. Letters: M components, G points of a grid, `...` any leading axes.
 """
@@ -18,7 +18,7 @@ Numbers = Array | np.ndarray
 
 
 class Mixture(NamedTuple):
-    """Component i is drawn with softmax(logits)_i and whitened by `scale_i (y - mean_i)`.
+    """Gaussian mixture: `scale_i (y - mean_i)` whitens component i, of weight softmax(logits)_i.
 
     scale's last axis holds the lower triangular whitening matrix as the logarithms of its
     diagonal and the corner below, so that every number is allowed and the density exact.
@@ -42,13 +42,13 @@ class Mixture(NamedTuple):
 
 
 def round_mixture(weights: np.ndarray, means: np.ndarray, spreads: list[float]) -> Mixture:
-    """Round components; `spreads` are their standard deviations."""
+    """Makes a mixture of round components; `spreads` are their standard deviations."""
     inverse = -np.log(spreads)
     return Mixture(np.log(weights), means, np.stack([inverse, inverse, 0 * inverse], -1))
 
 
 def draw(mixture: Mixture, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Points of a `round_mixture`, `[count, 2]`."""
+    """Draws points of a `round_mixture`, `[count, 2]`."""
     weights = np.exp(mixture.logits)
     which = rng.choice(len(weights), size=count, p=weights / weights.sum())
     spread = np.exp(-np.asarray(mixture.scale)[which, :1])
@@ -56,7 +56,7 @@ def draw(mixture: Mixture, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def fit(points: np.ndarray, components: int, seed: int) -> Mixture:
-    """The likeliest mixture for points `[N, 2]`; EM from k-means, whose start `seed` draws."""
+    """Fits the likeliest mixture to points `[N, 2]`: EM from k-means, whose start `seed` draws."""
     found = GaussianMixture(components, random_state=seed, n_init=3).fit(points)
     # Whitening matrices of scikit-learn are upper triangular and multiply from the right.
     lower = np.swapaxes(np.asarray(found.precisions_cholesky_), -1, -2)
@@ -70,8 +70,8 @@ def fit(points: np.ndarray, components: int, seed: int) -> Mixture:
 class Grid:
     """Cell centres of a square about the origin, `side` long, with `cells` along each edge.
 
-    Sums over it are integrals but for rounding while densities are smooth over a few cells and
-    have nothing outside.
+    Sums over it are integrals up to rounding, if densities are smooth over a few cells and zero
+    outside.
     """
 
     side: float
@@ -89,11 +89,11 @@ class Grid:
 
     @property
     def area(self) -> float:
-        """Of one cell."""
+        """Area of one cell."""
         return (self.side / self.cells) ** 2
 
     def log_density(self, mixture: Mixture) -> np.ndarray:
-        """Of one mixture at the points, float64 `[G]`."""
+        """Log density of one mixture at the points, float64 `[G]`."""
         with jax.enable_x64(True):
             exact = Mixture(*(jnp.asarray(x, jnp.float64) for x in mixture))
             return np.asarray(_log_density(exact, self.points))
@@ -111,13 +111,13 @@ def compare(
     modes: np.ndarray,
     radius: float,
 ) -> dict[str, float | list[float]]:
-    """How a density `[G]` lies to the optimum `[G]`; both as natural logarithms.
+    """Compares a density `[G]` with the optimum `[G]`; both as natural logarithms.
 
     Returns:
         reverse_kl: KL(policy || optimum) in nats, which the RL objective counts.
         forward_kl: KL(optimum || policy) in nats.
         on_modes: the policy's probability within `radius` of each of `modes`, `[M, 2]`.
-        elsewhere: what is left of 1.
+        elsewhere: the remaining probability.
     """
     policy, optimum = (np.exp(x) * grid.area for x in (log_policy, log_optimum))
     away = np.linalg.norm(grid.points[:, None] - modes[None], axis=-1)

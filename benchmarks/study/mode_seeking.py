@@ -1,22 +1,23 @@
-"""Which modes a small policy keeps: DPO (forward KL) against DMPO (reverse KL), in the plane.
+"""Mode seeking of a small policy in the plane: DPO (forward KL) against DMPO (reverse KL).
 
     python benchmarks/study/mode_seeking.py [--seeds 5] [--steps 1500] [--out benchmarks/results]
 
 The reference rho is one broad Gaussian. The reward is r = beta log(pi* / rho), where pi* is three
-round Gaussians that weigh 60, 25 and 15 % (and 0.2 % of rho, so that the reward is bounded): pi* is
-rho exp(r / beta), and so exactly the optimum of the RL objective, expected reward less
-beta KL(policy || rho). A policy of one Gaussian cannot be pi*, as a model of images cannot hold
-them all, and the divergences prefer different ones: forward KL a Gaussian over all modes and what
-lies between, reverse KL one on a mode. A policy of four Gaussians can be pi*: the control.
+round Gaussians that weigh 60, 25 and 15 % (and 0.2 % of rho, so that the reward is bounded). Since
+pi* = rho exp(r / beta), it is exactly the optimum of the RL objective, expected reward less
+beta KL(policy || rho). A policy of one Gaussian cannot represent pi*, as a model of images cannot
+represent all modes, and the divergences prefer different policies: forward KL one over all modes
+and the space between, reverse KL one on a single mode. A policy of four Gaussians can represent
+pi*: the control.
 
 Every method starts at the likeliest policy for rho and sees the same points drawn from rho, 512 a
-step, with the same Adam and cosine schedule at each of RATES; of these the one with the least own
-loss on points held out, averaged over the seeds, is reported. With u = beta log(policy / rho) and
-K candidates, p = softmax(u) is what the policy implies and q the label; DPO and forward KL are
+step, with the same Adam and cosine schedule at each of RATES. Reported is the rate with the
+smallest own loss on held-out points, averaged over the seeds. With u = beta log(policy / rho) and
+K candidates, p = softmax(u) is the implied preference and q the label. DPO and forward KL are
 KL(q || p), DMPO and reverse KL are KL(p || q), the losses of dmpo_jax.objectives at K = 2 (checked
-at the start). "Drawn" labels are one Bradley-Terry choice a pair, q = (1 - alpha, alpha), alpha 0
-for DPO; "exact" ones are softmax(r), at K = 2 the choice's probabilities. For K without bound
-rho is integrated over a grid: there reverse KL is the RL objective itself, of the policy at
+at the start). "Drawn" labels are one Bradley-Terry choice per pair, q = (1 - alpha, alpha), with
+alpha 0 for DPO. "Exact" labels are softmax(r), at K = 2 the choice's probabilities. For unbounded
+K, rho is integrated over a grid. Reverse KL is then the RL objective itself: of the policy at
 beta 1, of the policy tilted by beta otherwise (tests/objectives/test_theorem.py).
 
 Writes mode_seeking.json (every rate and seed), .md (the tables) and .png, and prints the tables.
@@ -45,7 +46,7 @@ from dmpo_jax.progress import Progress
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 MODES = np.array([[-2.0, 0.6], [1.4, 1.6], [1.0, -1.8]])
-WEIGHTS = np.array([0.598, 0.25, 0.15])  # what is left of 1 is the reference itself
+WEIGHTS = np.array([0.598, 0.25, 0.15])  # the rest of 1 is the reference itself
 SPREAD, REFERENCE_SPREAD = 0.6, 1.8
 REFERENCE = round_mixture(np.ones(1), np.zeros((1, 2)), [REFERENCE_SPREAD])
 OPTIMUM = round_mixture(
@@ -55,7 +56,7 @@ OPTIMUM = round_mixture(
 )
 RADIUS = 2.5 * SPREAD  # of the disc that counts as a mode; it holds 96 % of its Gaussian
 GRID = Grid(side=24.0, cells=240)
-COARSE = Grid(side=16.0, cells=40)  # what K without bound learns from
+COARSE = Grid(side=16.0, cells=40)  # training points of unbounded K
 POOL, HELD_OUT, A_STEP = 32768, 8192, 512  # points
 IMPOSSIBLE = -1e30  # the logarithm of a label of 0; finite, since it is multiplied by that 0
 RATES = (3e-3, 1e-2, 3e-2)
@@ -63,7 +64,7 @@ RATES = (3e-3, 1e-2, 3e-2)
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One way to learn. candidates None is all of the plane; alpha None is exact labels."""
+    """One learning method. candidates None is the entire plane; alpha None is exact labels."""
 
     reverse: bool
     candidates: int | None = 2
@@ -96,7 +97,7 @@ METHODS = (
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """How many Gaussians the policy has, and beta."""
+    """Number of Gaussians in the policy, and beta."""
 
     components: int = 1
     beta: float = 1.0
@@ -111,7 +112,7 @@ SETTINGS = (Setting(), Setting(beta=0.25), Setting(beta=4.0), Setting(2), Settin
 
 
 class Groups(NamedTuple):
-    """N groups of K candidates. log_base is what weighs a candidate besides: 0 for drawn ones."""
+    """N groups of K candidates. log_base is an additional log weight: 0 for drawn candidates."""
 
     points: Float[Numbers, "N K 2"]
     log_reference: Float[Numbers, "N K"]
@@ -120,16 +121,16 @@ class Groups(NamedTuple):
 
 
 def divergence(log_p: jax.Array, log_q: Numbers, *, reverse: bool) -> jax.Array:
-    """KL(p || q), or KL(q || p), over the last axis; in the latter log_q may be IMPOSSIBLE."""
+    """Computes KL(p || q), or KL(q || p) where log_q may be IMPOSSIBLE, over the last axis."""
     first, second = (log_p, log_q) if reverse else (log_q, log_p)
     return (jnp.exp(first) * (first - second)).sum(-1)
 
 
 def check_losses() -> None:
-    """The two formulas of u are the package's own objectives.
+    """Checks that the two formulas of u are the package's own objectives.
 
     Raises:
-        ValueError: where one differs by more than float32 rounding.
+        ValueError: if one differs by more than float32 rounding.
     """
     u = np.linspace(-8, 8, 65, dtype=np.float32)
     # One number an image: the chosen one brings u, see `margin`.
@@ -153,7 +154,7 @@ def check_losses() -> None:
 
 
 def make_groups(method: Method, beta: float, rng: np.random.Generator, count: int) -> Groups:
-    """`count` points from the reference in groups of K, labelled; the whole plane for K None."""
+    """Draws `count` reference points in labelled groups of K; if K is None, the entire plane."""
     if method.candidates is None:
         points, candidates = COARSE.points, len(COARSE.points)
     else:
@@ -173,7 +174,7 @@ def make_groups(method: Method, beta: float, rng: np.random.Generator, count: in
 
 
 def mean_loss(policy: Mixture, groups: Groups, beta: float, *, reverse: bool) -> jax.Array:
-    """The loss of a group, averaged over N."""
+    """Mean loss over the N groups."""
     ratio = policy.log_density(groups.points) - groups.log_reference
     log_p = jax.nn.log_softmax(beta * ratio + groups.log_base)
     return divergence(log_p, groups.log_label, reverse=reverse).mean()
@@ -191,10 +192,10 @@ def train(
     reverse: bool,
     steps: int,
 ) -> tuple[Mixture, jax.Array]:
-    """The policy after Adam, and its loss on the groups held out. Vectorised over rates and seeds.
+    """Trains by Adam; returns the policy and its loss on held-out groups, over rates and seeds.
 
-    start, data, held_out and seed lead with an axis of seeds, rate has an axis of its own; what
-    comes out leads with `[rates, seeds]`.
+    start, data, held_out and seed have a leading axis of seeds; rate has an axis of its own.
+    Results have leading axes `[rates, seeds]`.
     """
 
     def one(start: Mixture, data: Groups, held_out: Groups, seed: jax.Array, rate: jax.Array):
@@ -220,12 +221,12 @@ def train(
 
 
 def stack(trees: list[Any]) -> Any:
-    """One tree of float32 arrays with a leading axis, out of equal trees."""
+    """Stacks equal trees into one of float32 arrays with a leading axis."""
     return jax.tree.map(lambda *x: np.stack([np.asarray(y, np.float32) for y in x]), *trees)
 
 
 def measure(policy: Mixture) -> dict[str, Any]:
-    """What `compare` says of a policy beside the optimum."""
+    """Compares a policy with the optimum by `compare`."""
     log_policy = GRID.log_density(policy)
     return compare(GRID, log_policy, GRID.log_density(OPTIMUM), MODES, RADIUS)
 
@@ -233,10 +234,10 @@ def measure(policy: Mixture) -> dict[str, Any]:
 def run_method(
     method: Method, setting: Setting, starts: list[Mixture], seeds: int, steps: int
 ) -> dict[str, Any]:
-    """Every rate and seed of one method, and the rate chosen by its own loss on held-out pairs."""
+    """Trains every rate and seed of one method; chooses the rate by its own held-out loss."""
 
     def groups(kind: int, count: int) -> Groups:
-        # The generator knows the seed alone: every method is given the same points.
+        # The generator depends on the seed alone: every method gets the same points.
         return stack(
             [
                 make_groups(method, setting.beta, np.random.default_rng([s, kind]), count)
@@ -277,7 +278,7 @@ def run_method(
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the runs of each number of `compare`."""
+    """Computes mean and standard deviation over the runs of each number of `compare`."""
     columns = {k: np.array([r[k] for r in runs]) for k in ("reverse_kl", "forward_kl", "elsewhere")}
     modes = np.array([r["on_modes"] for r in runs])
     columns |= {f"mode {i + 1}": modes[:, i] for i in range(len(MODES))}
@@ -285,7 +286,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def run_setting(setting: Setting, seeds: int, steps: int, progress: Progress) -> dict[str, Any]:
-    """The optimum, the start and every method."""
+    """Measures the optimum, the start and every method."""
     starts = [
         fit(draw(REFERENCE, POOL, np.random.default_rng([s, 0])), setting.components, s)
         for s in range(seeds)
@@ -301,7 +302,7 @@ def run_setting(setting: Setting, seeds: int, steps: int, progress: Progress) ->
 
 
 def picture(found: dict[str, Any], path: pathlib.Path) -> None:
-    """Seed 0 of each K of one setting beside reference and optimum."""
+    """Draws seed 0 of each K of one setting beside reference and optimum."""
 
     def density(mixture: Mixture) -> np.ndarray:
         return np.exp(GRID.log_density(mixture)).reshape(GRID.cells, GRID.cells)
@@ -350,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_all(out: pathlib.Path, seeds: int, steps: int) -> list[dict[str, Any]]:
-    """Every setting; mode_seeking.json grows, so that an interrupted run leaves whole ones."""
+    """Runs every setting; after each, mode_seeking.json is rewritten with all complete ones."""
     check_losses()
     out.mkdir(parents=True, exist_ok=True)
     began, found = time.perf_counter(), []

@@ -14,7 +14,7 @@ LIMIT = 5.2
 
 
 def table(found: dict[str, Any], modes: int) -> str:
-    """One setting in markdown: mean ± standard deviation over seeds."""
+    """Formats one setting as Markdown: mean ± standard deviation over seeds."""
     names = ["reverse_kl", "forward_kl", *(f"mode {i + 1}" for i in range(modes)), "elsewhere"]
     heads = ["KL(policy ‖ optimum)", "KL(optimum ‖ policy)", *names[2:]]
     lines = [
@@ -37,7 +37,7 @@ def table(found: dict[str, Any], modes: int) -> str:
 
 
 def levels(density: np.ndarray, area: float) -> np.ndarray:
-    """Heights above which a density on a grid holds each of INSIDE, ascending."""
+    """Returns the heights above which a density on a grid holds each of INSIDE, ascending."""
     falling = np.sort(density.ravel())[::-1]
     held = np.cumsum(falling) * area
     return falling[np.minimum(np.searchsorted(held, INSIDE), falling.size - 1)]
@@ -51,7 +51,7 @@ def panel(
     modes: np.ndarray,
     colours: str,
 ) -> None:
-    """One density filled, the optimum's outlines on it, the modes numbered."""
+    """Draws one density filled, the optimum's outlines on it, and the modes numbered."""
     area = (axis[1] - axis[0]) ** 2
     filled = [*levels(density, area), density.max() * 1.01]
     axes.contourf(axis, axis, density, filled, cmap=colours, vmin=0, vmax=1.3 * filled[-2])
@@ -60,7 +60,7 @@ def panel(
     )
     halo = [patheffects.withStroke(linewidth=2.5, foreground="white")]
     for i, (x, y) in enumerate(modes, start=1):
-        # Numbers stand outside the mode, away from the middle.
+        # Numbers are placed outside the mode, away from the middle.
         out = 1 + 2.0 / np.hypot(x, y)
         axes.plot(x, y, "+", color="black", markersize=6, path_effects=halo)
         axes.text(
@@ -85,10 +85,10 @@ def save_picture(
     Args:
         axis: cell centres along an edge of the grid, `[cells]`.
         known: the left column: dicts of title, caption and density, `[cells, cells]`.
-        learned: a row each for forward and reverse KL, of the like.
-        optimum: the density whose outlines every panel has.
+        learned: one row for forward KL and one for reverse KL, of such dicts.
+        optimum: the density whose outlines are in every panel.
         modes: `[M, 2]`.
-        title: of the whole.
+        title: of the figure.
     """
     columns = 1 + len(learned[0])
     figure, grid = pyplot.subplots(2, columns, figsize=(2.5 * columns, 6.9))

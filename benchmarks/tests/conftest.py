@@ -1,4 +1,4 @@
-"""The settings and fixtures of the package's own tests."""
+"""Fixtures of the package's own tests."""
 
 from tests.conftest import triple
 

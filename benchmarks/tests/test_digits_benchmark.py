@@ -89,7 +89,7 @@ def test_runs_of_one_program_stay_together_and_done_ones_are_left_out():
 
 
 class FakeBench:
-    """Scores without training; remembers what it was asked for."""
+    """Scores without training; records the trials it was asked for."""
 
     def __init__(self):
         self.asked = []
@@ -114,7 +114,7 @@ class FakeBench:
 
 
 def compared(path, bench, objectives=("dmpo", "diffusion_dpo"), seeds=2):
-    """A whole comparison by a bench, as digits.py has it."""
+    """Runs a complete comparison by a bench, as digits.py does."""
     from benchmarks.study.digits import run_all
 
     results = Results(path, {**ABOUT, "judges": list(JUDGES)})
@@ -137,7 +137,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(tmp_path):
     first, second = FakeBench(), FakeBench()
     results = compared(path, first)
     assert len(first.asked) == 2 * (9 + 4 + 2) + 2 * 3  # three variants
-    # As a kill leaves it: the last run is not there, and half of a file beside it.
+    # As after a kill: the last run is missing, and a partial file lies beside it.
     held = json.loads(path.read_text())
     lost = list(held["runs"])[-1]
     del held["runs"][lost]
@@ -227,7 +227,7 @@ def test_flipped_pairs_have_their_images_exchanged_in_training_alone(tmp_path):
     splits = {"train": [pair(i) for i in range(16)], "validation": [pair(i) for i in range(4)]}
     meta = {"model": "m", "scaling_factor": 1.0, "shift_factor": 0.0}
     write_pairs(tmp_path / "encoded", splits, prompts, meta)
-    for _ in range(2):  # the second finds it there
+    for _ in range(2):  # the second call finds it there
         digits_runs.flip_labels(epath.Path(tmp_path), 0.25, seed=1)
     flipped = records.open_pairs(tmp_path / "flipped" / "0.25_seed1")
     exchanged = []
@@ -250,7 +250,7 @@ def test_diversity_is_the_distance_within_a_caption():
 
 
 def test_one_program_serves_every_rate():
-    """The rate in the state does what it does as a constant, schedule and weight decay too."""
+    """A rate in the state equals a constant one, with schedule and weight decay."""
     params = {"a": jax.numpy.arange(6.0).reshape(2, 3)}
     gradient = {"a": jax.numpy.ones((2, 3))}
     devices = digits_runs.mesh.make_mesh()
@@ -272,7 +272,7 @@ def test_one_program_serves_every_rate():
 
 
 @pytest.mark.slow
-def test_a_run_on_a_tiny_model(tmp_path, monkeypatch, quick_steps):
+def test_a_run_on_a_tiny_model(tmp_path, monkeypatch):
     model, encoded = tiny.write(tmp_path)
     budget = digits_plan.Budget(steps=4, batch_size=8, pairs=64, tuning_images=20, images=20)
 

@@ -19,7 +19,7 @@ def test_smoothing_is_a_mean_of_what_came_before():
 def test_every_way_to_go_wrong_is_a_config():
     for settings, flipped in health_curves.RUNS.values():
         config = load_config(str(health_curves.ROOT / "configs" / "digits_dmpo.py"))
-        config.update_from_flattened_dict(settings)  # locked: refuses what it has not
+        config.update_from_flattened_dict(settings)  # locked: refuses unknown keys
         assert 0 <= flipped <= 0.5
     with pytest.raises(KeyError):
         config.update_from_flattened_dict({"optimizer.rate": 1.0})

@@ -14,7 +14,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "study"
 
 @pytest.fixture(scope="module")
 def bench():
-    """The program's module, imported as when it is run: its neighbours found beside it."""
+    """The program's module, imported as a script: with its neighbours on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         import mode_seeking

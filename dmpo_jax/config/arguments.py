@@ -1,4 +1,4 @@
-"""A config's leaves as the plain arguments that the stages take."""
+"""Converts a config's leaves to the plain arguments of the stages."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from dmpo_jax.export.pipeline import Adapters, Trained
 
 
 def pipeline(config: Config) -> dict[str, Any]:
-    """How a pipeline folder is loaded: of `diffusers_io.load_pipeline` and `open_sampler`."""
+    """Arguments of `diffusers_io.load_pipeline` and `open_sampler` that load a pipeline folder."""
     return {
         "vae": config.model.vae,
         "variant": config.model.variant or None,
@@ -20,7 +20,7 @@ def pipeline(config: Config) -> dict[str, Any]:
 
 
 def sampling(config: Config) -> dict[str, Any]:
-    """How images are drawn: of `make_sampler` and `open_sampler`."""
+    """Sampling arguments of `make_sampler` and `open_sampler`."""
     return {
         "steps": config.sample.steps,
         "guidance_scale": config.sample.guidance_scale,
@@ -34,7 +34,7 @@ def sampling(config: Config) -> dict[str, Any]:
 
 
 def encoding(config: Config, source: str = "") -> Settings:
-    """What is encoded and how. source: raw pairs where data.source names none."""
+    """Settings of an encode. source: raw pairs, used if data.source is unset."""
     return Settings(
         source=config.data.source or source,
         model=config.model.folder,
@@ -55,7 +55,7 @@ def encoding(config: Config, source: str = "") -> Settings:
 
 
 def trained(config: Config) -> Trained:
-    """What a run trained, and of which pipeline: of `export.pipeline`."""
+    """The pipeline and adapters that a run trains, for `export.pipeline`."""
     adapters = None
     if rank := config.lora.rank:
         adapters = Adapters(rank, config.lora.alpha or rank, tuple(config.lora.targets))
@@ -63,7 +63,7 @@ def trained(config: Config) -> Trained:
 
 
 def card(config: Config, workdir: epath.PathLike) -> Card:
-    """What the model card of a run says of how it was made."""
+    """Content of a run's model card: its model, data and settings."""
     encoded = config.data.encoded or str(epath.Path(workdir) / "encoded")
     return Card(
         trained=trained(config),

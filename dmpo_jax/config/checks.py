@@ -1,4 +1,4 @@
-"""The checks on a config that need no device, and the parsing of its few texts."""
+"""Checks of a config that need no device, and parsers of data.mix and profile."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,19 +10,19 @@ from dmpo_jax.objectives import OBJECTIVES
 
 
 def validate(config: Config) -> None:
-    """Refuses a training config that cannot run, by what needs no device.
+    """Checks a training config, as far as no device is needed.
 
     Raises:
-        ValueError: one line a fault.
+        ValueError: one line per fault.
     """
     _raise(itertools.chain(_check_objective(config), _check_leaves(config), _check_jobs(config)))
 
 
 def check_leaves(config: Config) -> None:
-    """The part of `validate` that every command makes: each leaf by itself.
+    """Checks each leaf by itself: the part of `validate` that every command needs.
 
     Raises:
-        ValueError: one line a leaf that is out of its range or none of its choices.
+        ValueError: one line for each leaf that is out of range or not one of its choices.
     """
     _raise(_check_leaves(config))
 
@@ -35,7 +35,7 @@ def _raise(faults: Iterable[str]) -> None:
 def _check_leaves(config: Config) -> Iterator[str]:
     flat = flatten(config)
     for path, leaf in declared().items():
-        if path.startswith("objectives."):  # the chosen objective checks its own
+        if path.startswith("objectives."):  # the chosen objective checks its own leaves
             continue
         if not leaf.fits(flat[path]):
             hint = ""
@@ -47,7 +47,7 @@ def _check_leaves(config: Config) -> Iterator[str]:
 def _check_objective(config: Config) -> Iterator[str]:
     name = config.objective
     if name not in OBJECTIVES:
-        return  # the leaf's own check says so
+        return  # reported by the leaf's own check
     try:
         OBJECTIVES[name].check(**config.objectives[name])
     except ValueError as error:
@@ -116,7 +116,7 @@ def _check_mix(config: Config) -> Iterator[str]:
 
 
 def parse_mix(entries: Sequence[str]) -> list[tuple[str, float]]:
-    """[(folder, weight)] of `data.mix`; ValueError at what is not FOLDER=WEIGHT."""
+    """Parses `data.mix` to [(folder, weight)]; ValueError for an entry not FOLDER=WEIGHT."""
     found = []
     for entry in entries:
         folder, _, weight = str(entry).rpartition("=")
@@ -142,7 +142,7 @@ def _check_profile(config: Config) -> Iterator[str]:
 
 
 def parse_profile(text: str) -> tuple[int, int] | None:
-    """(first, last) update of `profile`, None where it is ''; ValueError at what is neither."""
+    """Parses `profile` to (first, last) update, '' to None; ValueError for any other text."""
     if not text:
         return None
     first, _, last = text.partition(":")

@@ -1,4 +1,4 @@
-"""What the commands print: log lines, and errors with or without a traceback."""
+"""Console output of the commands: log lines, and errors with or without a traceback."""
 
 import functools
 import logging
@@ -12,15 +12,15 @@ from dmpo_jax import errors
 from dmpo_jax.parallel import processes
 
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of errors that are for the user")
-INTERRUPTED = 130  # the status that shells give to Ctrl-C
+INTERRUPTED = 130  # exit status of shells for Ctrl-C
 
 
 def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
-    """`main`, for absl's app.run: it ends the process with a status where `main` raises.
+    """Wraps `main` for absl's app.run: an exception ends the process with an exit status.
 
-    A UserError, and an OSError that needs a person (`errors.message_of`), prints its message;
-    any other exception is a bug and prints its traceback. Either ends with status 1, and so do
-    the other processes of the job. Ctrl-C ends with 130, and the loss of a process with
+    A UserError, or an OSError that needs a person (`errors.message_of`), prints its message. Any
+    other exception is a bug and prints its traceback. Both end this process and the other
+    processes of the job with status 1. Ctrl-C ends with 130, and the loss of a process with
     `processes.RESTART`.
     """
 
@@ -42,7 +42,7 @@ def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
 
 
 def log_to_console() -> None:
-    """Prints our own messages as plain lines, and other libraries' from warnings up."""
+    """Prints this package's messages as plain lines, and other libraries' from warnings up."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     if not _debugging():
         for handler in logging.getLogger().handlers:
@@ -51,9 +51,9 @@ def log_to_console() -> None:
 
 
 class _OneLine(logging.Formatter):
-    """Leaves out tracebacks that libraries log: the error itself reaches `in_words` too.
+    """Drops tracebacks that libraries log, since `in_words` also receives the error.
 
-    Orbax logs one error once for each thread that it passes through.
+    Orbax logs an error once for each thread that it passes through.
     """
 
     def format(self, record: logging.LogRecord) -> str:

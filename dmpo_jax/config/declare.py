@@ -1,4 +1,4 @@
-"""`Leaf`: one option, declared once. Help, checks, identity, flags and docs are derived from it."""
+"""`Leaf`: one option, declared once. Help, checks, identity, flags and docs derive from it."""
 
 import dataclasses
 import types
@@ -12,14 +12,14 @@ ITSELF = "."
 
 
 class Check(NamedTuple):
-    """A range that is no interval: the test, and words to follow "must be"."""
+    """A check that is not an interval: a predicate, and words to follow "must be"."""
 
     fits: Callable[[Any], bool]
     words: str
 
 
 class OneOf:
-    """Choices. A table that grows, or a function, is asked anew at each use."""
+    """A set of choices, read at each use: a table may grow, and a function is called again."""
 
     def __init__(self, choices: Iterable[str] | Callable[[], Iterable[str]]):
         self._choices = choices
@@ -33,15 +33,15 @@ class Leaf:
     """One option of a config.
 
     Attributes:
-        default: None where unset; its type is then `kind`.
+        default: None if unset; the type is then `kind`.
         meaning: a few words, for help and the reference page.
-        check: an interval as text ("[0, 1)"), `OneOf` or `Check`; None takes every value.
+        check: an interval as text ("[0, 1)"), `OneOf` or `Check`; None accepts every value.
             An unset value passes.
-        affects: "run" (what checkpoints may not outlive a change of), "program" (the compiled
-            step), both with a space between, or "nothing".
+        affects: "run" (must match to resume a run), "program" (the compiled step), both with a
+            space between, or "nothing".
         counts_with: with "run": paths of leaves, one of which must differ from its default for
             this one to count. `ITSELF` is this leaf: a leaf added later counts with itself, so
-            that runs from before it keep their identity.
+            that earlier runs keep their identity.
         kind: bool, int, float, str or tuple.
     """
 
@@ -54,7 +54,7 @@ class Leaf:
 
     def __post_init__(self):
         if isinstance(self.check, str):
-            Interval(self.check)  # ValueError where it is none
+            Interval(self.check)  # ValueError if it is not an interval
         if unknown := set(self.affects.split()) - {"run", "program", "nothing"}:
             raise ValueError(f"a leaf affects run, program or nothing, got {sorted(unknown)}")
         if self.default is not None:
@@ -62,7 +62,7 @@ class Leaf:
 
     @property
     def words(self) -> str:
-        """The values it takes, to follow "must be"; '' where it takes all of its type."""
+        """The accepted values, to follow "must be"; '' if all values of its type are accepted."""
         if isinstance(self.check, OneOf):
             return f"one of {', '.join(name or repr('') for name in self.check)}"
         if isinstance(self.check, Check):
@@ -90,15 +90,15 @@ def leaf(
     affects: str = "nothing",
     counts_with: str = "",
 ) -> Any:
-    """A `Leaf`, in a section's body; the annotation beside it is its type."""
+    """Declares a `Leaf` in a section's body; the annotation beside it is its type."""
     return Leaf(default, meaning, check, affects, counts_with)
 
 
 class Section:
     """Base of the classes that declare leaves.
 
-    At run time a section is a `ConfigDict`: these classes only say what is in it, to
-    `read_leaves` and to a type checker, which refuses a leaf that is not declared.
+    At run time a section is a `ConfigDict`. These classes only describe it to `read_leaves` and
+    to a type checker, which rejects a leaf that is not declared.
     """
 
     if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Section:
 
 
 class Root(Section):
-    """The same for a whole config."""
+    """Base of the class that declares a complete config."""
 
     if TYPE_CHECKING:
 
@@ -128,7 +128,7 @@ class Root(Section):
 
 
 def read_leaves(section: type[Section], prefix: str = "") -> dict[str, Leaf]:
-    """{dotted path: leaf} of what a class and the sections that it names declare."""
+    """Returns {dotted path: leaf} of a class and of the sections that it names."""
     found = {}
     for name, annotation in typing.get_type_hints(section).items():
         path = f"{prefix}{name}"
@@ -141,7 +141,7 @@ def read_leaves(section: type[Section], prefix: str = "") -> dict[str, Leaf]:
 
 
 def _kind(annotation: Any) -> type:
-    """`int` of `int | None`, `tuple` of `tuple[str, ...]`."""
+    """Returns `int` for `int | None`, `tuple` for `tuple[str, ...]`."""
     if isinstance(annotation, types.UnionType):
         (annotation,) = (a for a in typing.get_args(annotation) if a is not type(None))
     return typing.get_origin(annotation) or annotation

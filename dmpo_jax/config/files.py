@@ -1,4 +1,4 @@
-"""Config files: those that the package brings, by name, and anybody's by path."""
+"""Config files: the package's own by name, any other by path."""
 
 import pathlib
 import runpy
@@ -13,20 +13,20 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 
 
 def shipped() -> dict[str, pathlib.Path]:
-    """{name: file} of the package's configs: inside it where installed, beside it in a clone."""
+    """Returns {name: file} of the shipped configs: inside the package, or beside it in a clone."""
     folders = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
     folder = next((folder for folder in folders if folder.is_dir()), None)
     return {file.stem: file for file in sorted(folder.glob("*.py"))} if folder else {}
 
 
 def load_config(name: str) -> Config:
-    """The config of `NAME`, `PATH.py`, `NAME:ARGUMENT` or `PATH.py:ARGUMENT`, locked.
+    """Loads the config `NAME`, `PATH.py`, `NAME:ARGUMENT` or `PATH.py:ARGUMENT`, locked.
 
-    A file defines `get_config()`, or `get_config(argument)`.
+    The file defines `get_config()`, or `get_config(argument)`.
 
     Raises:
         ValueError: there is no such config, it has no get_config, or it sets a leaf that
-            does not exist or to another type.
+            does not exist or a leaf to another type.
     """
     start, _, argument = name.partition(":")
     file = _find(start)
@@ -39,10 +39,10 @@ def load_config(name: str) -> Config:
     try:
         config: Any = module["get_config"](*([argument] if argument else []))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # Locked configs answer a misspelt leaf with these; the message says which.
+        # Locked configs raise these for a misspelt leaf; the message names it.
         said: Any = error
         while isinstance(said, BaseException) and said.args:
-            said = said.args[0]  # ml_collections raises an AttributeError of a KeyError
+            said = said.args[0]  # ml_collections wraps a KeyError in an AttributeError
         raise UserError(f"--config={name}: {file}{_line_in(error, file)}: {said}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={name}: get_config() must return a ConfigDict, got {config!r}")
@@ -51,7 +51,7 @@ def load_config(name: str) -> Config:
 
 
 def _find(start: str) -> str:
-    """The file of a name or path."""
+    """Returns the file of a name or path."""
     known = shipped()
     if start in known:
         return str(known[start])
@@ -65,7 +65,7 @@ def _find(start: str) -> str:
 
 
 def _line_in(error: BaseException, file: str) -> str:
-    """':LINE' of `file` that raised, or ''."""
+    """Returns ':LINE' of `file` that raised, or ''."""
     trace, line = error.__traceback__, ""
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == file:

@@ -1,7 +1,7 @@
-"""Configs: their defaults, what is in them, and what of them a run's checkpoints depend on.
+"""Configs: defaults, conversion to flat dicts, and the identity that checkpoints depend on.
 
-Only `jobs` and `config` read a config; all else takes plain arguments. A file in configs/ starts
-from `defaults()`, changes a few leaves and returns it:
+Only `commands`, `jobs` and `config` read a config; all other code takes plain arguments. A file
+in configs/ starts from `defaults()`, changes a few leaves and returns it:
 
     def get_config(variant=""):
         config = defaults()
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 else:
     Config = ConfigDict
 
-# Leaves of earlier versions that changed nothing of what a run is: their values are not read.
+# Leaves of earlier versions that did not affect a run; their values are ignored.
 RETIRED = frozenset({"train.compiled"})
-# {dotted path: leaf}, less the objectives' hyperparameters.
+# {dotted path: leaf}, without the objectives' hyperparameters.
 LEAVES: dict[str, Leaf] = read_leaves(Settings)
 
 
 def declared() -> dict[str, Leaf]:
-    """{dotted path: leaf} of all there are, those of every objective known by now included."""
+    """Returns {dotted path: leaf} of all leaves, including those of every registered objective."""
     top = {path: declaration for path, declaration in LEAVES.items() if "." not in path}
     hyperparameters = {
         f"objectives.{name}.{argument}": Leaf(found.default, found.meaning, found.within, BOTH)
@@ -44,7 +44,7 @@ def declared() -> dict[str, Leaf]:
 
 
 def defaults() -> Config:
-    """A new config with every leaf at its default; locked, so that a misspelt one raises."""
+    """Returns a new config with every leaf at its default; locked, so a misspelt leaf raises."""
     config: Any = ConfigDict({"objectives": {name: {} for name in OBJECTIVES}})
     for path, found in declared().items():
         unset = config_dict.placeholder(found.kind)
@@ -53,7 +53,7 @@ def defaults() -> Config:
 
 
 def debug(config: Config, family: str) -> Config:
-    """The same run at tiny width: random weights, synthetic pairs, three steps, no files."""
+    """Sets a config to a tiny debug run: random weights, synthetic pairs, three steps, no files."""
     config.debug.family = family
     config.train.steps, config.train.batch_size = 3, 16
     config.data.validation_fraction, config.data.num_threads = 0.25, 2
@@ -64,7 +64,7 @@ def debug(config: Config, family: str) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """{dotted path: value} of every leaf; empty sections have none, unset leaves are None."""
+    """Returns {dotted path: value} of every leaf; unset leaves are None, empty sections absent."""
     flat = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict):
@@ -76,13 +76,13 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def from_flat(values: dict[str, Any]) -> Config:
-    """The inverse of `flatten`, also after a round trip through JSON.
+    """Inverts `flatten`, also after a round trip through JSON.
 
-    The hyperparameters of an objective that is not known here, since a config file defined it,
-    are taken as they are.
+    Hyperparameters of an objective that is not registered, because a config file defined it, are
+    taken unchecked.
 
     Raises:
-        ValueError: naming a leaf that this version does not have.
+        ValueError: names a leaf that this version does not have.
     """
     config, known = defaults(), declared()
     for path, value in values.items():
@@ -99,7 +99,7 @@ def from_flat(values: dict[str, Any]) -> Config:
 
 
 def set_leaf(config: Any, path: str, value: Any) -> None:
-    """Sets a leaf; makes the sections that it needs where the config is not locked."""
+    """Sets a leaf; creates missing sections if the config is not locked."""
     *sections, name = path.split(".")
     for part in sections:
         if part not in config:
@@ -109,7 +109,7 @@ def set_leaf(config: Any, path: str, value: Any) -> None:
 
 
 def nearest(path: str, known: Iterable[str]) -> str:
-    """The known dotted path that `path` most likely meant."""
+    """Returns the known dotted path that is most similar to `path`."""
 
     def ratio(a, b):
         return difflib.SequenceMatcher(None, a, b).ratio()
@@ -117,16 +117,16 @@ def nearest(path: str, known: Iterable[str]) -> str:
     def last(p):
         return p.rpartition(".")[2]
 
-    # The last part counts by itself: people forget sections more often than names.
+    # The last part counts once more: people forget sections more often than names.
     return max(known, key=lambda k: ratio(path, k) + ratio(last(path), last(k)))
 
 
 def identity(config: Config) -> dict[str, Any]:
     """Settings that must match to resume a run, JSON-serialisable.
 
-    Left out is all that changes rounding at most (mesh, accumulation, threads), how long
-    or how chattily the run goes on (train.steps, log, sample), and the other jobs. Where
-    the learning rate decays towards train.steps, that is part of it.
+    Excludes settings that change rounding at most (mesh, accumulation, threads), the length and
+    logging of the run (train.steps, log, sample), and the other jobs. Includes train.steps if
+    the learning rate decays towards it.
     """
     nested: dict[str, Any] = {"objectives": {config.objective: {}}}
     for path, value in _affected(config, RUN).items():
@@ -139,7 +139,10 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def _affected(config: Config, what: str) -> dict[str, Any]:
-    """The leaves that count: of the chosen objective, and where `counts_with` says so."""
+    """Returns the leaves that count for `what`: "run" or "program".
+
+    Those of the chosen objective always count; the others as `affects` and `counts_with` say.
+    """
     flat, known = flatten(config), declared()
     changed = {path for path, found in known.items() if flat.get(path) != found.default}
     counted = {}

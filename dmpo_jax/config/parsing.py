@@ -1,9 +1,8 @@
-"""A command line, or Python keywords, -> a config and what is no leaf.
+"""Parses a command line, or Python keywords, to a config and the command's other options.
 
-Each leaf is one flag of absl's, `--config.train.steps`; a command's short name is the same flag
-again. `ml_collections.config_flags` does less (tried with 1.1.0): it reads
-`--config.jobs=encode,train` as one job, refuses an override that stands before --config, and ends
-an unknown key in a traceback.
+Each leaf is one absl flag, `--config.train.steps`; a command's short name is the same flag.
+`ml_collections.config_flags` does less (tried with 1.1.0): it reads `--config.jobs=encode,train`
+as one job, rejects an override before --config, and prints a traceback for an unknown key.
 """
 
 import ast
@@ -24,13 +23,13 @@ HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """What a command takes, by flag and by Python keyword.
+    """Arguments of a command, by flag and by Python keyword.
 
     Attributes:
-        short: its own name of a leaf -> the leaf's path.
-        options: what is no leaf of a config, declared likewise.
+        short: the command's own name of a leaf -> the leaf's path.
+        options: arguments that are not leaves of a config, declared likewise.
         required: names in either that must be given, or set by the config.
-        config: the --config where none is given; None requires one.
+        config: default of --config; None makes it required.
     """
 
     short: Mapping[str, str]
@@ -40,10 +39,10 @@ class Interface:
 
 
 def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]]:
-    """(config, options) of a command line.
+    """Parses a command line to (config, options).
 
     Raises:
-        ValueError: the message says which flag is wrong and how, or names the nearest one.
+        ValueError: the message names the faulty flag and its fault, or the nearest known flag.
     """
     config = _open(named_config(argv), interface)
     known = _flags_of(config, interface)
@@ -55,7 +54,7 @@ def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]
         raise UserError(str(error)) from None
     if stray:
         raise UserError(f"takes flags only, but got {stray}")
-    flags.FLAGS.mark_as_parsed()  # absl's own and --debug were among them
+    flags.FLAGS.mark_as_parsed()  # `known` includes absl's own and --debug
     for path in flatten(config):
         if known[f"config.{path}"].present:
             set_leaf(config, path, known[f"config.{path}"].value)
@@ -67,15 +66,15 @@ def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]
 def from_keywords(
     command: str, config: Config | str | None, keywords: Mapping[str, Any], interface: Interface
 ) -> tuple[Config, dict[str, Any]]:
-    """(config, options) of a call from Python; `config` itself stays as it is.
+    """Converts a call from Python to (config, options); `config` itself is not changed.
 
     Args:
         command: its name, for messages.
-        config: a config, or what --config takes.
-        keywords: by the names of the command's flags.
+        config: a config, or a value of --config.
+        keywords: named like the command's flags.
 
     Raises:
-        TypeError: for an unknown keyword. ValueError: as `parse`.
+        TypeError: unknown keyword. ValueError: as `parse`.
     """
     if config is None or isinstance(config, str):
         config = _open(config, interface)
@@ -94,7 +93,7 @@ def from_keywords(
 
 
 def describe(interface: Interface) -> str:
-    """One line a flag that is the command's own."""
+    """Returns one line of help for each of the command's own flags."""
     known, lines = declared(), []
     for name, option in interface.options.items():
         lines.append(_line(name, option, "", name in interface.required))
@@ -118,7 +117,7 @@ def _open(named: str | None, interface: Interface) -> Config:
 
 
 def named_config(argv: list[str]) -> str | None:
-    """The last --config: its file may define leaves, so it is read before all other flags."""
+    """Returns the last --config. Its file may define leaves, so it is read before other flags."""
     probe = flags.FlagValues()
     probe.set_gnu_getopt(True)
     flags.DEFINE_string("config", None, "", flag_values=probe)
@@ -130,12 +129,12 @@ def named_config(argv: list[str]) -> str | None:
 
 
 def _flags_of(config: Config, interface: Interface) -> flags.FlagValues:
-    """The flags of every leaf and option, with absl's own."""
+    """Returns the flags of every leaf and option, with absl's own."""
     known, found = declared(), flags.FlagValues()
     found.set_gnu_getopt(True)
     flags.DEFINE_string("config", None, "", flag_values=found)
     for path in flatten(config):
-        # Of an objective that only a saved config speaks of there is no declaration.
+        # Leaves of an objective that only a saved config knows are not declared.
         leaf = known.get(path) or Leaf(flatten(config)[path], "")
         found[f"config.{path}"] = _flag(f"config.{path}", path, leaf)
     for name, path in interface.short.items():
@@ -143,7 +142,7 @@ def _flags_of(config: Config, interface: Interface) -> flags.FlagValues:
     for name, option in interface.options.items():
         found[name] = _flag(name, f"--{name}", option)
     for name in flags.FLAGS:
-        # A flag with a short name, as -v, registers both by itself.
+        # A flag with a short name, such as -v, registers both names itself.
         if name not in found and name == flags.FLAGS[name].name:
             found[name] = flags.FLAGS[name]
     return found
@@ -157,7 +156,7 @@ def _flag(name: str, called: str, leaf: Leaf) -> flags.Flag:
 
 
 class _Parser(flags.ArgumentParser):
-    """Reads a leaf's value from text; ValueError in words where it is none."""
+    """Parses a leaf's value from text; raises ValueError with a message for the user."""
 
     def __init__(self, called: str, leaf: Leaf):
         self._called, self._leaf = called, leaf
@@ -183,7 +182,7 @@ _WORDS = {
 
 
 def _read(text: str, kind: type) -> Any:
-    """The value of type `kind` that `text` says; ValueError if it says none."""
+    """Parses text as a value of type `kind`; raises ValueError if it is not one."""
     if kind is bool:
         truths = {"true": True, "1": True, "false": False, "0": False}
         if text.lower() not in truths:
@@ -212,7 +211,7 @@ def _unknown(name: str, argument: str, config: Config, interface: Interface) -> 
 
 
 def _check(config: Config, options: Mapping[str, Any], interface: Interface, dashes: str) -> None:
-    """ValueError where something required is not given, or a value is out of its range."""
+    """Raises ValueError if a required argument is missing or a value is out of range."""
     given = {name: flatten(config)[path] for name, path in interface.short.items()} | dict(options)
     for name in interface.required:
         if given[name] in (None, "", ()):

@@ -1,8 +1,8 @@
 """Published settings by name, each with its source.
 
-`configs/published.py:NAME` trains with one of them. Scripts of the field scale their learning
-rate: `--scale_lr` multiplies what is given by pairs a device, devices and accumulation, that is
-by the pairs of an update. Here it is resolved: `optimizer.learning_rate` is what is applied.
+`configs/published.py:NAME` trains with one of them. Published scripts scale their learning rate:
+`--scale_lr` multiplies it by pairs per device, devices and accumulation, that is by the pairs of
+an update. Here it is already scaled: `optimizer.learning_rate` is the rate applied.
 """
 
 from typing import Any, NamedTuple
@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 from dmpo_jax.config.leaves import Config
 from dmpo_jax.errors import UserError
 
-PAIRS = 2048  # an update, in all of them
+PAIRS = 2048  # per update, in all recipes
 
 
 class Recipe(NamedTuple):
-    """leaves: of the config, by dotted path. source: repository and file."""
+    """Published settings. leaves: by dotted path of the config. source: repository and file."""
 
     leaves: dict[str, Any]
     source: str
 
 
 def scaled(rate: float, pairs: int = PAIRS) -> float:
-    """The rate that --scale_lr makes of `rate`, for all of an update's pairs."""
+    """Returns the rate that --scale_lr makes of `rate` for an update of `pairs` pairs."""
     return rate * pairs
 
 
@@ -70,7 +70,7 @@ RECIPES = {
         _DPO.format("sdxl"),
         {
             "objectives.diffusion_dpo.beta": 5000.0,
-            "optimizer.name": "adafactor",  # which train.py takes for SDXL by itself
+            "optimizer.name": "adafactor",  # train.py's default for SDXL
             "optimizer.warmup_steps": 200,
         },
     ),
@@ -84,10 +84,10 @@ RECIPES = {
 
 
 def apply(config: Config, name: str) -> Config:
-    """Sets the leaves of a recipe; what it does not name stays.
+    """Sets the leaves of a recipe; other leaves are unchanged.
 
     Raises:
-        ValueError: listing the recipes there are.
+        ValueError: unknown name; the message lists the recipes.
     """
     if name not in RECIPES:
         raise UserError(f"the published recipes are {', '.join(RECIPES)}, but got {name!r}")

@@ -1,4 +1,4 @@
-"""The leaves in words: for --help, and as the page docs/config_reference.md.
+"""Descriptions of the leaves, for --help and for the page docs/config_reference.md.
 
 python -m dmpo_jax.config.reference > docs/config_reference.md
 """
@@ -19,10 +19,10 @@ This page is made from `dmpo_jax/config/sections.py` and from the objectives' de
 
 
 def describe(config: Config | None = None) -> str:
-    """One line a leaf: its path, value (the default where no config is given) and meaning."""
+    """Returns one line per leaf: path, value (the default if no config is given) and meaning."""
     flat, known = flatten(defaults() if config is None else config), declared()
     lines, last = [], None
-    # In the order of declaration, from what everyone sets to what few do.
+    # In the order of declaration: commonly set leaves first.
     for path in [*(p for p in known if p in flat), *(p for p in flat if p not in known)]:
         section = path.rpartition(".")[0]
         if lines and section != last:
@@ -36,7 +36,7 @@ def describe(config: Config | None = None) -> str:
 
 
 def render() -> str:
-    """The reference page, Markdown: a table for each section."""
+    """Returns the reference page as Markdown, one table per section."""
     parts, last = [_INTRODUCTION], None
     for path, leaf in declared().items():
         section, _, name = path.rpartition(".")

@@ -1,7 +1,7 @@
-"""Every option of a config, declared once: a class a section, a line or a call a leaf.
+"""Declares every option of a config once: one class per section, one attribute per leaf.
 
-To add one, add it here. Its help, check, flag, place in a run's identity and row of the reference
-page follow.
+To add one, add it here. Its help, check, flag, role in a run's identity and row of the reference
+page are derived.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ _SIDE = Check(lambda x: x > 0 and x % 8 == 0, "a positive multiple of 8")
 
 
 class Objectives(Section):
-    """A section for each objective: its hyperparameters, as its decorator declares them."""
+    """One section per objective, with the hyperparameters that its decorator declares."""
 
     if TYPE_CHECKING:
 
@@ -45,7 +45,7 @@ class Safeguard(Section):
     )
 
 
-# Timesteps count with any of them that is not its default, but for gamma, of min_snr alone.
+# low and high count if one of these differs from its default.
 _CUT = "timesteps.weighting timesteps.low timesteps.high"
 
 
@@ -195,7 +195,7 @@ class Train(Section):
         "updates in all, those before a resume included",
         "[1, inf)",
         affects=BOTH,
-        counts_with="optimizer.schedule",  # the rate is then a function of it
+        counts_with="optimizer.schedule",  # a decaying rate depends on it
     )
     batch_size: int = leaf(2048, "pairs an update, over all devices", "[1, inf)", affects=BOTH)
     accumulation: int = leaf(
@@ -377,7 +377,7 @@ class Debug(Section):
 
 
 class Settings(Root):
-    """A config as a type checker knows it."""
+    """A complete config, for a type checker."""
 
     objective: str = leaf("dmpo", "the loss", OneOf(OBJECTIVES), affects=BOTH)
     seed: int = leaf(

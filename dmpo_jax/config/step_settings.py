@@ -1,4 +1,4 @@
-"""A config, read into the plain arguments of training: `StepSettings` and `LoopSettings`."""
+"""Converts a config to the plain arguments of training: `StepSettings` and `LoopSettings`."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ OPTIMIZER = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
 
 
 def read_step(config: Config) -> StepSettings:
-    """What a config says of its training step."""
+    """Returns the settings of a config's training step."""
     optimizer = config.optimizer
     return StepSettings(
         objective=OBJECTIVES[config.objective],
@@ -37,7 +37,7 @@ def read_step(config: Config) -> StepSettings:
 
 
 def read_lora(config: Config) -> Lora | None:
-    """The adapters that a config asks for; None where it trains every parameter."""
+    """Returns the settings of a config's adapters; None if it trains every parameter."""
     if not config.lora.rank:
         return None
     return Lora(
@@ -50,7 +50,7 @@ def read_lora(config: Config) -> Lora | None:
 
 
 def read_loop(config: Config) -> LoopSettings:
-    """What a config says of how long and how chattily a run goes on."""
+    """Returns the settings of a config's training loop."""
     return LoopSettings(
         steps=config.train.steps,
         every=config.log.every,
@@ -69,6 +69,6 @@ def mesh_axes(config: Config) -> dict[str, Any]:
 
 
 def data_settings(config: Config) -> dict[str, Any]:
-    """Arguments of `hooks.make_batches` that a config names."""
+    """Arguments of `build.make_batches` that a config sets."""
     names = ("prompt_dropout", "flip", "num_threads", "prefetch")
     return {"seed": config.seed, **{name: config.data[name] for name in names}}

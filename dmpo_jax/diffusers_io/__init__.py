@@ -1,8 +1,9 @@
-"""A PyTorch diffusers folder <-> our modules: `pipeline` a whole folder, `components` one part
-of it by class, `weights` one model, `lora_file` adapters, `schedules` the scheduler's config.
+"""Reads and writes PyTorch diffusers folders.
 
-Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (safetensors,
-a tensor at a time) and `placement` (arrays between host and devices).
+`pipeline` handles a complete folder, `components` one part of it by class, `weights` one
+model, `lora_file` adapters, `schedules` the scheduler's config. Below them: `folders` (which
+files), `layout` (names and axes), `tensor_files` (safetensors, one tensor at a time) and
+`placement` (arrays between host and devices).
 """
 
 from dmpo_jax.diffusers_io.components import (

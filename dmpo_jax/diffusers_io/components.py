@@ -1,4 +1,4 @@
-"""Which class a component of a pipeline folder is read as, and its files' names."""
+"""Class and file names of each component of a pipeline folder."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -15,18 +15,18 @@ from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
-# Text encoders by the first of `architectures` in config.json.
+# Text encoders, keyed by the first of `architectures` in config.json.
 TEXT_MODELS: dict[str, Callable[..., Any]] = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": functools.partial(CLIPTextModel, projection=True),
 }
-# CosXL scales the image that it edits, and has a noise schedule of its own; a refiner is
-# told a score in place of the target size.
+# CosXL scales its input image and has its own noise schedule. A refiner takes an aesthetic
+# score in place of the target size.
 OTHER_CONDITIONING = ("is_cosxl_edit", "requires_aesthetics_score")
 
 
 def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
-    """The folder and its family, by model_index.json.
+    """Returns the folder and its family, from model_index.json.
 
     Raises:
         ValueError: the folder or its index is missing; the pipeline class is not supported, or
@@ -44,8 +44,10 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
 
 
 def load_model(folder: epath.PathLike, **kw: Any) -> Any:
-    """The trained component of a pipeline folder, by its family, or of its own folder, by the
-    class in its config.json. `kw`: those of `load_weights`.
+    """Loads the trained component from a pipeline folder or from its own folder.
+
+    A pipeline folder determines the class by its family, a component's folder by its
+    config.json. `kw`: those of `load_weights`.
 
     Raises:
         ValueError: besides those of `load_weights`, no registered family has such a model.
@@ -62,13 +64,13 @@ def load_model(folder: epath.PathLike, **kw: Any) -> Any:
 
 
 def load_unet(folder: epath.PathLike, **kw: Any) -> UNet2DConditionModel:
-    """The UNet of a pipeline folder, or of its unet/ folder. `kw`: those of `load_weights`."""
+    """Loads the UNet of a pipeline folder, or of its unet/ folder. `kw`: as `load_weights`."""
     path = folders.component(folder, "unet")
     return load_weights(UNet2DConditionModel, path, stem=DIFFUSERS_STEM, **kw)
 
 
 def load_vae(folder: epath.PathLike, **kw: Any) -> Any:
-    """The VAE of a pipeline folder, or of its vae/ folder, by the class in its config.json.
+    """Loads the VAE of a pipeline folder, or of its vae/ folder, by the class in its config.json.
 
     `kw`: those of `load_weights`.
     """
@@ -86,10 +88,10 @@ def load_text_encoder(
     layers: int | None = None,
     **kw: Any,
 ) -> Any:
-    """A text encoder of a pipeline folder (`subfolder` says which), or of its own folder.
+    """Loads a text encoder from `subfolder` of a pipeline folder, or from its own folder.
 
     Args:
-        layers: of a deep encoder, how many are loaded; None is all.
+        layers: number of layers to load of a deep encoder; None loads all.
         kw: those of `load_weights`.
     """
     path = folders.component(folder, subfolder)
@@ -100,7 +102,7 @@ def load_text_encoder(
 
 
 def text_model(path: epath.Path, config: Mapping[str, Any]) -> Callable[..., Any]:
-    """The class that a text encoder's config.json names; ValueError where it is none of ours."""
+    """Returns the class that a text encoder's config.json names; ValueError if unsupported."""
     kind = (config.get("architectures") or ["CLIPTextModel"])[0]
     return _named(path, kind, TEXT_MODELS, "text encoders")
 
@@ -112,7 +114,7 @@ def _named(path: epath.Path, name: Any, known: Mapping[str, Any], what: str) -> 
 
 
 def save_model(model: Any, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes a trained component as PyTorch diffusers reads it; `folder` is the component's own.
+    """Writes a trained component in diffusers' format; `folder` is the component's own.
 
     `kw`: params, dtype and shard_bytes of `save_weights`.
     """
@@ -120,15 +122,15 @@ def save_model(model: Any, folder: epath.PathLike, **kw: Any) -> None:
 
 
 def save_unet(unet: UNet2DConditionModel, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes the UNet as PyTorch diffusers reads it; as `save_model`."""
+    """Writes the UNet in diffusers' format; arguments as `save_model`."""
     save_model(unet, folder, **kw)
 
 
 def save_vae(vae: Any, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes the VAE as PyTorch diffusers reads it; as `save_model`."""
+    """Writes the VAE in diffusers' format; arguments as `save_model`."""
     save_weights(vae, folder, stem=DIFFUSERS_STEM, **kw)
 
 
 def save_text_encoder(text: Any, folder: epath.PathLike, **kw: Any) -> None:
-    """Writes a text encoder as transformers reads it; as `save_model`."""
+    """Writes a text encoder in transformers' format; arguments as `save_model`."""
     save_weights(text, folder, stem=TRANSFORMERS_STEM, **kw)

@@ -1,4 +1,4 @@
-"""A diffusers folder's files: where it is, its JSON, and which files hold its weights."""
+"""Files of a diffusers folder: its location, its JSON, and the files of its weights."""
 
 import re
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from etils import epath
 from dmpo_jax import storage
 from dmpo_jax.errors import UserError
 
-SHOWN = 4  # names that a message lists before it counts the rest
+SHOWN = 4  # names listed in a message before the rest is counted
 
 
 def some(names: Sequence[str]) -> str:
-    """`a, b, c, d and 596 more`: an error's line stays a line."""
+    """Joins names as `a, b, c, d and 596 more`, which keeps an error on one line."""
     rest = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + rest
 
 
 def one_line(error: Exception) -> str:
-    """What a library says over many lines, in one that is not too long."""
+    """Returns a library's error message on one line, cut at 600 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 600 else f"{text[:600]} ..."
 
 
 def find_folder(folder: epath.PathLike) -> epath.Path:
-    """A local or object-storage path as it is; a hub id (`org/name`), downloaded and cached.
+    """Returns a local or object-storage path as is; downloads and caches a hub id (`org/name`).
 
     Raises:
         ValueError: neither a folder nor an id that the hub client could fetch.
@@ -37,7 +37,7 @@ def find_folder(folder: epath.PathLike) -> epath.Path:
         from huggingface_hub import snapshot_download
 
         try:
-            # Weights are safetensors alone: nothing else of a repository is code or pickle.
+            # Weights are safetensors only: no code or pickle of a repository is downloaded.
             patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
             return epath.Path(snapshot_download(str(folder), allow_patterns=patterns))
         except Exception as error:
@@ -49,7 +49,7 @@ def find_folder(folder: epath.PathLike) -> epath.Path:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object of a diffusers folder; UserError names a file that is missing or broken."""
+    """Reads a JSON object of a diffusers folder; UserError names a missing or broken file."""
     if not path.exists():
         raise UserError(f"{path} is missing: is {path.parent} a complete diffusers folder?")
     value = storage.read_json(path)
@@ -59,7 +59,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def component(folder: epath.PathLike, subfolder: str) -> epath.Path:
-    """The pipeline's subfolder, or the folder itself where it already is the component's.
+    """Returns the pipeline's subfolder, or the folder itself if it is the component's.
 
     Raises:
         ValueError: it holds no config.json.
@@ -75,10 +75,10 @@ def component(folder: epath.PathLike, subfolder: str) -> epath.Path:
 def weight_files(
     folder: epath.Path, stem: str, variant: str | None
 ) -> dict[epath.Path, frozenset[str]]:
-    """The component's safetensors files -> the tensors that an index expects in each.
+    """Maps the component's safetensors files to the tensors that an index expects in each.
 
     Raises:
-        ValueError: no such file, a shard that is missing, or an index that is none.
+        ValueError: no such file, a missing shard, or an invalid index.
     """
     middle = f".{variant}" if variant else ""
     single = folder / f"{stem}{middle}.safetensors"

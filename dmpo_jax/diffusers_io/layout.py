@@ -1,4 +1,4 @@
-"""PyTorch's names and layouts <-> ours: four layout rules and a short table of older names."""
+"""Conversion between PyTorch's names and layouts and ours, and a table of older names."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis: a slice that can be hashed
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of each axis: a hashable slice
 
 
 class Legacy(NamedTuple):
-    """Names that a real folder may carry instead of today's; undone again on save."""
+    """Older tensor names of a folder: renamed on load, restored on save."""
 
     name: str
     applies: Callable[[set[str]], bool]
@@ -36,7 +36,7 @@ LEGACY = (
         _renamer(_OLD_ATTENTION, _ATTENTION_SCOPE),
         _renamer({new: old for old, new in _OLD_ATTENTION.items()}, _ATTENTION_SCOPE),
     ),
-    # transformers 5 writes CLIPTextModel bare; every folder made before it has the prefix.
+    # transformers 5 writes CLIPTextModel without a prefix; all older folders have it.
     Legacy(
         "bare_text_model",
         lambda names: "final_layer_norm.weight" in names,
@@ -48,13 +48,13 @@ BUFFERS = ("embeddings.position_ids",)  # stored by transformers < 4.31, holds 0
 
 
 def torch_name(path: str) -> str:
-    """`conv1.kernel` -> `conv1.weight`: the state-dict name of a parameter's path."""
+    """Returns the state-dict name of a parameter's path: `conv1.kernel` -> `conv1.weight`."""
     head, dot, leaf = path.rpartition(".")
     return f"{head}{dot}{'weight' if leaf in ('kernel', 'scale', 'embedding') else leaf}"
 
 
 def torch_axes(path: str, ndim: int) -> tuple[int, ...]:
-    """For each axis of PyTorch's tensor, ours: HWIO lies as OIHW, [in, out] as [out, in]."""
+    """Returns our axis for each of PyTorch's axes: OIHW from HWIO, [out, in] from [in, out]."""
     if not path.endswith(".kernel"):
         return tuple(range(ndim))
     convolutions = {4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
@@ -62,7 +62,7 @@ def torch_axes(path: str, ndim: int) -> tuple[int, ...]:
 
 
 def to_jax(path: str, tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's layout to ours: OIHW to HWIO, [out, in] to [in, out], the rest as it is."""
+    """Converts PyTorch's layout to ours: OIHW to HWIO, [out, in] to [in, out], else unchanged."""
     return tensor.transpose(np.argsort(torch_axes(path, tensor.ndim)))
 
 
@@ -72,5 +72,5 @@ def to_torch(path: str, array: np.ndarray) -> np.ndarray:
 
 
 def permuted(path: str, ours: Any) -> tuple[Any, ...]:
-    """A shape, or bounds, of our array as PyTorch's tensor has it."""
+    """Permutes the shape, or the bounds, of our array to PyTorch's axis order."""
     return tuple(ours[axis] for axis in torch_axes(path, len(ours)))

@@ -1,4 +1,4 @@
-"""Adapters <-> the one file that `load_lora_weights` of PyTorch diffusers reads."""
+"""Reads and writes adapters in the one file that diffusers' `load_lora_weights` takes."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ def save_lora(
 
     Args:
         adapters: by our paths, `....to_q.lora_A.kernel`.
-        scale: alpha / rank. It is multiplied into B: a file that states no alpha is read
-            by every program with alpha = rank, and by those that know no other way too.
-        component: of the pipeline, that the adapters are of (`Family.component`).
+        scale: alpha / rank, multiplied into B. The file states no alpha, so every program
+            reads it with alpha = rank.
+        component: of the pipeline, that the adapters belong to (`Family.component`).
     """
     folder, writes = epath.Path(folder), jax.process_index() == 0
     paths = {f"{component}.{torch_name(path)}": path for path in adapters}
@@ -57,11 +57,11 @@ def save_lora(
 
 
 def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, np.ndarray]:
-    """The inverse of `save_lora`, the scale left in B: {our path: array}.
+    """Reads adapters as {our path: array}: the inverse of `save_lora`, with the scale left in B.
 
     Raises:
-        ValueError: the file is missing, cannot be read, or holds other than the component's
-            adapters.
+        ValueError: the file is missing, cannot be read, or holds tensors other than the
+            component's adapters.
     """
     file = epath.Path(folder) / FILE
     if not file.exists():
@@ -80,5 +80,5 @@ def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, n
 
 
 def _blank(array: Any) -> np.ndarray:
-    """An array of the same shape that takes no memory."""
+    """Returns an array of the same shape that takes no memory."""
     return np.broadcast_to(np.float32(0), array.shape)

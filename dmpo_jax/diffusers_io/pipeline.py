@@ -1,4 +1,4 @@
-"""A whole pipeline folder: load its parts, embed prompts, write it back with another model."""
+"""Loads a pipeline folder, embeds prompts, and writes the folder with another model."""
 
 import functools
 import logging
@@ -23,10 +23,10 @@ from dmpo_jax.parallel import processes
 
 
 class Pipeline(NamedTuple):
-    """What conditions a model and decodes its latents; the model itself is loaded apart.
+    """Parts of a pipeline besides its model, which is loaded separately.
 
-    sampling: which sampler scheduler_config.json names, and the settings of each.
-    zero_negative: whether no negative prompt means embeddings of zeros (SDXL's
+    sampling: the sampler that scheduler_config.json names, and the settings of each sampler.
+    zero_negative: no negative prompt means embeddings of zeros (SDXL's
         force_zeros_for_empty_prompt) rather than those of the empty prompt.
     """
 
@@ -43,11 +43,11 @@ class Pipeline(NamedTuple):
 def load_pipeline(
     folder: epath.PathLike, *, vae: str = "", variant: str | None = None, dtype: Any = jnp.float32
 ) -> Pipeline:
-    """Everything of a pipeline folder but its trained component.
+    """Loads all parts of a pipeline folder except its trained component.
 
     Args:
         folder: a diffusers pipeline folder or hub id.
-        vae: another VAE's folder, in place of the pipeline's own (SDXL's fp16-fix, say).
+        vae: folder of a VAE to use in place of the pipeline's own, such as SDXL's fp16-fix.
         dtype: compute dtype; parameters are held in float32.
 
     Raises:
@@ -78,7 +78,7 @@ def load_pipeline(
 
 
 def load_tokenizer(path: epath.Path, name: str) -> Any:
-    """A tokenizer of a pipeline folder, of the class that its tokenizer_config.json names.
+    """Loads a tokenizer of a pipeline folder, by the class in its tokenizer_config.json.
 
     Raises:
         ValueError: the folder has no such part.
@@ -88,20 +88,20 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     if not (path / name / "tokenizer_config.json").exists():
         raise UserError(f"{path} lacks its {name!r} part (tokenizer_config.json)")
     config = read_json(path / name / "tokenizer_config.json")
-    # Old CLIP folders do not say what they are, and AutoTokenizer wants a config.json to guess by.
+    # Old CLIP folders name no class, and AutoTokenizer needs a config.json to infer one.
     clip = str(config.get("tokenizer_class", "CLIPTokenizer")).startswith("CLIPTokenizer")
     return (CLIPTokenizer if clip else AutoTokenizer).from_pretrained(str(path / name))
 
 
 def check_parts(path: epath.Path, family: Family) -> None:
-    """Refuses text encoders that are not the model's, by the parts' config.json files alone.
+    """Checks that the text encoders fit the model, from the parts' config.json files alone.
 
     Raises:
-        ValueError: a part is of no supported class, or the family says that it does not fit.
+        ValueError: a part's class is not supported, or the family finds that it does not fit.
     """
     config = path / family.component / "config.json"
     if not config.exists():
-        return  # whoever loads the model will say so
+        return  # loading the model raises
     texts = {
         part.name: read_json(component(path, part.name) / "config.json") for part in family.text
     }
@@ -113,10 +113,10 @@ def check_parts(path: epath.Path, family: Family) -> None:
 def embed_prompts(
     pipeline: Pipeline, prompts: Sequence[str], *, batch_size: int = 64
 ) -> Iterable[Embedded]:
-    """Context [S, D], pooled [P] and length of each prompt, in order; float32 and int32.
+    """Yields context [S, D], pooled [P] and length of each prompt, in order; float32 and int32.
 
-    Each text part has its own template and number of tokens. Prompts longer than that are
-    cut, and their number is logged.
+    Each text part has its own template and number of tokens. Longer prompts are truncated;
+    a warning gives their number.
     """
     structures, params = zip(*map(parameters.split, pipeline.text_encoders), strict=True)
     limits = token_limits(pipeline)
@@ -144,9 +144,10 @@ def embed_prompts(
 
 
 def token_limits(pipeline: Pipeline) -> list[int]:
-    """How many tokens each text part is padded to.
+    """Returns the number of tokens that each text part is padded to.
 
-    Parts that do not say share what the shortest of them takes: their states lie side by side.
+    Parts without their own number share the smallest limit among them, because their states
+    are concatenated.
     """
     free = [
         min(encoder.config.max_position_embeddings, tokenizer.model_max_length)
@@ -166,7 +167,7 @@ def _embed(
     ids: list[jax.Array],
     masks: list[jax.Array],
 ) -> Embedded:
-    """Parameters are arguments: as constants they would be compiled in, gigabytes of them."""
+    """Embeds token ids. Parameters are arguments: constants would compile in gigabytes."""
     encoders = map(parameters.merge, structures, params)
     outputs = [
         encoder(i, mask) if part.masked else encoder(i)
@@ -181,11 +182,11 @@ def _embed(
 
 
 def save_pipeline(model: Any, source: epath.PathLike, out: epath.PathLike, **kw: Any) -> None:
-    """The source pipeline with `model` in place of its own; other parts are copied as they are.
+    """Writes the source pipeline with `model` in place of its own; copies the other parts.
 
-    Every process must call it; process 0 writes, and none returns before all is written.
-    model_index.json is the commit marker: taken away first, written last. `kw`: params,
-    dtype and shard_bytes of `weights.save_weights`.
+    Every process must call it. Process 0 writes; a barrier follows. model_index.json is the
+    commit marker: removed first, written last. `kw`: params, dtype and shard_bytes of
+    `weights.save_weights`.
     """
     source, family = components.load_family(source)
     out = epath.Path(out)
@@ -203,9 +204,9 @@ def save_pipeline(model: Any, source: epath.PathLike, out: epath.PathLike, **kw:
 
 
 def _copy_folder(source: epath.Path, out: epath.Path) -> None:
-    """`out` becomes a copy of `source`; config.json goes first and comes last."""
+    """Replaces `out` by a copy of `source`; config.json is removed first and copied last."""
     (out / "config.json").unlink(missing_ok=True)
-    if out.exists():  # or another pipeline's files would stay, and be loaded before ours
+    if out.exists():  # another pipeline's stale files could be loaded before ours
         out.rmtree()
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
@@ -216,9 +217,9 @@ def _copy_folder(source: epath.Path, out: epath.Path) -> None:
 
 
 def make_index(kind: str, parts: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """model_index.json of a pipeline class: part -> (library, class)."""
+    """Returns model_index.json of a pipeline class. parts: part -> (library, class)."""
     if kind not in FAMILIES:
         raise UserError(f"{kind!r} is not supported; supported pipelines: {sorted(FAMILIES)}")
-    # PyTorch's inpainting pipeline is not opened without a version above 0.5.1.
+    # PyTorch's inpainting pipeline requires a version above 0.5.1.
     about = {"_class_name": kind, "_diffusers_version": "0.30.0"}
     return {**about, **{k: list(v) for k, v in parts.items()}}

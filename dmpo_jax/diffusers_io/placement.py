@@ -1,4 +1,4 @@
-"""Arrays between a host and its devices, one at a time: `place` and its inverse `gather`."""
+"""Transfers arrays between host and devices, one at a time: `place` and its inverse `gather`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from dmpo_jax.diffusers_io.layout import Bounds
 def place(
     shape: tuple[int, ...], sharding: Sharding | None, read: Callable[[Bounds], np.ndarray]
 ) -> jax.Array:
-    """A global array of which this process reads only what its devices hold, each part once.
+    """Builds a global array; this process reads only its devices' shards, each once.
 
     Args:
         sharding: None is the default device.
@@ -30,26 +30,28 @@ def place(
     blocks = []
     for bounds, devices in holders.items():
         block = read(bounds)
-        # Explicit, so that it passes under `jax_transfer_guard="disallow"`.
+        # An explicit transfer, which `jax_transfer_guard="disallow"` permits.
         blocks += jax.device_put([block] * len(devices), devices)
     return jax.make_array_from_single_device_arrays(shape, sharding, blocks)
 
 
 def takes_all(array: Any) -> bool:
-    """Whether gathering it takes every process: none can reach all of its parts."""
+    """True if gathering requires every process: no process can address all parts."""
     apart = isinstance(array, jax.Array) and not array.is_fully_addressable
     return apart and not array.is_fully_replicated
 
 
 def gather(array: Any) -> np.ndarray:
-    """The whole array on this host. Where it `takes_all`, every process must gather the same
-    arrays in one order."""
+    """Returns the complete array on this host.
+
+    If `takes_all`, every process must gather the same arrays in the same order.
+    """
     if not isinstance(array, jax.Array):
         return np.asarray(array)
     if takes_all(array):
         return multihost_utils.process_allgather(array, tiled=True)
-    # An array keeps the host copy that was made of it; one that shares its buffers and is
-    # dropped does not, where a model gathered directly would stay in host memory whole.
+    # An array caches its host copy, so a model gathered directly would stay in host memory.
+    # An alias of the same buffers is dropped together with its copy.
     blocks = [shard.data for shard in array.addressable_shards]
     alias = jax.make_array_from_single_device_arrays(array.shape, array.sharding, blocks)
     return jax.device_get(alias)

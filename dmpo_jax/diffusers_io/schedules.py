@@ -1,4 +1,4 @@
-"""scheduler_config.json: the noise table, and how the folder is meant to be sampled."""
+"""Reads scheduler_config.json: the noise table and the sampler's settings."""
 
 import dataclasses
 import logging
@@ -24,19 +24,19 @@ DDPM_KEYS = (
     "rescale_betas_zero_snr",
     "trained_betas",
 )
-# These noise images in another way than any table here says: training on them would be wrong.
+# Their noise matches no table here, so training with them would be wrong.
 OTHER_NOISE = ("EDM", "FlowMatch", "FlowMap")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a folder is meant to be sampled, as its scheduler_config.json says.
+    """The sampler and its settings in a folder's scheduler_config.json.
 
-    Nothing that only a sampler reads is checked before `settings` is asked for: training
-    needs the noise table alone.
+    Keys that only a sampler reads are checked by `settings`, not before: training needs the
+    noise table alone.
 
-    overrides: settings that the pipeline class puts in place of the file's, or gives beside
-    them. noise: kind of the folder's noise table.
+    overrides: settings that the pipeline class sets in place of the file's, or besides them.
+    noise: kind of the folder's noise table.
     """
 
     file: epath.Path
@@ -46,16 +46,16 @@ class Sampling:
 
     @property
     def scheduler(self) -> str:
-        """The class that the file names, or "" where it names none."""
+        """The class that the file names, or "" if it names none."""
         return str(self.config.get("_class_name") or "")
 
     @property
     def name(self) -> str:
-        """The folder's own sampler, or what stands in for it."""
+        """Name of the folder's own sampler, or of its stand-in."""
         return solver_of(self.scheduler, self.noise)[0].name
 
     def resolve(self, sampler: str = "auto") -> str:
-        """The sampler's name; auto is the folder's own, and a stand-in is logged."""
+        """Returns the sampler's name; auto is the folder's own, and a stand-in is logged."""
         if sampler != "auto":
             return sampler
         solver, own = solver_of(self.scheduler, self.noise)
@@ -69,16 +69,16 @@ class Sampling:
         return solver.name
 
     def settings(self, sampler: str, *, tokens: int | None = None) -> dict[str, Any]:
-        """Keyword arguments of `samplers.<sampler>`.
+        """Returns keyword arguments of `samplers.<sampler>`.
 
-        Those of the folder's own sampler, or for another what its class's `from_config`
-        makes of the config: keys that both know, and defaults for the rest.
+        The folder's own sampler gets the file's settings. Another gets those of its class's
+        `from_config`: keys that both know, and defaults for the rest.
 
         Args:
             tokens: of an image, for samplers whose levels depend on its size.
 
         Raises:
-            ValueError: naming the key whose value would change what the sampler does.
+            ValueError: naming the key whose value the sampler does not support.
         """
         legal = sorted(name for name, solver in SAMPLERS.items() if solver.noise == self.noise)
         if sampler not in legal:
@@ -98,11 +98,11 @@ class Sampling:
 
 
 def load_schedule(folder: epath.PathLike) -> tuple[NoiseTable, Sampling]:
-    """The noise table of a pipeline's scheduler_config.json, and how it says to sample.
+    """Loads the noise table and the sampling settings of a pipeline's scheduler_config.json.
 
     Raises:
-        ValueError: the file is missing, noises images in another way, or in another one than
-            the pipeline class is trained with.
+        ValueError: the file is missing, its noise is not supported, or it differs from the
+            noise that the pipeline class is trained with.
     """
     path = find_folder(folder)
     file = path / "scheduler" / "scheduler_config.json"

@@ -1,8 +1,7 @@
-"""safetensors files, read and written a tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-The library maps a file to read it, and mapped pages that were touched count as the
-process's memory until the file is closed; to write one, it wants every tensor at once.
-Either would hold a model twice.
+The library maps a file to read it, and touched pages count as the process's memory until the
+file is closed. To write a file, it needs every tensor at once. Either would hold a model twice.
 
 Format: eight bytes, the header's length (little endian); the header, JSON, padded with
 spaces to a multiple of eight; the tensors. Source: https://github.com/huggingface/safetensors.
@@ -23,9 +22,9 @@ from dmpo_jax.diffusers_io.folders import one_line, some
 from dmpo_jax.diffusers_io.layout import Bounds
 from dmpo_jax.errors import UserError
 
-REOPEN_BYTES = 256 * 2**20  # mapped pages that may be held; reopening costs milliseconds
-CHUNK_BYTES = 64 * 2**20  # written at once
-# In the library's order, wide ones first: every tensor then is aligned to its dtype.
+REOPEN_BYTES = 256 * 2**20  # limit of mapped pages; reopening costs milliseconds
+CHUNK_BYTES = 64 * 2**20  # per write
+# In the library's order, widest first, so that every tensor is aligned to its dtype.
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -33,7 +32,7 @@ class TensorFile:
     """An open file; `names` maps each tensor to its shape, in the order of the data.
 
     Raises:
-        ValueError: naming the file, where it is truncated, or no safetensors at all.
+        ValueError: naming the file, if it is truncated or not safetensors.
     """
 
     def __init__(self, file: epath.Path, local: epath.Path):
@@ -46,7 +45,7 @@ class TensorFile:
         except Exception as error:
             with local.open("rb") as stream:
                 start = stream.read(8)
-            # PyTorch's zip; or bare, where a safetensors' length would end in zeros.
+            # PyTorch's zip, or a bare pickle: a safetensors' length would end in zeros.
             pickled = start[:2] == b"PK" or (start[:1] == b"\x80" and any(start[3:]))
             hint = "; it is a pickle: save it again with safe_serialization=True" if pickled else ""
             raise UserError(
@@ -58,7 +57,7 @@ class TensorFile:
         return safe_open(self._local, framework="numpy")
 
     def read(self, name: str, bounds: Bounds) -> np.ndarray:
-        """A copy of that part of the tensor, in the dtype it is stored in."""
+        """Returns a copy of that part of the tensor, in its stored dtype."""
         if self._touched > REOPEN_BYTES:
             self.release()
         self._handle = self._handle or self._open()
@@ -70,16 +69,16 @@ class TensorFile:
         return tensor
 
     def release(self) -> None:
-        """Drops the mapping, and with it the pages that were read of it; reading maps it anew."""
+        """Drops the mapping and its resident pages; the next read maps the file again."""
         self._handle, self._touched = None, 0
 
 
 @contextlib.contextmanager
 def opened(files: Mapping[epath.Path, frozenset[str]]) -> Iterator[dict[str, TensorFile]]:
-    """Tensor name -> the open file that holds it.
+    """Opens files and yields a map from each tensor name to the open file that holds it.
 
     Args:
-        files: as `folders.weight_files` gives them. Those on object storage are staged on
+        files: as `folders.weight_files` returns them. Files on object storage are staged on
             the local disk.
 
     Raises:
@@ -112,10 +111,10 @@ def write(
     """Streams tensors into a file, never holding two.
 
     Args:
-        file: where to; None asks for the tensors all the same, in the same order, and
-            drops them: gathering one takes every process, writing it takes one.
+        file: destination. None requests the tensors in the same order and discards them:
+            gathering one requires every process, writing it one process.
         specs: shape and dtype of each tensor.
-        produce: name -> the tensor, as `specs` says.
+        produce: name -> the tensor, with the shape and dtype in `specs`.
 
     Raises:
         ValueError: a dtype that model folders do not hold.

@@ -1,7 +1,7 @@
-"""One model <-> its folder of a PyTorch pipeline: one converter for every model, both ways.
+"""Loads and saves one model of a PyTorch pipeline; one converter serves every model.
 
-Attribute paths are PyTorch's names, so converting is `layout`'s four rules. Only safetensors
-are opened, never a pickle. A model passes through the host a tensor at a time, both ways.
+Attribute paths are PyTorch's names, so conversion is `layout`'s four rules. Only safetensors
+are opened, never a pickle. A model passes through the host one tensor at a time, both ways.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -39,8 +39,11 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 class Match(NamedTuple):
-    """Where each parameter lies. legacy: the rules its names follow; pointwise: paths of
-    linear layers that are stored as the 1x1 convolutions they once were."""
+    """Location of each parameter in the files.
+
+    legacy: rules that its names follow. pointwise: paths of linear layers that are stored as
+    1x1 convolutions.
+    """
 
     names: dict[str, str]  # path -> name in the file
     legacy: tuple[str, ...]
@@ -63,23 +66,21 @@ def load_weights(
     Args:
         variant: `fp16` reads `*.fp16.safetensors`.
         dtype: compute dtype.
-        param_dtype: what the parameters are held in: one dtype, or path -> dtype.
+        param_dtype: dtype of the parameters: one dtype, or path -> dtype.
         sharding: shapes by path -> shardings by path, as `mesh.parameter_sharding` with its
-            mesh bound; each process reads the slices that its devices hold. None: the
-            default device.
-        abstract: reads no parameter: the model holds ShapeDtypeStructs, its buffers, and what
-            `save_weights` needs of it beside `params`.
+            mesh bound; each process reads its devices' shards. None: the default device.
+        abstract: reads no parameter: the model holds ShapeDtypeStructs, its buffers, and the
+            attributes that `save_weights` needs besides `params`.
 
     Raises:
-        ValueError: in one line, before any tensor is read: a config key whose value is not
-            supported; a file that cannot be read; tensors that are missing, unexpected or
-            misshapen.
+        ValueError: in one line, before any tensor is read: an unsupported config value; a
+            file that cannot be read; tensors that are missing, unexpected or misshapen.
     """
     config = folders.read_json(folder / "config.json")
     one_dtype = jnp.float32 if _chooses(param_dtype) else param_dtype
     try:
         model = parameters.abstract(make, config, dtype=dtype, param_dtype=one_dtype)
-    except Exception as error:  # nothing but the config comes from outside
+    except Exception as error:  # the config is the only external input
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(
             f"{folder / 'config.json'} describes no model: {kind}{one_line(error)}"
@@ -103,7 +104,7 @@ def load_weights(
 
 
 def _chooses(param_dtype: Any) -> bool:
-    """Whether it is path -> dtype: dtypes like `jnp.float32` can be called as well."""
+    """True if it is path -> dtype. Dtypes like `jnp.float32` are callable too."""
     try:
         jnp.dtype(param_dtype)
     except TypeError:
@@ -117,9 +118,9 @@ def _match(
     wanted: Shapes,
     unused: Callable[[str], bool],
 ) -> Match:
-    """Pairs the parameters with the tensors of these names and shapes, or says what differs.
+    """Matches the parameters to the tensors of these names and shapes; UserError lists differences.
 
-    unused: whether the model has no need of a tensor of this name.
+    unused: name -> true if the model does not need the tensor.
     """
     paths = {torch_name(path): path for path in wanted}
     rules = [rule for rule in LEGACY if rule.applies(set(stored))]
@@ -158,7 +159,7 @@ def _read(
     chosen: Collection[str],
     sharding: Callable[[Shapes], Mapping[str, Sharding]] | None,
 ) -> parameters.Params:
-    """The chosen parameters, in the order of the files; one tensor at a time is on its way."""
+    """Reads the chosen parameters, in the order of the files, one tensor at a time."""
     shardings = {} if sharding is None else sharding(wanted)
     places = {name: path for path, name in match.names.items() if path in chosen}
     params: parameters.Params = {}
@@ -179,7 +180,7 @@ def _read(
             return np.ascontiguousarray(tensor, wanted[path].dtype)
 
         array = placement.place(wanted[path].shape, shardings.get(path), read)
-        # Transfers are asynchronous and hold their source: unbounded, all of it would wait here.
+        # Transfers are asynchronous and hold their source: unbounded, all sources would be held.
         params[path] = jax.block_until_ready(array)
     return params
 
@@ -188,14 +189,14 @@ def _read(
 
 
 class Stored(NamedTuple):
-    """A tensor as a folder has it: our path, and its shape and dtype there."""
+    """A tensor in a folder: our path, and its stored shape and dtype."""
 
     path: str
     spec: jax.ShapeDtypeStruct
 
 
 def _stored(model: Any, arrays: Mapping[str, Any], dtype: Any) -> dict[str, Stored]:
-    """Name -> tensor, by name, in the naming that the model's folder had."""
+    """Returns tensors by name, sorted, under the names of the model's folder."""
     rules = [rule for rule in LEGACY if rule.name in getattr(model, "layout", ())]
     found = {}
     for path, array in arrays.items():
@@ -216,7 +217,7 @@ def _converted(stored: Stored, array: np.ndarray) -> np.ndarray:
 
 
 def state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The model as PyTorch names and layouts, in the naming that its folder had; all on the host.
+    """Returns the model on the host in PyTorch's layouts, under the names of its folder.
 
     On several processes, each must call it.
     """
@@ -234,12 +235,12 @@ def save_weights(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """config.json and safetensors, sharded above `shard_bytes`.
+    """Writes config.json and safetensors, sharded above `shard_bytes`.
 
-    Every process must call it: one tensor after another is gathered from the devices,
-    converted and streamed into its file by process 0; none returns before all is written.
-    config.json is the commit marker: it is taken away before the weights change and written
-    last, so a killed save never leaves a folder that looks whole.
+    Every process must call it. Tensors are gathered one after another; process 0 converts
+    each and streams it into its file; a barrier follows. config.json is the commit marker: it
+    is removed before the weights change and written last, so a killed save never leaves a
+    folder that looks complete.
 
     Args:
         params: saved in place of the model's own, which may then be abstract; on any mesh.
@@ -294,7 +295,7 @@ def _check_same(model: Any, arrays: Mapping[str, Any]) -> None:
 
 
 def _cut(stored: dict[str, Stored], shard_bytes: int) -> list[dict[str, Stored]]:
-    """Cut before the tensor that would take a shard above the limit."""
+    """Splits tensors into shards: a tensor that would exceed the limit starts a new one."""
     shards: list[dict[str, Stored]] = [{}]
     size = 0
     for name, tensor in stored.items():
@@ -309,7 +310,7 @@ def _cut(stored: dict[str, Stored], shard_bytes: int) -> list[dict[str, Stored]]
 def _commit(
     model: Any, folder: epath.Path, stem: str, shards: Mapping[str, Mapping[str, Stored]]
 ) -> None:
-    """The written parts take the place of what the folder held."""
+    """Replaces the folder's previous weights and config by the written parts."""
     (folder / "config.json").unlink(missing_ok=True)
     for stale in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         stale.unlink()

@@ -32,23 +32,25 @@ def flow_euler(
     mu: Mu | None = None,
     tokens: int | None = None,
 ) -> Latents:
-    """Euler's method from sigma 1 to 0: `x + (sigma' - sigma) velocity`. As `ddim` otherwise.
+    """Samples by Euler's method from sigma 1 to 0: `x + (sigma' - sigma) velocity`.
+
+    Arguments and result are as for `ddim` otherwise.
 
     Args:
-        shift: static shift towards noise; not read with use_dynamic_shifting.
-        use_dynamic_shifting: shift by mu, which grows with the image: with time_shift_type
-            exponential the shift is e^mu, with linear it is mu.
+        shift: static shift towards noise; ignored with use_dynamic_shifting.
+        use_dynamic_shifting: shift by mu, which grows with the image: by e^mu if
+            time_shift_type is exponential, by mu if it is linear.
         base_shift, max_shift, base_image_seq_len, max_image_seq_len: mu is linear in the
-            image's tokens, base_shift at the base length, max_shift at the largest.
+            image's tokens: base_shift at the base length, max_shift at the largest.
         shift_terminal: the levels are stretched so that the last one before 0 is this.
-        even_sigmas: whether the pipeline hands its scheduler levels from 1 to 1 / num_steps.
-            False spaces them between the ends of the training table, which are shifted
-            already, and shifts them again, as StableDiffusion3Pipeline has it.
+        even_sigmas: the pipeline passes levels from 1 to 1 / num_steps to its scheduler.
+            False spaces them between the ends of the training table, which are already
+            shifted, and shifts them again, as StableDiffusion3Pipeline does.
         mu: the pipeline's own rule in place of the linear one.
-        tokens: of an image, as the transformer counts them; dynamic shifting needs them.
+        tokens: of an image, as the transformer counts them; dynamic shifting requires them.
 
     Raises:
-        ValueError: the schedule is not of flow noise, or the settings give no levels.
+        ValueError: the schedule is not flow noise, or the settings give no levels.
 
     Source: arXiv 2403.03206; diffusers' FlowMatchEulerDiscreteScheduler.
     """
@@ -92,11 +94,11 @@ def flow_sigmas(
     terminal: float | None = None,
     num_train_timesteps: int = 1000,
 ) -> Float[np.ndarray, " S1"]:
-    """The levels that are visited, falling, and 0; float64.
+    """Returns the visited levels, decreasing, followed by 0; float64.
 
     Args:
-        shift: of the levels. table_shift: of the training table, whose ends are the levels'
-            where not even. Others: see `flow_euler`.
+        shift: of the levels. table_shift: of the training table, whose ends bound the levels
+            if not even. Others: see `flow_euler`.
     """
     if num_steps < 1:
         raise UserError(f"num_steps must be at least 1, got {num_steps}")

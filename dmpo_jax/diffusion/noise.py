@@ -28,8 +28,8 @@ RandomKey = Key[Array, ""]
 Rows = Float[Array, "B ..."]
 Table = Float32[np.ndarray, " T"]
 Moments = Float[Array, "*batch M"]
-Latents = Float[Array, "..."]  # [..., H, W, C], of which packing changes all three
-Factor = float | int | Sequence[float]  # one of all channels, or one a channel
+Latents = Float[Array, "..."]  # [..., H, W, C]; packing changes all three axes
+Factor = float | int | Sequence[float]  # one for all channels, or one per channel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,8 +39,8 @@ class NoiseTable:
     Compared and hashed by identity: a constant to close over, or a static argument.
 
     signal, noise: factors of x0 and of epsilon.
-    times: what the model is told at each timestep.
-    prediction_type: what the model predicts, one of PREDICTION_TYPES.
+    times: the model's time input at each timestep.
+    prediction_type: the model's output, one of PREDICTION_TYPES.
     alphas_cumprod: DDPM's own table, the square of signal; None for flow. It falls from near
         1 to near 0, or to exactly 0 with zero terminal SNR.
     """
@@ -63,7 +63,7 @@ class NoiseTable:
 
     @property
     def signal_squared(self) -> Table:
-        """alphas_cumprod, as DDPM's samplers count it.
+        """alphas_cumprod, as DDPM's samplers use it.
 
         Raises:
             UserError: the noise is not DDPM's.
@@ -81,10 +81,10 @@ class NoiseTable:
 
 
 def make_flow_table(shift: float | int = 1.0, num_train_timesteps: int = 1000) -> NoiseTable:
-    """Rectified flow: sigma = noise = 1 - signal, evenly spaced in (0, 1], then shifted.
+    """Makes rectified flow's table: sigma = noise = 1 - signal, even in (0, 1], then shifted.
 
-    The table of diffusers' FlowMatchEulerDiscreteScheduler, ascending here; models are told
-    num_train_timesteps * sigma.
+    This is the table of diffusers' FlowMatchEulerDiscreteScheduler in ascending order. Models
+    receive num_train_timesteps * sigma.
 
     Args:
         shift: above 0; larger values move the levels towards noise. 1 for schedulers that
@@ -107,7 +107,7 @@ def make_flow_table(shift: float | int = 1.0, num_train_timesteps: int = 1000) -
 
 
 def shifted(sigma: Float[np.ndarray, " S"], shift: float | int) -> Float[np.ndarray, " S"]:
-    """Flow levels moved towards noise: `shift sigma / (1 + (shift - 1) sigma)`."""
+    """Shifts flow levels towards noise: `shift sigma / (1 + (shift - 1) sigma)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
@@ -121,11 +121,11 @@ def make_ddpm_table(
     rescale_betas_zero_snr: bool = False,
     trained_betas: Sequence[float] | np.ndarray | None = None,
 ) -> NoiseTable:
-    """The table that diffusers' DDPMScheduler builds from the same settings.
+    """Makes the table that diffusers' DDPMScheduler builds from the same settings.
 
     Args:
         beta_schedule: linear, scaled_linear (linear in sqrt(beta), Stable Diffusion's) or
-            squaredcos_cap_v2 (which has no beta_start or beta_end).
+            squaredcos_cap_v2 (which ignores beta_start and beta_end).
         rescale_betas_zero_snr: shift the table so that the last timestep is pure noise
             (arXiv 2305.08891, algorithm 1). The last entry is then exactly 0, as in
             diffusers' DDPM and DDIM; its Euler family writes 2**-24 there instead. An
@@ -146,7 +146,7 @@ def make_ddpm_table(
             )
     else:
         betas = _betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
-    # The last beta may be 1 (zero SNR); a beta of 0 first would divide by no noise.
+    # The last beta may be 1 (zero SNR). A first beta of 0 would divide by zero noise.
     if not (betas[0] > 0 and betas.min() >= 0 and betas.max() <= 1):
         raise UserError(
             f"betas must be in (0, 1], got {betas.min()} to {betas.max()}; change "
@@ -168,7 +168,7 @@ def make_ddpm_table(
     )
 
 
-# By `Family.noise`: what makes a table of a scheduler's settings.
+# Functions that make a table from a scheduler's settings, by `Family.noise`.
 TABLES = {"ddpm": make_ddpm_table, "flow": make_flow_table}
 
 
@@ -204,8 +204,8 @@ def _cumprod(alphas: Table) -> Table:
 
 
 def _zero_terminal_snr(alphas_cumprod: Table) -> Table:
-    # Through betas and back, in float32, although alphas_cumprod could be had at once: the
-    # last entries are differences of near-equals, and only the same rounding agrees.
+    # Through betas and back, in float32, although alphas_cumprod has a direct formula: the
+    # last entries are differences of near-equals, and agree only under the same rounding.
     signal = np.sqrt(alphas_cumprod)
     first, last = signal[0], signal[-1]
     alphas_cumprod = ((signal - last) * (first / (first - last))) ** 2
@@ -215,15 +215,15 @@ def _zero_terminal_snr(alphas_cumprod: Table) -> Table:
 
 
 def _at(table: Table, timesteps: Int[Array, " B"], rank: int) -> Rows:
-    """`table[timesteps]`, with axes of 1 up to `rank`: ranks never promote by themselves."""
+    """Returns `table[timesteps]` with axes of 1 up to `rank`, since ranks never promote."""
     return jnp.asarray(table)[timesteps].reshape(-1, *(1,) * (rank - 1))
 
 
 def pack_latents(latents: Float[Array, "*batch H W C"], pack: int) -> Float[Array, "*batch h w D"]:
-    """Blocks of pack x pack latents as the channels of one: `c pack^2 + row pack + column`.
+    """Packs blocks of pack x pack latents into channels: `c pack^2 + row pack + column`.
 
     Raises:
-        ValueError: height or width is no multiple of `pack`.
+        ValueError: height or width is not a multiple of `pack`.
     """
     if pack == 1:
         return latents
@@ -261,15 +261,15 @@ def sample_latents(
     mean_only: bool = False,
     pack: int = 1,
 ) -> Latents:
-    """Draws latents from the VAE's posterior, packs and scales them as the model expects.
+    """Samples the VAE's posterior, then packs and scales the latents as the model expects.
 
     Args:
-        moments: unscaled mean, then log-variance, on the last axis (M = 2C); with
-            mean_only the mean alone (M = C), which is then what is drawn.
-        scaling_factor: of the VAE: 0.18215 for SD1.5, 0.13025 for SDXL; or one for each
-            packed channel.
+        moments: unscaled mean, then log-variance, on the last axis (M = 2C). With mean_only
+            the mean alone (M = C), which is used without sampling.
+        scaling_factor: of the VAE: 0.18215 for SD1.5, 0.13025 for SDXL; or one per packed
+            channel.
         shift_factor: likewise; 0 for both.
-        pack: latents are packed `pack` x `pack`; 1 leaves them.
+        pack: latents are packed `pack` x `pack`; 1 leaves them unpacked.
 
     Returns:
         `(packed(mean + std * noise) - shift_factor) * scaling_factor`, float32.
@@ -283,7 +283,7 @@ def sample_latents(
                 f"{moments.shape}"
             )
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        # The VAE's own bounds: beyond them exp is noise of the encoder's, not of the posterior.
+        # The VAE's own bounds: beyond them the log-variance is the encoder's noise.
         std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
         latents = mean + std * jax.random.normal(key, mean.shape, jnp.float32)
     if pack > 1:
@@ -295,14 +295,14 @@ def sample_latents(
 def restore_latents(
     latents: Latents, *, scaling_factor: Factor, shift_factor: Factor = 0.0, pack: int = 1
 ) -> Latents:
-    """Scaled latents -> what the VAE decodes: the inverse of `sample_latents`."""
+    """Converts scaled latents to the VAE decoder's input: the inverse of `sample_latents`."""
     shift, scale = (_by_channel(x, latents) for x in (shift_factor, scaling_factor))
     latents = latents / scale + shift
     return unpack_latents(latents, pack) if pack > 1 else latents
 
 
 def _by_channel(factor: Factor, latents: Latents) -> float | int | Array:
-    """A number as it is; a vector with leading axes of 1, since ranks never promote."""
+    """Returns a number as is, a vector with leading axes of 1, since ranks never promote."""
     if isinstance(factor, float | int):
         return factor
     if len(factor) != latents.shape[-1]:
@@ -319,7 +319,7 @@ def add_noise(
     timesteps: Int[Array, " B"],
     schedule: NoiseTable,
 ) -> Rows:
-    """`signal latents + noise epsilon`; the two may differ in axes of 1."""
+    """Computes `signal latents + noise epsilon`; the two may differ in axes of 1."""
     signal = _at(schedule.signal, timesteps, latents.ndim)
     return signal * latents + _at(schedule.noise, timesteps, latents.ndim) * noise
 
@@ -330,7 +330,7 @@ def prediction_target(
     timesteps: Int[Array, " B"],
     schedule: NoiseTable,
 ) -> Rows:
-    """What a perfect model predicts, in the latents' shape: epsilon, v, x0 or velocity."""
+    """Returns the model's target, in the latents' shape: epsilon, v, x0 or velocity."""
     if schedule.prediction_type == "epsilon":
         return jnp.broadcast_to(noise, latents.shape)
     if schedule.prediction_type == "sample":
@@ -347,10 +347,10 @@ def to_sample_and_epsilon(
     timesteps: Int[Array, " B"],
     schedule: NoiseTable,
 ) -> tuple[Rows, Rows]:
-    """(x0, epsilon) that a prediction on noised `latents` stands for, in float32.
+    """Converts a prediction on noised `latents` to (x0, epsilon), in float32.
 
-    The inverse of `add_noise` and `prediction_target` together. Not finite where an
-    epsilon prediction meets pure noise (the last timestep under zero terminal SNR).
+    The inverse of `add_noise` and `prediction_target` together. Not finite for an epsilon
+    prediction at pure noise (the last timestep under zero terminal SNR).
     """
     signal = _at(schedule.signal, timesteps, latents.ndim)
     noise = _at(schedule.noise, timesteps, latents.ndim)
@@ -364,7 +364,7 @@ def split_prediction(
     noise: Float[Array, "..."],
     prediction_type: str,
 ) -> tuple[Rows, Rows]:
-    """`to_sample_and_epsilon` at any noise level: `latents = signal x0 + noise epsilon`."""
+    """Computes `to_sample_and_epsilon` at any level: `latents = signal x0 + noise epsilon`."""
     prediction, latents = prediction.astype(jnp.float32), latents.astype(jnp.float32)
     if prediction_type == "epsilon":
         return (latents - noise * prediction) / signal, prediction

@@ -1,13 +1,13 @@
-"""Samplers: from noise to latents, each one scan over a table that NumPy built before.
+"""Samplers from noise to latents: each is one scan over a table precomputed in NumPy.
 
-All walk the same road. With x = signal x0 + noise epsilon, a step splits the model's
-prediction into x0 and epsilon and puts them together again at the next, lower noise level:
+With x = signal x0 + noise epsilon, a step splits the model's prediction into x0 and epsilon
+and recombines them at the next, lower noise level:
 
     x' = signal' x0 + noise' epsilon + correction (x0 - x0 of the step before)
 
-They differ in the levels they visit and in the correction, which is 0 but for DPM-Solver++.
-Beside each stands its `Solver`: the scheduler class that it is, and the keys of
-scheduler_config.json that it does not follow.
+Samplers differ in their levels and in the correction, which is 0 except for DPM-Solver++. Each
+has a `Solver`: its scheduler class, and the keys of scheduler_config.json that it does not
+support.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from dmpo_jax.errors import UserError
 
 SPACINGS = ("leading", "trailing", "linspace")
 FINAL_SIGMAS = ("zero", "sigma_min")
-# What diffusers writes for the last signal squared of zero terminal SNR where it divides by it.
+# diffusers' last signal squared under zero terminal SNR, where it divides by it.
 SMALLEST_SIGNAL = np.float32(2.0**-24)
 
 
@@ -34,19 +34,19 @@ def guide(
     parts: Sequence[Any],
     weights: Sequence[float | int],
 ) -> Predict:
-    """`sum_i weights[i] predict(latents, timesteps, parts[i])`, in float32.
+    """Returns a predictor of `sum_i weights[i] predict(latents, timesteps, parts[i])`, float32.
 
-    One call of the model on k N rows (k parts), each latent's k rows side by side, so that
+    It calls the model once on k N rows (k parts). Each latent's k rows are adjacent, so that
     rows stay on their device under data sharding. One part of weight 1 is `predict` alone.
 
     Args:
         parts: conditionings, pytrees of one structure whose leaves have a leading axis N.
-        weights: one a part. Classifier-free guidance w: of (conditional, negative), w and
-            1 - w. Editing: of (text and image, negative and image, negative and no image),
+        weights: one per part. Classifier-free guidance w on (conditional, negative): w and
+            1 - w. Editing on (text and image, negative and image, negative and no image):
             s_text, s_image - s_text and 1 - s_image.
 
     Raises:
-        ValueError: if there are not as many weights as parts, or the rows are not N.
+        ValueError: if the numbers of weights and parts differ, or the rows are not N.
 
     Source: arXiv 2207.12598, equation 6; InstructPix2Pix, arXiv 2211.09800, equation 3.
     """
@@ -72,7 +72,7 @@ def guide(
         told = jax.tree.map(merge, *parts)
         prediction = predict(jnp.repeat(x, k, axis=0), jnp.repeat(timesteps, k), told)
         prediction = prediction.astype(jnp.float32).reshape(len(x), k, *prediction.shape[1:])
-        # Not a product of matrices, which accelerators compute in fewer bits.
+        # Not a matrix product, which accelerators compute in fewer bits.
         return (prediction * jnp.asarray(weights, jnp.float32).reshape(1, k, 1, 1, 1)).sum(1)
 
     return guided
@@ -90,24 +90,24 @@ def ddim(
     clip_sample: bool = False,
     clip_sample_range: float | int = 1.0,
 ) -> Latents:
-    """Deterministic DDIM (eta 0). Pure; jit it over latents and what `predict` closes over.
+    """Samples by deterministic DDIM (eta 0). Pure: jit it over latents and `predict`'s closure.
 
     Args:
-        predict: `(latents [N h w C], timesteps [N]) -> prediction`, of the type that the
-            schedule names; see `guide`.
+        predict: `(latents [N h w C], timesteps [N]) -> prediction`, of the schedule's
+            prediction type; see `guide`.
         latents: standard normal noise, `[N, h, w, C]`.
         timestep_spacing, steps_offset: see `spaced_timesteps`.
-        set_alpha_to_one: whether the last step arrives at no noise rather than at the
-            noise of timestep 0.
-        clip_sample, clip_sample_range: bound the predicted x0 (pixel models only). diffusers'
-            own default clips, which no latents survive: pipelines turn it off on loading.
+        set_alpha_to_one: the last step ends at zero noise rather than at the noise of
+            timestep 0.
+        clip_sample, clip_sample_range: bound the predicted x0 (pixel models only). diffusers
+            clips by default, which destroys latents; pipelines turn it off on loading.
 
     Returns:
         Latents, float32 `[N, h, w, C]`, still scaled.
 
     Raises:
         ValueError: if the timesteps are not in the schedule, or an epsilon prediction would
-            be asked for at pure noise.
+            be required at pure noise.
 
     Source: Denoising Diffusion Implicit Models, arXiv 2010.02502; diffusers' DDIMScheduler.
     """
@@ -124,8 +124,8 @@ def ddim(
             "an epsilon prediction at zero terminal SNR holds no image: use a schedule of "
             f"v_prediction or sample, or 'leading' spacing (got {timestep_spacing!r})"
         )
-    # A fixed stride, not the next entry of the table: they differ for linspace and
-    # where num_steps does not divide T, and diffusers takes the stride.
+    # A fixed stride, as in diffusers, not the next entry of the table: they differ for
+    # linspace and where num_steps does not divide T.
     previous = timesteps - count // num_steps
     final = np.float32(1) if set_alpha_to_one else schedule.signal_squared[0]
     arrival = np.where(previous >= 0, schedule.signal_squared[previous], final)
@@ -156,14 +156,14 @@ def euler(
     use_karras_sigmas: bool = False,
     final_sigmas_type: str = "zero",
 ) -> Latents:
-    """Euler's method in sigma = noise / signal, no churn. As `ddim` otherwise.
+    """Samples by Euler's method in sigma = noise / signal, without churn. As `ddim` otherwise.
 
     Args:
-        timestep_spacing, steps_offset: see `spaced_timesteps`; with linspace the model is
-            asked between training timesteps, at fractional ones.
-        use_karras_sigmas: levels between the same ends as EDM spaces them.
-        final_sigmas_type: where the last step arrives: zero, or sigma_min, the noise of
-            timestep 0.
+        timestep_spacing, steps_offset: see `spaced_timesteps`; linspace visits fractional
+            timesteps, between the training timesteps.
+        use_karras_sigmas: EDM's spacing of levels between the same ends.
+        final_sigmas_type: the level at which the last step ends: zero, or sigma_min, the
+            noise of timestep 0.
 
     Source: EDM, arXiv 2206.00364, algorithm 1; diffusers' EulerDiscreteScheduler.
     """
@@ -179,12 +179,12 @@ def euler(
         timesteps = timesteps.astype(np.int32)
     sigmas = _with_final(sigmas, table, final_sigmas_type)
     rows = _table_of(timesteps, sigmas, np.zeros(len(timesteps)))
-    # Leading starts below the last timestep, at noise of more than the variance that is left.
+    # As in diffusers: leading starts below the last timestep, yet from noise of variance 1.
     largest = float(sigmas.max())
     start = np.hypot(largest, 1) if timestep_spacing == "leading" else largest
     scale = np.float32(start / np.hypot(float(sigmas[0]), 1))
     latents = walk(predict, latents * scale, rows, schedule.prediction_type)
-    # What noise is left is diffusers' to add to an image of full strength.
+    # diffusers' latents are x0 + sigma epsilon: the image has full strength at any noise.
     return latents * np.float32(np.hypot(float(sigmas[-1]), 1))
 
 
@@ -193,7 +193,7 @@ _SIGMAS = {"use_exponential_sigmas": OFF, "use_beta_sigmas": OFF}
 
 def _euler_only(config: Config) -> dict[str, tuple[Any, ...]]:
     only: dict[str, tuple[Any, ...]] = {**_SIGMAS, "interpolation_type": ("linear",)}
-    if config.get("prediction_type") == "v_prediction":  # continuous ones are for v alone
+    if config.get("prediction_type") == "v_prediction":  # continuous ones exist for v only
         only["timestep_type"] = ("discrete",)
     if config.get("use_karras_sigmas"):
         only |= {"sigma_min": (None,), "sigma_max": (None,)}
@@ -222,16 +222,16 @@ def dpmpp_2m(
     lower_order_final: bool = True,
     euler_at_final: bool = False,
 ) -> Latents:
-    """DPM-Solver++, deterministic multistep, midpoint. As `ddim` otherwise.
+    """Samples by DPM-Solver++, deterministic multistep, midpoint. As `ddim` otherwise.
 
     Args:
         timestep_spacing, steps_offset, use_karras_sigmas, final_sigmas_type: as of `euler`,
-            but spaced so that the last step arrives where the next one would stand, and
-            rounded to training timesteps.
-        solver_order: 2 corrects a step by the one before it; 1 is DDIM in other steps.
-        lower_order_final: order 1 for the last step of fewer than 15.
-        euler_at_final: order 1 for the last step of any number. A last step to zero has it
-            always.
+            but spaced so that the last step ends where the next level would be, and rounded
+            to training timesteps.
+        solver_order: 2 corrects a step by the previous one; 1 is DDIM at other timesteps.
+        lower_order_final: order 1 for the last step if there are fewer than 15.
+        euler_at_final: order 1 for the last step of any number. A last step to zero always
+            has order 1.
 
     Source: DPM-Solver++, arXiv 2211.01095, algorithm 2; diffusers'
         DPMSolverMultistepScheduler.
@@ -247,7 +247,7 @@ def dpmpp_2m(
         ends=1,
     ).round()
     sigmas = np.interp(timesteps, np.arange(len(table)), table)
-    if use_karras_sigmas:  # between the table's ends, where Euler's are between those visited
+    if use_karras_sigmas:  # between the table's ends; Euler's are between the visited ones
         sigmas = karras_sigmas(table[-1], table[0], num_steps)
         timesteps = _timesteps_of(sigmas, table).round()
     sigmas = _with_final(sigmas, table, final_sigmas_type)
@@ -268,7 +268,7 @@ DPMPP_2M = Solver(
         **_SIGMAS,
         "thresholding": OFF,
         "solver_order": (2, 1),
-        "algorithm_type": ("dpmsolver++", "deis"),  # diffusers, too, reads DEIS's as its own
+        "algorithm_type": ("dpmsolver++", "deis"),  # diffusers also treats DEIS as its own
         "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # likewise
         "lambda_min_clipped": (float("-inf"), None),
         "use_lu_lambdas": OFF,
@@ -280,7 +280,7 @@ SAMPLERS = {solver.name: solver for solver in (DDIM, EULER, DPMPP_2M, FLOW_EULER
 
 
 def solver_of(scheduler: str, noise: str) -> tuple[Solver, bool]:
-    """(the sampler of a scheduler class, whether it is the class's own, not a stand-in)."""
+    """Returns (sampler of a scheduler class, true if it is the class's own, not a stand-in)."""
     for solver in SAMPLERS.values():
         if scheduler == solver.scheduler:
             return solver, True
@@ -297,15 +297,15 @@ def spaced_timesteps(
     steps_offset: int,
     ends: int = 0,
 ) -> Float[np.ndarray, " S"]:
-    """The timesteps that a sampler visits, falling, float64; whole ones but for linspace.
+    """Returns the visited timesteps, decreasing, float64; integers except for linspace.
 
     Args:
         timestep_spacing: leading (multiples of T // num_steps, plus steps_offset, so T - 1
-            itself is not visited), trailing (from T - 1 down, which zero terminal SNR
-            wants) or linspace (both ends).
-        steps_offset: read by leading alone, as in diffusers.
-        ends: 1 to space as for one more step and leave out the lowest (DPM-Solver++'s
-            leading and linspace).
+            itself is not visited), trailing (from T - 1 down, for zero terminal SNR)
+            or linspace (both ends).
+        steps_offset: used by leading only, as in diffusers.
+        ends: 1 spaces for one more step and drops the lowest (DPM-Solver++'s leading and
+            linspace).
 
     Raises:
         ValueError: if the spacing is unknown or a timestep would lie outside the table.
@@ -336,7 +336,7 @@ def spaced_timesteps(
 
 
 def sigma_table(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
-    """noise / signal at each training timestep, rising; finite under zero terminal SNR too."""
+    """Returns noise / signal at each training timestep, increasing; finite at zero terminal SNR."""
     signal = schedule.signal_squared.copy()
     if signal[-1] == 0:
         signal[-1] = SMALLEST_SIGNAL
@@ -346,7 +346,7 @@ def sigma_table(schedule: NoiseTable) -> Float32[np.ndarray, " T"]:
 def karras_sigmas(
     largest: float | np.floating, smallest: float | np.floating, num_steps: int
 ) -> Float[np.ndarray, " S"]:
-    """EDM's levels, falling: evenly spaced in sigma^(1/7). arXiv 2206.00364, equation 5."""
+    """Returns EDM's levels, decreasing, even in sigma^(1/7). arXiv 2206.00364, equation 5."""
     high, low = float(largest) ** (1 / 7), float(smallest) ** (1 / 7)
     return (high + np.linspace(0, 1, num_steps) * (low - high)) ** 7
 
@@ -366,8 +366,10 @@ def _with_final(
 
 
 def _half_step_ratio(sigmas: Float32[np.ndarray, " S1"]) -> Float[np.ndarray, " S"]:
-    """h / (2 h of the step before), h a step's length in log(1 / sigma); 0, so first order, for
-    the first."""
+    """Returns h / (2 h of the previous step), h a step's length in log(1 / sigma).
+
+    The first is 0, so that the first step has order 1.
+    """
     with np.errstate(divide="ignore"):
         lengths = np.diff(-np.log(sigmas.astype(np.float64)))
     return np.append(0.0, lengths[1:] / (2 * lengths[:-1]))
@@ -378,11 +380,11 @@ def _table_of(
     sigmas: Float32[np.ndarray, " S1"],
     correction: Float[np.ndarray, " S"],
 ) -> Table:
-    """The table of a walk from sigma to sigma; correction in units of the weight of x0."""
+    """Makes the table of a walk from sigma to sigma; correction in units of the weight of x0."""
     wide = sigmas.astype(np.float64)
     signal = 1 / np.hypot(wide, 1)
     noise = wide * signal
-    # Where x0 stands in x' = (noise' / noise) x + (...) x0, the form of the paper.
+    # The weight of x0 in x' = (noise' / noise) x + (...) x0, the paper's form.
     weight = signal[1:] - noise[1:] / noise[:-1] * signal[:-1]
     columns = signal[:-1], noise[:-1], signal[1:], noise[1:], correction * weight
     return Table(timesteps, *(column.astype(np.float32) for column in columns))

@@ -1,4 +1,4 @@
-"""Which timesteps are trained on, what each weighs, and pairs noised at them."""
+"""Training timesteps, their densities and weights, and pairs noised at them."""
 
 import dataclasses
 import math
@@ -21,12 +21,12 @@ Images = Float[Array, "B n H W C"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Timesteps:
-    """Which timesteps are drawn, from first to last - 1, and what each one weighs.
+    """Distribution of training timesteps, from first to last - 1, and the weight of each.
 
     weights: of a pair's loss, by training timestep; None is 1 everywhere.
     density: one of DENSITIES. mean, std: of the logit, for logit_normal.
-    steps: in all; logit_normal is a density over all of them, cut to the range.
-    moved: the training timestep that each draw stands for; None is itself.
+    steps: in total; logit_normal is a density over all of them, truncated to the range.
+    moved: the training timestep that each draw maps to; None is itself.
     """
 
     first: int
@@ -51,11 +51,11 @@ def make_timesteps(
     std: float | int = 1.0,
     shift: float | int | None = None,
 ) -> Timesteps:
-    """Timesteps to train on.
+    """Makes the distribution and the weights of training timesteps.
 
     Args:
-        weighting: uniform; min_snr, which takes weight from the timesteps with little noise:
-            with s the signal-to-noise ratio, min(s, gamma) of the loss in x0, that is
+        weighting: uniform; min_snr, which downweights timesteps with little noise: with s the
+            signal-to-noise ratio, min(s, gamma) of the loss in x0, that is
             min(s, gamma) / s where epsilon is predicted, min(s, gamma) / (s + 1) for v and
             min(signal^2, gamma noise^2) for flow; for flow also sigma_sqrt, 1 / sigma^2, and
             cosmap, 2 / (pi (1 - 2 sigma + 2 sigma^2)).
@@ -63,8 +63,8 @@ def make_timesteps(
         low, high: ends of the range, as fractions of the training timesteps: 0 is no noise.
         density: uniform, or logit_normal: `u = sigmoid(mean + std z)` with z standard normal,
             and the timestep that lies u from the top, so that a higher mean is less noise.
-        shift: of flow noise: draws as if the table had this shift, static or e^mu of a
-            dynamic one; None takes the table as it is.
+        shift: of flow noise: draws as if the table had this shift (static, or e^mu of a
+            dynamic one); None leaves the table as it is.
 
     Raises:
         ValueError: naming the values supported.
@@ -113,7 +113,7 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
         return (cosmap if weighting == "cosmap" else sigma**-2).astype(np.float32)
     if not 0 < gamma < math.inf:
         raise UserError(f"gamma must be above 0 and finite, got {gamma}; 5 is usual")
-    # By the shares of signal and noise, of which either may be 0 at an end of the table.
+    # From the shares of signal and noise: either may be 0 at an end of the table.
     if schedule.kind == "flow":
         signal, noise = (x.astype(np.float64) ** 2 for x in (schedule.signal, schedule.noise))
     else:
@@ -130,7 +130,7 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
 
 
 def _moved(schedule: NoiseTable, shift: float | int) -> Int[np.ndarray, " T"]:
-    """Timestep k of a table with this shift -> the nearest one of `schedule`."""
+    """Maps timestep k of a table with this shift to the nearest timestep of `schedule`."""
     if schedule.kind != "flow":
         raise UserError(
             f"shift={shift} is of flow noise, but this model's noise is DDPM's: leave it unset"
@@ -145,11 +145,11 @@ def _moved(schedule: NoiseTable, shift: float | int) -> Int[np.ndarray, " T"]:
 
 
 def draw_timesteps(key: Key[Array, ""], count: int, among: Timesteps) -> Int[Array, " B"]:
-    """Training timesteps, int32, independent of each other."""
+    """Draws independent training timesteps, int32."""
     if among.density == "uniform":
         drawn = jax.random.randint(key, (count,), among.first, among.last)
     else:
-        # The range in z: timestep k holds u from 1 - (k + 1) / steps to 1 - k / steps.
+        # The range in z: timestep k covers u from 1 - (k + 1) / steps to 1 - k / steps.
         ends = (_logit(1 - among.last / among.steps), _logit(1 - among.first / among.steps))
         low, high = ((x - among.mean) / among.std for x in ends)
         z = jax.random.truncated_normal(key, low, high, (count,), jnp.float32)
@@ -161,9 +161,9 @@ def draw_timesteps(key: Key[Array, ""], count: int, among: Timesteps) -> Int[Arr
 def logit_normal_timesteps(
     z: Float[Array, " B"], *, mean: float | int, std: float | int, steps: int
 ) -> Int[Array, " B"]:
-    """Standard normal draws -> timesteps, int32: `steps - 1 - floor(steps sigmoid(mean + std z))`.
+    """Maps standard normal draws to `steps - 1 - floor(steps sigmoid(mean + std z))`, int32.
 
-    Published scripts index a table that falls from the most noise; ours rises.
+    Published scripts index a table from the most noise to the least; ours has the least first.
     """
     u = jax.nn.sigmoid(mean + std * z)
     return (steps - 1 - jnp.floor(steps * u).astype(jnp.int32)).clip(0)
@@ -178,14 +178,14 @@ def _logit(share: float) -> float:
 def noise_pair(
     key: Key[Array, ""], latents: Images, schedule: NoiseTable, among: Timesteps | None = None
 ) -> Noised:
-    """Noises the images of a pair alike: one timestep and one noise for both.
+    """Noises the images of a pair with the same timestep and the same noise.
 
-    The comparison between them is then of the images alone. Draws cover the batch as
-    given: pass the global one, so that neither hosts nor sharding change what is drawn.
+    The comparison is then between the images alone. Draws cover the batch as given: pass the
+    global batch, so that draws depend on neither hosts nor sharding.
 
     Args:
         latents: scaled clean latents; n is 2, or 1 without rejected images.
-        among: the timesteps to draw, and what each weighs; None is all alike.
+        among: distribution and weights of timesteps; None is uniform, of weight 1.
 
     Returns:
         Noised latents and target, float32 `[B, n, H, W, C]`, and timesteps `[B]`, int32.

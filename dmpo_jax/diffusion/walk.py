@@ -1,4 +1,4 @@
-"""The walk that all samplers share, and what a sampler declares of itself."""
+"""The scan that all samplers share, and the record that declares a sampler."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ from dmpo_jax.diffusion.noise import split_prediction
 from dmpo_jax.errors import UserError
 
 Latents = Float[Array, "N h w C"]
-Times = Shaped[Array, " N"]  # int32, or float32 where a level lies between two timesteps
+Times = Shaped[Array, " N"]  # int32, or float32 if a level lies between two timesteps
 Predict = Callable[[Latents, Times], Latents]
 Config = Mapping[str, Any]  # of scheduler_config.json
 OFF = (False, None)
 
 
 class Table(NamedTuple):
-    """One row a step, S of them: where the model is asked, and where its answer leads."""
+    """Levels of the S steps, one per row: the model's inputs, and the levels after the step."""
 
     timesteps: Shaped[np.ndarray, " S"]
     signal: Float32[np.ndarray, " S"]
@@ -34,13 +34,13 @@ class Solver(NamedTuple):
     """A sampler and the diffusers schedulers whose configs it can follow.
 
     solve: `(predict, latents, *, schedule, num_steps, **settings) -> latents`. The defaults of
-        its settings are those of its scheduler class: the only ones there are.
-    scheduler: the class that it is. stands_in: other classes that it may stand in for.
-    noise: kind of the noise tables that it walks, "ddpm" or "flow".
+        its settings are those of its scheduler class, and are declared nowhere else.
+    scheduler: the class that it implements. stands_in: other classes that it may replace.
+    noise: kind of the noise tables that it supports, "ddpm" or "flow".
     only: config -> keys that change what the class does and are supported at these values
         alone, the class's own default first.
-    given: settings that the pipeline gives, not scheduler_config.json.
-    strict: whether keys that are not known here are refused, where they are set.
+    given: settings that the pipeline passes, which scheduler_config.json does not hold.
+    strict: refuse unknown keys, if they are set.
     """
 
     solve: Callable[..., Latents]
@@ -56,7 +56,7 @@ class Solver(NamedTuple):
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The settings that scheduler_config.json may change, with the class's own values."""
+        """Settings that scheduler_config.json may change, with the class's own values."""
         parameters = inspect.signature(self.solve).parameters.values()
         return {
             p.name: p.default
@@ -65,10 +65,10 @@ class Solver(NamedTuple):
         }
 
     def read(self, config: Config) -> dict[str, Any]:
-        """The settings of a scheduler_config.json.
+        """Reads the settings of a scheduler_config.json.
 
         Raises:
-            ValueError: naming the key whose value would change what the sampler does.
+            ValueError: naming the key whose value the sampler does not support.
         """
         only, defaults = self.only(config), self.defaults
         unknown = {

@@ -1,4 +1,4 @@
-"""README.md beside exported weights: what they are, from what, how they were made."""
+"""Writes README.md beside exported weights: their base model, data, settings and metrics."""
 
 import dataclasses
 import importlib.metadata
@@ -22,11 +22,11 @@ pipeline = DiffusionPipeline.from_pretrained({load})
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """How weights were made.
+    """Content of a model card.
 
-    pairs_per_update: of the training batch. ema_decay: of the moving average, 0 where none is
+    pairs_per_update: of the training batch. ema_decay: of the moving average, 0 if none is
     kept. pairs: the folder of encoded pairs, or FOLDER=WEIGHT of each in a mixture.
-    settings: sections of all that made these weights and no other. workdir: the run's.
+    settings: sections of the run's identity. workdir: the run's.
     """
 
     trained: Trained
@@ -39,7 +39,7 @@ class Card:
 
 
 def write_card(card: Card, out: epath.Path, *, step: int, ema: bool) -> None:
-    """Writes `out/README.md`: front matter as model hubs read it, then tables for people."""
+    """Writes `out/README.md`: front matter for model hubs, then tables for readers."""
     if jax.process_index() != 0:
         return
     name = card.trained.folder.rstrip("/").rpartition("/")[2]
@@ -62,7 +62,7 @@ def front_matter(card: Card, out: epath.Path) -> str:
     _, family = diffusers_io.load_family(card.trained.folder)
     lines = [
         "---",
-        # Quoted: a YAML string may hold anything then.
+        # Quoted, so that any text is a valid YAML string.
         f"base_model: {json.dumps(card.trained.folder)}",
         f"base_model_relation: {'adapter' if adapter else 'finetune'}",
         "library_name: diffusers",
@@ -86,7 +86,7 @@ def summary(card: Card, *, step: int, ema: bool) -> str:
 
 
 def how_to_use(folder: str, out: epath.Path) -> str:
-    """A snippet of Python. folder: the pipeline that adapters belong to."""
+    """Returns a snippet of Python. folder: the pipeline that adapters belong to."""
     if (out / "model_index.json").exists():
         return "## Use\n\n" + USE.format(load='"THIS_FOLDER"', lora="")
     lora = 'pipeline.load_lora_weights("THIS_FOLDER")\n'
@@ -105,7 +105,7 @@ def about_data(pairs: str | tuple[str, ...]) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> value of every setting that is set."""
+    """Flattens settings to {dotted path: value}, without unset values."""
     found = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
@@ -114,7 +114,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def metrics(workdir: epath.Path, step: int) -> dict[str, Any]:
-    """The last values that were logged up to `step`, and the judges' where there are any."""
+    """Returns the last values logged up to `step`, and the judges' results if there are any."""
     last: dict[str, Any] = {}
     for file in sorted(workdir.glob("metrics*.jsonl")):
         for line in file.read_text().splitlines():

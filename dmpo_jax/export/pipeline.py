@@ -1,4 +1,4 @@
-"""A run's parameters -> a pipeline folder, or a file of adapters, that PyTorch diffusers opens."""
+"""Exports a run's parameters as a pipeline folder or adapter file that PyTorch diffusers opens."""
 
 import functools
 import gc
@@ -16,7 +16,7 @@ Params = dict[str, jax.Array]
 
 
 class Adapters(NamedTuple):
-    """LoRA: adapters of width `rank` on the layers that `targets` ends the paths of."""
+    """LoRA adapters of width `rank`, on the layers whose paths end with one of `targets`."""
 
     rank: int
     alpha: float | int
@@ -27,12 +27,12 @@ class Adapters(NamedTuple):
         return self.alpha / self.rank
 
     def attach(self, model: Any, *, seed: int) -> Any:
-        """The model with them; seed: of what they begin at."""
+        """Attaches the adapters to a model. seed: of their initial values."""
         return lora.attach(model, rank=self.rank, alpha=self.alpha, targets=self.targets, seed=seed)
 
 
 class Trained(NamedTuple):
-    """What a run trained of a pipeline. adapters: None where every parameter was.
+    """The model that a run trained. adapters: None if every parameter was trained.
 
     folder: the pipeline's, path or hub id. variant: of its weight files.
     """
@@ -42,12 +42,12 @@ class Trained(NamedTuple):
     adapters: Adapters | None
 
     def load(self, **kw: Any) -> Any:
-        """The model that was trained, as it was before."""
+        """Loads the model as it was before training."""
         return diffusers_io.load_model(self.folder, variant=self.variant, **kw)
 
 
 def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, and shardings over all devices, of what a checkpoint of the run holds."""
+    """Returns the shapes of a checkpoint's parameters, sharded over all devices."""
     model = trained.load(abstract=True)
     if trained.adapters:
         _, shapes = lora.partition(parameters.shapes(trained.adapters.attach(model, seed=0)))
@@ -61,7 +61,7 @@ def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def write_adapters(trained: Trained, params: Params, out: epath.Path) -> None:
-    """The adapters as PyTorch's `load_lora_weights` takes them; always float32.
+    """Writes the adapters for PyTorch's `load_lora_weights`, always in float32.
 
     Raises:
         ValueError: the run trained every parameter.
@@ -80,9 +80,9 @@ def write_pipeline(
     dtype: Any,
     shard_bytes: int,
 ) -> None:
-    """The source pipeline with these parameters, or with these adapters folded in.
+    """Writes the source pipeline with these parameters, or with these adapters folded in.
 
-    dtype: of the trained model as written. shard_bytes: largest weight file.
+    dtype: of the exported model. shard_bytes: largest weight file.
     """
     kw = {"dtype": dtype, "shard_bytes": shard_bytes}
     if trained.adapters is None:
@@ -90,10 +90,10 @@ def write_pipeline(
         diffusers_io.save_pipeline(model, trained.folder, out, params=params, **kw)
         return
     devices = mesh.make_mesh(fsdp=-1, data=1)
-    # Afresh, since the run may hold it in bfloat16, where what was learnt would be lost.
+    # Reloaded, since the run may hold it in bfloat16, which would round the updates away.
     model = trained.load(sharding=functools.partial(mesh.parameter_sharding, devices))
     _, tuned = parameters.split(model)
     model = parameters.without_arrays(model)
-    gc.collect()  # modules refer to one another in circles: their arrays would stay
+    gc.collect()  # modules form reference cycles that keep their arrays alive
     lora.fold_in(tuned, jax.device_put(params, mesh.replicated(devices)), trained.adapters.scale)
     diffusers_io.save_pipeline(model, trained.folder, out, params=tuned, **kw)

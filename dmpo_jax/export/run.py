@@ -1,4 +1,4 @@
-"""What a finished run leaves: its pipeline, its adapters, and how they were made."""
+"""Exports a finished run: its pipeline, its adapters and their model cards."""
 
 import logging
 
@@ -12,9 +12,9 @@ LOG = logging.getLogger(__name__)
 
 
 def write_run(card: Card, params: dict[str, jax.Array], *, step: int) -> None:
-    """Writes `card.workdir/export`, a pipeline, and of adapters also `lora`, the file itself.
+    """Writes the pipeline `card.workdir/export` and, for a LoRA run, the adapters' file in `lora`.
 
-    params: the moving average's where the run keeps one.
+    params: the moving average's if the run keeps one.
     """
     workdir, ema = card.workdir, card.ema_decay > 0
     if card.trained.adapters:

@@ -1,4 +1,4 @@
-"""One checkpoint file, as model sites hand them out, -> a diffusers pipeline folder."""
+"""Converts one checkpoint file, as model sites distribute it, to a diffusers pipeline folder."""
 
 import logging
 
@@ -10,7 +10,7 @@ from dmpo_jax.extras import install_hint
 
 LOG = logging.getLogger(__name__)
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-CLASSES = {  # channels that the UNet takes -> class; SDXL's has XL in its name
+CLASSES = {  # input channels of the UNet -> class; SDXL's has XL in its name
     4: "StableDiffusion{}Pipeline",
     8: "StableDiffusion{}InstructPix2PixPipeline",
     9: "StableDiffusion{}InpaintPipeline",
@@ -22,15 +22,15 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
 
     Args:
         file: in the original layout of Stable Diffusion's or SDXL's own repositories.
-        like: a pipeline folder of the same architecture whose configs and tokenizers are
-            taken; "" lets diffusers fetch them from the hub.
+        like: a pipeline folder of the same architecture that provides the configs and
+            tokenizers; "" lets diffusers fetch them from the hub.
 
     Returns:
         The pipeline's class.
 
     Raises:
         ValueError: PyTorch diffusers is missing; the file is a pickle or cannot be
-            converted; `out` holds a pipeline already.
+            converted; `out` already holds a pipeline.
     """
     file, out = epath.Path(file), epath.Path(out)
     if file.suffix != ".safetensors":
@@ -51,7 +51,7 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
         pipeline = getattr(diffusers, kind).from_single_file(
             str(file), config=like or None, local_files_only=bool(like)
         )
-    except Exception as error:  # diffusers', the hub's and torch's each have kinds of their own
+    except Exception as error:  # diffusers, the hub and torch raise many types
         reason = " ".join(str(error).split())[:500]
         raise UserError(f"diffusers cannot convert {file}: {reason}") from error
     pipeline.save_pretrained(str(out))
@@ -59,7 +59,7 @@ def convert_single_file(file: epath.PathLike, out: epath.PathLike, *, like: str 
 
 
 def pipeline_class(file: epath.PathLike) -> str:
-    """The diffusers class of what the file holds, by the names and shapes of its tensors."""
+    """Returns the diffusers class of a file, by the names and shapes of its tensors."""
     try:
         with safe_open(str(file), framework="numpy") as tensors:
             names = set(tensors.keys())

@@ -1,4 +1,4 @@
-"""What was exported, opened in PyTorch and run beside our own model on the same inputs."""
+"""Verifies an export: PyTorch's predictions against ours on the same inputs."""
 
 import gc
 import importlib
@@ -19,14 +19,14 @@ from dmpo_jax.models import parameters
 from dmpo_jax.types import Condition
 
 LOG = logging.getLogger(__name__)
-LARGEST = 32  # latents' side: full size takes minutes on a CPU and shows no more
+LARGEST = 32  # side of the latents: full size takes minutes on a CPU and reveals no more
 TOKENS = 77  # of a prompt
 BOUND = 1e-3  # relative; float32 gives about 1e-6, float16 weights the same
 Inputs = tuple[np.ndarray, np.ndarray, Condition]
 
 
 def verify(out: epath.Path, trained: Trained) -> float:
-    """The relative difference between PyTorch's predictions and ours, logged.
+    """Returns the relative difference between PyTorch's predictions and ours, and logs it.
 
     Args:
         out: a pipeline, or adapters for the trained one.
@@ -50,7 +50,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
     inputs = family.random_inputs(model.config, largest=LARGEST, tokens=TOKENS)
     ours = predict(family, model, inputs)
     del model
-    gc.collect()  # a full-size model is held once at a time
+    gc.collect()  # only one full-size model is in memory at a time
     want = predict_in_pytorch(family, source, inputs, opened.variant, None if merged else out)
     difference = float(np.linalg.norm(ours - want) / np.linalg.norm(want))
     said = f"PyTorch's predictions and ours differ by {difference:.1e} (relative), at {out}"
@@ -61,7 +61,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
 
 
 def with_adapters(model: Any, folder: epath.Path, adapters: Adapters, component: str) -> Any:
-    """The model with the adapters of `folder`, whose scale is in them."""
+    """Returns the model with the adapters of `folder`, whose weights include the scale."""
     adapted = adapters._replace(alpha=adapters.rank).attach(model, seed=0)
     structure, params = parameters.split(adapted)
     found = diffusers_io.load_lora(folder, component=component)
@@ -70,7 +70,7 @@ def with_adapters(model: Any, folder: epath.Path, adapters: Adapters, component:
 
 
 def predict(family: Family, model: Any, inputs: Inputs) -> np.ndarray:
-    """Our model's prediction `[N, H, W, C]`."""
+    """Returns our model's prediction `[N, H, W, C]`."""
     structure, params = parameters.split(model)
     run = jax.jit(family.make_predict(lambda params: parameters.merge(structure, params)))
     return np.asarray(run(params, *inputs), np.float32)
@@ -83,7 +83,7 @@ def predict_in_pytorch(
     variant: str | None,
     adapters: epath.Path | None,
 ) -> np.ndarray:
-    """diffusers' prediction `[N, H, W, C]`, with the adapters of a folder if one is given."""
+    """Returns diffusers' prediction `[N, H, W, C]`, with a folder's adapters if one is given."""
     diffusers: Any = importlib.import_module("diffusers")
     torch: Any = importlib.import_module("torch")
     model = getattr(diffusers, family.torch_class).from_pretrained(

@@ -1,4 +1,4 @@
-"""The pipelines that can be trained, one record each."""
+"""Trainable pipelines: one `Family` record for each pipeline class."""
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import sdxl, stable_diffusion
@@ -7,13 +7,13 @@ from dmpo_jax.families.family import Family, Published
 from dmpo_jax.families.sdxl import SDXL
 from dmpo_jax.families.stable_diffusion import SD
 
-# By the class that model_index.json names.
+# Keyed by the pipeline class in model_index.json.
 FAMILIES: dict[str, Family] = {}
 PUBLISHED: dict[str, Published] = {**stable_diffusion.PUBLISHED, **sdxl.PUBLISHED}
 
 
 def register(family: Family) -> Family:
-    """Makes a family known, under its pipeline class; returns it.
+    """Registers a family under its pipeline class and returns it.
 
     Raises:
         ValueError: another family has its name or its pipeline class.
@@ -29,7 +29,7 @@ def register(family: Family) -> Family:
 
 
 def family_named(name: str) -> Family:
-    """The family of our short name; ValueError listing them."""
+    """Returns the family with our short name; ValueError lists the known names."""
     for family in FAMILIES.values():
         if family.name == name:
             return family

@@ -1,4 +1,4 @@
-"""Editing (InstructPix2Pix) and inpainting pipelines: the text-to-image family, and an image."""
+"""Editing (InstructPix2Pix) and inpainting families: text to image plus an input image."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,7 +20,7 @@ def edit_channels(
     *,
     scaling_factor: float = 1.0,
 ) -> Float[Array, "N h w E"]:
-    """The mean of the image's posterior, unscaled, as InstructPix2Pix was trained.
+    """Returns the mean of the image's posterior, unscaled, as InstructPix2Pix was trained.
 
     Source: arXiv 2211.09800; diffusers takes the distribution's mode.
     """
@@ -34,16 +34,16 @@ def inpaint_channels(
     *,
     scaling_factor: float,
 ) -> Float[Array, "N h w E"]:
-    """The mask at the latents' size, then the scaled mean of the image without what it covers.
+    """Returns the mask at the latents' size, then the scaled mean of the masked image.
 
-    diffusers draws from the posterior; its mean makes a run a function of its config.
+    diffusers samples the posterior; the mean makes a run a function of its config.
 
     Args:
         encode: images in [-1, 1] -> moments, as `AutoencoderKL.encode`.
         masks: 1 where to repaint, 0 where to keep.
         scaling_factor: of the VAE.
     """
-    # Grey, the middle of the range, stands for what is not shown.
+    # Masked pixels become 0: grey, the middle of the range.
     mean = scaling_factor * _mean(encode(jnp.where(masks < 0.5, images, 0)))
     return jnp.concatenate([_nearest(masks, *mean.shape[1:3]).astype(mean.dtype), mean], axis=-1)
 
@@ -53,7 +53,7 @@ def _mean(moments: Float[Array, "N h w M"]) -> Float[Array, "N h w C"]:
 
 
 def _nearest(images: Float[Array, "N H W C"], h: int, w: int) -> Float[Array, "N h w C"]:
-    """The pixel at the floor of i H / h, as torch's `interpolate(mode="nearest")` takes it."""
+    """Resizes to the pixels at floor(i H / h), as torch's `interpolate(mode="nearest")`."""
     height, width = images.shape[1:3]
     rows, columns = jnp.arange(h) * height // h, jnp.arange(w) * width // w
     return images[:, rows][:, :, columns]
@@ -64,7 +64,7 @@ INPAINT = Given("inpaint", ("source", "mask"), lambda latent: 1 + latent, inpain
 
 
 def _with_image(family: Family, given: Given, pipeline: str) -> Family:
-    """The family for a pipeline class whose model sees a given image beside 4 latent channels."""
+    """Returns a family whose model sees an input image beside 4 latent channels."""
     model = {**family.tiny.model, "in_channels": 4 + given.width(4)}
     return dataclasses.replace(
         family,

@@ -1,4 +1,4 @@
-"""`Family`: how one kind of pipeline differs from the others. Arrays only: no files."""
+"""`Family`: everything specific to one kind of pipeline. Arrays only: no files."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,13 @@ from dmpo_jax.types import Condition
 
 
 class TextPart(NamedTuple):
-    """One text encoder of a pipeline, and how prompts reach it.
+    """One text encoder of a pipeline and its tokenization.
 
     name: its folder. Its tokenizer's folder is named alike (`tokenizer_2`, ...).
-    tokens: prompts are padded to so many; None is what tokenizer and encoder take.
+    tokens: prompts are padded to this length; None is the limit of tokenizer and encoder.
     template: wraps a prompt, as `str.format` does.
-    masked: the encoder is told which tokens are padding.
-    layers: of a deep encoder, how many are loaded; None is all.
+    masked: the encoder receives the attention mask.
+    layers: number of layers to load of a deep encoder; None loads all.
     """
 
     name: str
@@ -35,26 +35,26 @@ class TextPart(NamedTuple):
 
 
 class Embedded(NamedTuple):
-    """Prompts as the model takes them, one a row; lengths where the model is told them."""
+    """Prompt embeddings, one prompt a row; lengths only if the model takes them."""
 
     context: Float[Array, "N S D"]
     pooled: Float[Array, "N P"] | None = None
     lengths: Int[Array, " N"] | None = None
 
     def rows(self, count: int) -> list["Embedded"]:
-        """The first `count` prompts, each without the axis of prompts, on the host."""
+        """Returns the first `count` prompts on the host, each without the batch axis."""
         arrays = jax.device_get(self)
         return [jax.tree.map(lambda x, i=i: np.asarray(x[i]), arrays) for i in range(count)]
 
 
 class Facts(NamedTuple):
-    """What a model's config.json says of the arrays that it takes.
+    """Shapes of a model's inputs, from its config.json.
 
-    latent_size: height and width that it was trained at, of the VAE's latents; None: its VAE's
-        config says.
-    pooled_width: 0 where it takes no pooled embedding.
+    latent_size: height and width of the VAE's latents that it was trained at; None: see its
+        VAE's config.
+    pooled_width: 0 if it takes no pooled embedding.
     splits: counts (heads, groups of channels) that `mesh.tensor` must divide.
-    patch: side of the patches, of packed latents, that a transformer's tokens are.
+    patch: side of a transformer's patches, in packed latents; one patch is one token.
     """
 
     in_channels: int
@@ -66,12 +66,12 @@ class Facts(NamedTuple):
 
 
 class Given(NamedTuple):
-    """The image that a pair is given beside its prompt, and what the model sees of it.
+    """The input image of a pair besides its prompt, and the model's channels for it.
 
-    kind: stands in encoded.json. fields: of RawPair and of prompt files that hold it.
+    kind: written to encoded.json. fields: of RawPair and of prompt files that hold it.
     width: latent channels -> channels beside the latents.
     channels: (encode, images, masks, scaling_factor) -> `Condition.image`.
-    optional: the image is dropped in training as prompts are, and guided by when sampling.
+    optional: training drops the image as it drops prompts, and sampling guides by it.
     """
 
     kind: str
@@ -82,10 +82,10 @@ class Given(NamedTuple):
 
 
 class Tiny(NamedTuple):
-    """Configs of a random pipeline of some 100,000 parameters, for tests and debug runs.
+    """Configs of a random pipeline of about 100,000 parameters, for tests and debug runs.
 
     model: changes to the toy's model config. text: part -> changes to the toy's text config.
-    parts: other entries of model_index.json. scheduler: changes to the toy's, or a whole one.
+    scheduler: changes to the toy's scheduler config.
     """
 
     model: Mapping[str, Any]
@@ -94,7 +94,7 @@ class Tiny(NamedTuple):
 
 
 def config_factors(vae: Any) -> tuple[Factor, Factor]:
-    """(scaling_factor, shift_factor) of a VAE's config."""
+    """Returns (scaling_factor, shift_factor) of a VAE's config."""
     return vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
 
@@ -104,29 +104,29 @@ def no_check(folder: Any, facts: Facts, texts: Mapping[str, Mapping[str, Any]]) 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Family:
-    """The whole answer to "how does this kind of pipeline differ".
+    """Everything in which one kind of pipeline differs from the others.
 
-    name: ours, short. pipeline: the class in model_index.json.
-    text: its text encoders, in order. embed: (outputs of the encoders, their masks) -> Embedded.
+    name: our short name. pipeline: the class in model_index.json.
+    text: its text encoders, in order. embed: (encoders' outputs, their masks) -> Embedded.
     model: class of the trained component; component: its folder, and the prefix in LoRA files.
     predict: (model, latents [N H W C], times [N], Condition) -> prediction [N H W C].
-    facts: the model's config.json, with defaults -> Facts.
+    facts: the model's config.json -> Facts, with defaults filled in.
     vae: class. pack: latents are packed pack x pack before they are scaled and noised.
-    factors: VAE -> (scaling factor, shift factor), each a number or one a packed channel.
-    noise: "ddpm" or "flow": which kind of scheduler_config.json it must have.
-    sizes: (height, width) in pixels -> `Condition.sizes` of an uncropped image; None where
-        the model is told no sizes.
-    check_text: (pipeline folder, Facts, text part -> its config.json); raises ValueError where
-        the text encoders are not the model's.
-    given: the image given beside a prompt; None where there is none.
+    factors: VAE -> (scaling factor, shift factor), each a number or one per packed channel.
+    noise: "ddpm" or "flow", the kind that scheduler_config.json must have.
+    sizes: (height, width) in pixels -> `Condition.sizes` of an uncropped image; None if the
+        model takes no sizes.
+    check_text: (pipeline folder, Facts, text part -> its config.json); raises ValueError if
+        the text encoders do not fit the model.
+    given: the input image besides the prompt; None if there is none.
     stored: dtype of prompt embeddings on disk.
     guidance: scale -> weights of the conditional and of the unconditional prediction.
     zero_negative: without a negative prompt, guide by zeros unless model_index.json declines.
-    scheduler_overrides: what the pipeline class puts in place of scheduler_config.json's values,
-        or hands its sampler beside them (`Solver.given`).
+    scheduler_overrides: values that the pipeline class sets in place of
+        scheduler_config.json's, or passes to its sampler besides (`Solver.given`).
     torch_class: diffusers' class of the trained component. torch_inputs: (latents [N H W C],
-        times, Condition) in NumPy -> the keyword arguments of its call, NumPy where arrays.
-    tiny: a small one, for debug runs.
+        times, Condition) in NumPy -> keyword arguments of its call, with arrays in NumPy.
+    tiny: configs of a small pipeline, for debug runs.
     """
 
     name: str
@@ -159,23 +159,23 @@ class Family:
 
     @property
     def given_kind(self) -> str:
-        """`Given.kind`; "" where nothing is given."""
+        """`Given.kind`; "" if there is no input image."""
         return self.given.kind if self.given else ""
 
     @property
     def told_sizes(self) -> bool:
-        """Whether `Condition.sizes` are given."""
+        """True if the model takes `Condition.sizes`."""
         return self.sizes is not None
 
     def condition(self, prompt: Embedded, size: tuple[int, int]) -> Condition:
-        """What the model is told of one prompt and an image of (height, width) pixels."""
+        """Returns the Condition of one prompt and an image of (height, width) pixels."""
         told: dict[str, Any] = prompt._asdict()
         if self.sizes is not None:
             told["sizes"] = np.asarray([self.sizes(*size)], np.float32)
         return Condition(**told)
 
     def make_predict(self, merge: Callable[[Any], Any]) -> Callable[..., Any]:
-        """`predict(params, latents, times, condition)`; merge: parameters -> model."""
+        """Returns `predict(params, latents, times, condition)`; merge: parameters -> model."""
 
         def predict(params: Any, latents: Any, times: Any, condition: Condition) -> Any:
             return self.predict(merge(params), latents, times, condition)
@@ -183,7 +183,7 @@ class Family:
         return predict
 
     def check_size(self, size: tuple[int, int], facts: Facts, vae: Any) -> None:
-        """ValueError where (height, width) in pixels are not whole patches of packed latents.
+        """Raises ValueError unless (height, width) in pixels are multiples of a patch.
 
         Args:
             vae: its config.
@@ -193,11 +193,11 @@ class Family:
             raise UserError(f"height and width must be multiples of {unit} pixels, got {size}")
 
     def tokens(self, facts: Facts, latents: Sequence[int]) -> int:
-        """Tokens of an image, by the height and width of its packed latents."""
+        """Number of tokens of an image, from the height and width of its packed latents."""
         return (latents[0] // facts.patch) * (latents[1] // facts.patch)
 
     def factor(self, vae: Mapping[str, Any]) -> int:
-        """Pixels a latent, along a side. vae: its config.json."""
+        """Pixels per latent along a side. vae: its config.json."""
         return 2 ** (len(vae["block_out_channels"]) - 1)
 
     def trained_latents(self, model: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
@@ -208,10 +208,10 @@ class Family:
     def random_inputs(
         self, model: Mapping[str, Any], *, largest: int, tokens: int
     ) -> tuple[np.ndarray, np.ndarray, Condition]:
-        """(latents, times, condition) of two images, in NumPy, always the same.
+        """Returns random (latents, times, condition) of two images, in NumPy, always the same.
 
-        Latents are as the model's config.json has them, up to `largest` a side, the given
-        image's channels among them.
+        Latents have the size in the model's config.json, at most `largest` a side, and include
+        the input image's channels.
         """
         facts, rng = self.facts(model), np.random.default_rng(0)
 
@@ -223,7 +223,7 @@ class Family:
         latents = normal(2, height, width, facts.in_channels)
         context = normal(2, tokens, facts.context_width)
         pooled = normal(2, facts.pooled_width) if facts.pooled_width else None
-        embedded: Any = (context, pooled)  # numpy, which the call takes as it is
+        embedded: Any = (context, pooled)  # NumPy arrays, which the call accepts
         one = self.condition(Embedded(*embedded), (1024, 768))
         sizes = one.sizes
         if sizes is not None:
@@ -231,15 +231,15 @@ class Family:
         return latents, np.array([37, 901]), one._replace(sizes=sizes)
 
     def check_model(self, model: Mapping[str, Any], latent_channels: int) -> None:
-        """ValueError where a model, by its config.json, does not take these latents."""
+        """Raises ValueError if a model, by its config.json, does not take these latents."""
         self.check_takes(self.facts(model), latent_channels)
 
     def check_takes(self, facts: Facts, latent_channels: int) -> None:
-        """As `check_model`, by the model's facts."""
+        """Raises ValueError if a model with these facts does not take these latents."""
         self.check_channels(facts.in_channels, latent_channels)
 
     def check_channels(self, in_channels: int, latent_channels: int) -> None:
-        """ValueError where the model does not take the latents and the given image's channels.
+        """Raises ValueError unless the model takes the latents' and the input image's channels.
 
         Args:
             latent_channels: of the VAE's latents, before they are packed.
@@ -264,9 +264,9 @@ class Family:
 
 
 class Published(NamedTuple):
-    """A published model's shapes, to plan for without its files.
+    """Shapes of a published model, to plan without its files.
 
-    model: config.json of the trained component. factor: pixels a latent, along a side.
+    model: config.json of the trained component. factor: pixels per latent along a side.
     """
 
     family: Family

@@ -11,12 +11,12 @@ from dmpo_jax.models.vae import AutoencoderKL
 
 
 def size_ids(height: int, width: int) -> list[int]:
-    """`Condition.sizes` of an uncropped image at its own size, in pixels."""
+    """Returns `Condition.sizes` of an uncropped image at its own size, in pixels."""
     return [height, width, 0, 0, height, width]
 
 
 def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
-    """Both encoders' penultimate states side by side, and the second one's projection.
+    """Concatenates both encoders' penultimate states; pooled is the second one's projection.
 
     Source: arXiv 2307.01952; diffusers `StableDiffusionXLPipeline.encode_prompt`.
     """

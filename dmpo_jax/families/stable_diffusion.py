@@ -14,7 +14,7 @@ from dmpo_jax.types import Condition
 
 
 def predict(unet: Any, latents: Any, times: Any, condition: Condition) -> Any:
-    """The UNet, with the given image's channels and SDXL's sizes where there are any."""
+    """Calls the UNet, with the input image's channels and SDXL's sizes if present."""
     if condition.image is not None:
         latents = jnp.concatenate([latents, condition.image.astype(latents.dtype)], axis=-1)
     time_ids = condition.sizes
@@ -24,7 +24,7 @@ def predict(unet: Any, latents: Any, times: Any, condition: Condition) -> Any:
 
 
 def facts(config: Mapping[str, Any]) -> Facts:
-    """What a UNet's config.json says, defaults filled in."""
+    """Reads the Facts of a UNet's config.json, with defaults filled in."""
     config = {**KEYS, **config}
     size, width = config["sample_size"], config["cross_attention_dim"]
     heads = config["attention_head_dim"]
@@ -44,7 +44,7 @@ def facts(config: Mapping[str, Any]) -> Facts:
 
 
 def torch_inputs(latents: Any, times: Any, condition: Condition) -> dict[str, Any]:
-    """What PyTorch's UNet takes: channels before height and width, SDXL's extras by name."""
+    """Returns PyTorch's UNet arguments: latents as NCHW, SDXL's extras by name."""
     added = {"text_embeds": condition.pooled}
     if condition.sizes is not None:
         added["time_ids"] = condition.sizes.reshape(-1, 6)
@@ -57,12 +57,12 @@ def torch_inputs(latents: Any, times: Any, condition: Condition) -> dict[str, An
 
 
 def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
-    """The last hidden state. SD2 leaves its last layer out by the config's own layer count."""
+    """Returns the last hidden state. SD2 drops its last layer by the config's layer count."""
     return Embedded(outputs[0].last_hidden_state)
 
 
 def check_text(folder: Any, facts: Facts, texts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses CLIP encoders of another width than the UNet attends to, or without a projection.
+    """Checks that CLIP encoders have the UNet's context width and the projection it needs.
 
     Raises:
         ValueError: naming the folder and the key.

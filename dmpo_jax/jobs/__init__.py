@@ -1,1 +1,1 @@
-"""What the launch scripts call, a module a job; `run` does those that a config names."""
+"""The commands' jobs, one per module; `run` executes those that a config names."""

@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own images: sample two a prompt, let a scorer label them."""
+"""Collects preference pairs: samples two images per prompt and labels them by a scorer."""
 
 import logging
 from collections.abc import Iterator
@@ -25,20 +25,20 @@ LOG = logging.getLogger(__name__)
 def collect(
     config: Config, *, prompts: epath.PathLike | None = None, out: epath.PathLike
 ) -> epath.Path:
-    """Writes `out/pairs.parquet`, in Pick-a-Pic's schema. Does nothing where it exists.
+    """Writes `out/pairs.parquet`, in Pick-a-Pic's schema. Does nothing if it exists.
 
-    Prompts take turns; runs of different seeds draw different images. Images are scored and
-    written as their batches are done.
+    Prompts are used in turn; runs with different seeds draw different images. Images are scored
+    and written batch by batch.
 
     Args:
-        prompts: a file of them, one a line; by default collect.prompts or sample.prompts.
+        prompts: a file of prompts, one per line; by default collect.prompts or sample.prompts.
 
     Returns:
         The parquet file.
 
     Raises:
-        ValueError: unknown scorer, a prompt that it cannot judge, or a part of the model is
-            missing; before anything is drawn.
+        ValueError: the scorer is unknown or cannot judge a prompt, or a part of the model is
+            missing; raised before sampling.
     """
     path = epath.Path(out) / "pairs.parquet"
     if path.exists():
@@ -72,7 +72,7 @@ def collect(
 
 
 def check(config: Config, prompts: epath.PathLike | None = None) -> tuple[list[str], Scorer]:
-    """The prompts and the scorer; ValueError where they do not fit each other or the model."""
+    """Returns the prompts and the scorer; ValueError if they do not fit each other or the model."""
     scorer = make_scorer(config.collect.scorer)
     texts = load_texts(prompts or config.collect.prompts or config.sample.prompts)
     scorer.check(texts)
@@ -81,7 +81,7 @@ def check(config: Config, prompts: epath.PathLike | None = None) -> tuple[list[s
 
 
 def make_row(caption: str, images: np.ndarray, preference: float, model: str) -> dict[str, Any]:
-    """A row of `write_pick_a_pic`. preference: that image 0 wins."""
+    """Returns a row of `write_pick_a_pic`. preference: probability that image 0 wins."""
     row = {"caption": caption, "label_0": float(preference), "label_1": float(1 - preference)}
     for i, image in enumerate(images):
         row |= {f"jpg_{i}": encode_image(image), f"model_{i}": str(model)}

@@ -1,4 +1,4 @@
-"""A training checkpoint -> a folder or file that PyTorch diffusers opens."""
+"""Converts a training checkpoint to a folder or file that PyTorch diffusers opens."""
 
 import logging
 from typing import Any
@@ -28,16 +28,16 @@ def convert(
     shard_bytes: int = diffusers_io.SHARD_BYTES,
     verify: bool = False,
 ) -> epath.Path:
-    """Writes what a checkpoint of `workdir` holds, with a model card.
+    """Exports a checkpoint of `workdir`, with a model card.
 
     Args:
         workdir: a run's folder, with config.json and checkpoints/.
-        out: gets a pipeline folder: the run's source with the tuned model, every other part
-            as it was. A LoRA run's gets the adapters alone, for `load_lora_weights`.
-        at: which step; None is the newest.
-        weights: "policy", "ema", or "auto" for the moving average where the run kept one.
+        out: gets a pipeline folder: the run's source with the tuned model, all other parts
+            unchanged. For a LoRA run it gets the adapters alone, for `load_lora_weights`.
+        at: step of the checkpoint; None is the newest.
+        weights: "policy", "ema", or "auto" for the moving average if the run kept one.
         merge: fold a LoRA run's adapters into the model and write the pipeline.
-        dtype: of the model as written; adapters are always float32.
+        dtype: of the exported model; adapters are always float32.
         shard_bytes: largest weight file.
         verify: also open the result in PyTorch and compare the predictions.
 
@@ -45,8 +45,8 @@ def convert(
         `out`.
 
     Raises:
-        ValueError: no such run or checkpoint, naming the steps there are; `weights` or
-            `merge` ask for what the run has not; verified and different.
+        ValueError: there is no such run or checkpoint (the message lists the steps), the run
+            lacks what `weights` or `merge` request, or verification found a difference.
     """
     workdir, out = epath.Path(workdir), epath.Path(out)
     config = configs.from_flat(diffusers_io.read_json(workdir / "config.json"))

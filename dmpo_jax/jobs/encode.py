@@ -1,4 +1,4 @@
-"""Raw preference pairs -> encoded pairs, which training reads without VAE or text encoder."""
+"""Encodes raw preference pairs, so that training needs neither VAE nor text encoder."""
 
 import logging
 
@@ -15,11 +15,11 @@ LOG = logging.getLogger(__name__)
 
 
 def encode(config: Config, *, source: str = "", out: epath.PathLike) -> epath.Path:
-    """Encodes data.source with model.folder's VAE and text encoders; resumes what was begun.
+    """Encodes data.source with model.folder's VAE and text encoders; resumes an earlier encode.
 
     Args:
-        source: raw pairs, KIND:PATH, where data.source names none.
-        out: folder for the encoded pairs, seen by every process.
+        source: raw pairs, KIND:PATH, if data.source is unset.
+        out: folder for the encoded pairs, shared by all processes.
 
     Returns:
         The folder.
@@ -36,7 +36,7 @@ def encode(config: Config, *, source: str = "", out: epath.PathLike) -> epath.Pa
 
 
 def check(config: Config, *, source: str = "") -> None:
-    """ValueError where the settings, the source's kind or the model's family are unknown."""
+    """Raises ValueError if a setting, the source's kind or the model's family is unknown."""
     named = arguments.encoding(config, source).source
     kind, _, path = named.partition(":")
     if kind not in SOURCES or not path:

@@ -1,4 +1,4 @@
-"""Two models against each other: same prompts, same seeds, each judge's win rate."""
+"""Compares two models: same prompts, same seeds, each judge's win rate."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from dmpo_jax.sampling.sampler import load_params, open_sampler
 from dmpo_jax.sampling.seeds import evaluated_seeds
 from dmpo_jax.scoring import Scorer, make_scorer
 
-COLUMNS = 8  # images a row of the picture
+COLUMNS = 8  # images per row of the picture
 
 
 def evaluate(
@@ -28,21 +28,21 @@ def evaluate(
     prompts: epath.PathLike | None = None,
     out: epath.PathLike,
 ) -> dict[str, Any]:
-    """Is `b` (the tuned model) better than `a` (the base)?
+    """Compares `b` (the tuned model) with `a` (the base).
 
-    Writes `out/result.json` and `out/samples/before_after.png`, and both on a page,
-    `out/report.html`. model.vae decodes the images of both.
+    Writes `out/result.json`, `out/samples/before_after.png`, and `out/report.html`, a page that
+    shows both. model.vae decodes the images of both models.
 
     Args:
-        a, b: pipeline folders; model.variant is of the weight files of `a`.
-        prompts: a file of them, one a line; by default collect.prompts or sample.prompts.
+        a, b: pipeline folders; model.variant applies to the weight files of `a`.
+        prompts: a file of prompts, one per line; by default collect.prompts or sample.prompts.
 
     Returns:
-        What result.json holds; `compare` says what there is of each judge.
+        The content of result.json; `compare` documents the entry of a judge.
 
     Raises:
-        ValueError: a judge is unknown or cannot judge by a prompt, or a model is missing or not
-            whole; before anything is drawn.
+        ValueError: a judge is unknown or cannot judge a prompt, or a model is missing or
+            incomplete; raised before sampling.
     """
     texts, judges = check(config, prompts, a)
     diffusers_io.load_model(b, abstract=True)
@@ -59,7 +59,7 @@ def evaluate(
         )
 
     base = judged(params, "base")
-    del params  # one model's at a time
+    del params  # holds one model's parameters at a time
     policy = judged(load_params(b, variant=None, dtype=how["dtype"]), "policy")
     result = {
         "judges": {name: compare(base.scores[name], policy.scores[name]) for name in judges},
@@ -86,7 +86,7 @@ def evaluate(
 def check(
     config: Config, prompts: epath.PathLike | None = None, a: epath.PathLike | None = None
 ) -> tuple[list[str], dict[str, Scorer]]:
-    """The prompts and the judges; ValueError where they do not fit each other or the model.
+    """Returns the prompts and the judges; ValueError if they do not fit each other or the model.
 
     a: the base; by default model.folder.
     """

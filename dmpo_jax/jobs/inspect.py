@@ -1,4 +1,4 @@
-"""A page about raw pairs, to look at before hours are spent on them."""
+"""Writes a page about raw pairs, to check them before hours of encoding."""
 
 import logging
 

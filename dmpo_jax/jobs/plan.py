@@ -1,4 +1,4 @@
-"""Plans a config's training step for chips that need not be there."""
+"""Plans a config's training step for chips that may be absent."""
 
 import contextlib
 import json
@@ -25,15 +25,15 @@ def plan(
     out: epath.PathLike = "",
     cache: epath.PathLike = "",
 ) -> list[dict[str, Any]]:
-    """A plan for each topology, as `planning.plan.plan` makes it.
+    """Returns a plan for each topology, from `planning.plan.plan`.
 
     Args:
-        config: of a run; nothing of its weights or data is read but their shapes.
-        published: a name in PUBLISHED instead of model.folder.
+        config: of a run; only the shapes of its weights and data are read.
+        published: a name in PUBLISHED, in place of model.folder.
         out: a file for the plans, as JSON. cache: see `planning.plan.plan`.
 
     Raises:
-        ValueError: a topology that cannot be had here, a config that does not fit it.
+        ValueError: a topology is not available here, or the config does not fit it.
     """
     plans = planning.plan(
         load_model(config, published),
@@ -50,7 +50,7 @@ def plan(
 
 
 def load_model(config: Config, published: str = "") -> step.Model:
-    """The model that a config names, or a published one's shapes."""
+    """Returns the shapes of the model that a config names, or of a published one."""
     pairs = {name: config.data[name] for name in ("resolution", "moments", "moments_dtype")}
     if published:
         return step.of_published(PUBLISHED[published], published, **pairs)
@@ -60,10 +60,10 @@ def load_model(config: Config, published: str = "") -> step.Model:
 
 
 def prepare_process(topologies: Sequence[str]) -> None:
-    """Sets this process up for planning alone; to be called before JAX has begun.
+    """Sets up this process for planning; must be called before JAX is initialised.
 
-    JAX then looks for no TPU where only its compiler is wanted, for no GPU where none is
-    planned for, and has as many CPU devices as are asked for.
+    JAX then does not search for a TPU if only its compiler is needed, nor for a GPU if no plan
+    needs one. It has as many CPU devices as the topologies request.
     """
     counts: dict[str, str] = {}
     for topology in topologies:
@@ -75,5 +75,5 @@ def prepare_process(topologies: Sequence[str]) -> None:
     if "gpu" not in counts and not jax.config.values["jax_platforms"]:
         jax.config.update("jax_platforms", "cpu")
     if counts.get("cpu", "").isdigit():
-        with contextlib.suppress(RuntimeError):  # JAX has begun, with as many as it has
+        with contextlib.suppress(RuntimeError):  # JAX is already initialised
             jax.config.update("jax_num_cpu_devices", int(counts["cpu"]))

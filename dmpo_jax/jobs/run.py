@@ -1,4 +1,4 @@
-"""The command `train`: the jobs that a config names, one after another."""
+"""The command `train`: runs the jobs that a config names, in order."""
 
 import logging
 import time
@@ -21,9 +21,9 @@ LOG = logging.getLogger(__name__)
 
 
 def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> epath.Path:
-    """Runs `config.jobs` in order in `workdir`. What collect and encode have completed is not
-    made again, and training resumes from its checkpoint.
+    """Runs `config.jobs` in order in `workdir`; completed work is not repeated.
 
+    Collect and encode keep what they have completed, and training resumes from its checkpoint.
     Every job is checked before the first one starts.
 
     Args:
@@ -33,8 +33,8 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
         The workdir.
 
     Raises:
-        ValueError: what the config asks for cannot be done, said before compiling.
-        SystemExit: training was told to stop; its state is saved.
+        ValueError: the config cannot be run; raised before compiling.
+        SystemExit: training was stopped by a signal; its state is saved.
     """
     processes.join(**config.distributed)
     workdir = epath.Path(workdir)
@@ -42,7 +42,7 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
         checkpoint.check_folder(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
-    if config.mesh.cpu_devices > 1:  # has no effect where there is an accelerator
+    if config.mesh.cpu_devices > 1:  # no effect if there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     check_processes(config)
     if config.debug.family:
@@ -75,7 +75,10 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
 
 
 def check_processes(config: Config) -> None:
-    """ValueError at jobs that several processes cannot share; the others only say what is bad."""
+    """Raises ValueError if several processes would run a job that they cannot share.
+
+    Processes other than 0 then log warnings and errors only.
+    """
     if jax.process_count() == 1:
         return
     if alone := [job for job in config.jobs if job in ("collect", "evaluate")]:
@@ -83,12 +86,12 @@ def check_processes(config: Config) -> None:
             f"{jax.process_count()} processes share the jobs encode and train, but jobs has "
             f"{' and '.join(alone)}: run those on one machine, with --config.jobs={','.join(alone)}"
         )
-    if jax.process_index() > 0:  # what all would say, process 0 says
+    if jax.process_index() > 0:  # process 0 logs for all
         logging.getLogger("dmpo_jax").setLevel(logging.WARNING)
 
 
 def with_debug_files(config: Config, workdir: epath.Path) -> Config:
-    """The config with a tiny random model and synthetic pairs, written into workdir.
+    """Returns the config with a tiny random model and synthetic pairs, written into workdir.
 
     The real jobs then run on them unchanged: encode, and train to `train.steps`.
     """

@@ -1,4 +1,4 @@
-"""Draws images from a diffusers pipeline folder."""
+"""Samples images from a diffusers pipeline folder."""
 
 import logging
 
@@ -18,20 +18,20 @@ LOG = logging.getLogger(__name__)
 
 
 def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> epath.Path:
-    """Writes one PNG an image with its settings inside, and `out/grid.png`, a row a prompt.
+    """Writes one PNG per image, with embedded settings, and `out/grid.png`, one row per prompt.
 
-    PNGs come as their batches are done. Seeds count up from the config's over all images, or
-    for a prompt that names its own from that.
+    PNGs are written batch by batch. Seeds count up from the config's over all images, or from a
+    prompt's own seed.
 
     Args:
-        prompts: a file of them, as `load_prompts` reads it.
+        prompts: a file of prompts, as `load_prompts` reads it.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a part of the model is missing, a prompt lacks the image that the model
-            needs, or the sampler cannot do what was asked of it; before anything is drawn.
+            needs, or the sampler does not support a setting; raised before sampling.
     """
     asked, family = check(config, prompts)
     sampler, params = open_sampler(
@@ -54,7 +54,7 @@ def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> e
 
 
 def check(config: Config, prompts: epath.PathLike) -> tuple[list[Prompt], Family]:
-    """The prompts and the model's family; ValueError where they do not fit each other."""
+    """Returns the prompts and the model's family; ValueError if they do not fit each other."""
     asked = load_prompts(prompts)
     _, family = load_family(config.model.folder)
     check_given(asked, family.given)

@@ -1,4 +1,4 @@
-"""One checkpoint file, as model sites hand them out, -> a diffusers pipeline folder."""
+"""Converts one checkpoint file, as model sites distribute it, to a diffusers pipeline folder."""
 
 import logging
 
@@ -10,16 +10,16 @@ LOG = logging.getLogger(__name__)
 
 
 def single_file(*, file: epath.PathLike, out: epath.PathLike, like: str = "") -> epath.Path:
-    """Writes the pipeline that `file` holds into `out`, and returns it.
+    """Writes the pipeline that `file` holds into `out`; returns `out`.
 
     Args:
         file: a .safetensors file in the original layout of its model's repository.
-        like: a pipeline folder of the same architecture whose configs and tokenizers are
-            taken; "" lets diffusers fetch them from the hub.
+        like: a pipeline folder of the same architecture that provides the configs and
+            tokenizers; "" lets diffusers fetch them from the hub.
 
     Raises:
         ValueError: PyTorch diffusers is missing; the file is a pickle or cannot be
-            converted; `out` holds a pipeline already.
+            converted; `out` already holds a pipeline.
     """
     kind = convert_single_file(file, out, like=like)
     LOG.info("%s is in %s: give it as --model or --config.model.folder", kind, out)

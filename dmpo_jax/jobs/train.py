@@ -44,21 +44,21 @@ class Run(NamedTuple):
 def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()) -> None:
     """Trains to `config.train.steps`, resuming from the newest valid checkpoint in workdir.
 
-    Writes metrics, checkpoints and sample grids as it goes, and `workdir/export` at the end.
+    Writes metrics, checkpoints and sample grids during training, and `workdir/export` at the end.
 
     Args:
-        hooks: further ones (`hooks.HookLike`), called after the run's own.
+        hooks: further hooks (`hooks.HookLike`), called after the run's own.
 
     Raises:
-        ValueError: before compiling, where model, data, mesh or workdir do not fit.
-        telemetry.NonFiniteError: naming the update; nothing of it was kept or saved.
+        ValueError: model, data, mesh or workdir do not fit; raised before compiling.
+        telemetry.NonFiniteError: names the update; nothing of it was kept or saved.
         SystemExit: stopped by SIGTERM or Ctrl-C, after saving.
     """
     run, params = prepare(config, workdir)
     with checkpoint.Checkpoints(
         workdir / "checkpoints", keep=config.log.keep, identity=configs.identity(config)
     ) as checkpoints:
-        if jax.process_index() == 0:  # only now: the folder is this run's own
+        if jax.process_index() == 0:  # after the identity check
             storage.write_json(workdir / "config.json", configs.flatten(config))
         state = start_state(run.step, params, checkpoints)
         every = config.log.validate_every, config.log.checkpoint_every
@@ -77,7 +77,7 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
 
 
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
-    """Opens and checks everything; (the run, the parameters to train). Compiles no step."""
+    """Opens and checks everything; returns (run, parameters to train). Compiles no step."""
     settings = step_settings.read_step(config)
     devices = mesh.make_mesh(**step_settings.mesh_axes(config))
     mesh.check_batch(settings.batch_size, settings.accumulation, devices)
@@ -95,7 +95,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
 
 
 def grids(run: Run, workdir: epath.Path) -> list[Draw]:
-    """The hook that draws image grids, of the config's prompts or the data's, where it can."""
+    """Returns the hook that draws image grids of the config's or the data's prompts, or []."""
     config, built, every = run.config, run.step, run.config.log.sample_every
     if every and (reason := why_no_grids(built.family)):
         LOG.warning(reason)
@@ -113,7 +113,7 @@ def grids(run: Run, workdir: epath.Path) -> list[Draw]:
 
 
 def check(config: configs.Config) -> None:
-    """ValueError where the model or the prompts of image grids are missing."""
+    """Raises ValueError if the model or the prompts of image grids are missing."""
     diffusers_io.load_family(config.model.folder)
     if config.log.sample_every and config.sample.prompts:
         load_texts(config.sample.prompts)

@@ -1,9 +1,9 @@
 """Attention over tokens. Query-key products are accumulated in float32 in any compute dtype.
 
-One function, three kernels. "plain" is XLA's own and the reference for the others; "cudnn"
+One function, three kernels. "plain" is XLA's own and the reference for the others. "cudnn"
 (NVIDIA GPUs) and "splash" (TPUs, jax.experimental.pallas) never write the T x S scores to
-memory. Each takes the shapes that it pays for, `takes_cudnn` and `takes_splash`, and leaves the
-rest to plain.
+memory. Each runs the shapes where it is faster, `takes_cudnn` and `takes_splash`; plain runs
+the rest.
 
 Letters: B batch, T query tokens, S key tokens, N heads, H a head's width.
 """
@@ -24,20 +24,20 @@ from dmpo_jax.parallel import placement
 
 KERNELS = ("plain", "cudnn", "splash")
 Spec = Array | jax.ShapeDtypeStruct
-# At 1,024 tokens the compiler's schedules, forward and backward, are 2.3 ms for XLA's products
-# and under 1 ms for the kernel (SD1.5's 8 heads of 80, 8 images, v5p).
+# At 1,024 tokens the compiler schedules 2.3 ms, forward and backward, for XLA's products and
+# under 1 ms for the kernel (SD1.5's 8 heads of 80, 8 images, v5p).
 SPLASH_FROM = 1024  # tokens
 LANES = 128  # of a TPU's vector registers and its matrix unit: blocks are multiples of it
-# Tokens that the splash kernels hold at once. Compiled for v5e and v5p, whose 16 MB of scoped
-# VMEM they fit: the larger the key block, the fewer partial gradients of the query are written.
+# Tokens per block of the splash kernels. Compiled for v5e and v5p, they fit 16 MB of scoped
+# VMEM. The larger the key block, the fewer partial gradients of the query are written.
 BLOCK, BLOCK_COMPUTE, BLOCK_BACKWARD = 1024, 512, 2048
-# The splash forward's output and its log-sum-exp, as a policy of `jax.checkpoint` knows them:
-# `save_only_these_names(RESIDUALS)` keeps them, and the backward does not run it again.
+# Name of the splash forward's output and log-sum-exp in `jax.checkpoint` policies:
+# `save_only_these_names(RESIDUALS)` keeps them, so the backward does not rerun the forward.
 RESIDUALS = "attention_residuals"
 
 
 def best_kernel(platform: str) -> str:
-    """The fastest kernel for a platform: "tpu", "gpu" or "cpu"."""
+    """Returns the fastest kernel for a platform: "tpu", "gpu" or "cpu"."""
     return {"gpu": "cudnn", "cuda": "cudnn", "tpu": "splash"}.get(platform, "plain")
 
 
@@ -49,18 +49,18 @@ def attention(
     *,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v over N heads; positions where mask is False are excluded.
+    """Computes softmax(q k / sqrt(H)) v over N heads, without positions where mask is False.
 
-    cuDNN and splash run a device at a time over the mesh set at trace time (`jax.set_mesh`),
-    which also says what they are compiled for: batch over "data" and "fsdp", heads over
-    "tensor". Where these do not divide, plain runs. No mesh: the default backend.
+    cuDNN and splash run per device over the mesh set at trace time (`jax.set_mesh`), which also
+    gives the platform to compile for: batch over "data" and "fsdp", heads over "tensor". If
+    these do not divide, plain runs. Without a mesh, the default backend is used.
 
     Args:
-        kernel: one of KERNELS. What it does not take runs plain. Off the TPU, splash is
-            interpreted, which is right and very slow: for tests.
+        kernel: one of KERNELS. Inputs that it does not support run plain. Off the TPU, splash
+            is interpreted, which is correct and very slow: for tests.
 
     Raises:
-        ValueError: if there is no such kernel, or cudnn is asked for without a GPU.
+        ValueError: if the kernel is unknown, or cudnn is requested without a GPU.
     """
     if kernel not in KERNELS:
         raise UserError(f"the attention kernel must be one of {KERNELS}, but got {kernel!r}")
@@ -75,18 +75,18 @@ def attention(
 
 
 def takes_cudnn(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
-    """Whether cuDNN's flash attention runs here: half precision, no mask, H a multiple of 8.
+    """True if cuDNN's flash attention runs: half precision, no mask, H a multiple of 8.
 
-    H up to 128, which cuDNN differentiates from Ampere on; Hopper goes to 256, but wider
-    heads (SD1.5's 160) meet few tokens. T and S may differ and be odd: the 77 tokens of a
-    prompt are taken, whose scores plain would write in float32.
+    H up to 128, which cuDNN differentiates from Ampere on. Hopper goes to 256, but wider heads
+    (SD1.5's 160) occur with few tokens. T and S may differ and be odd. The 77 tokens of a
+    prompt are included: plain would write their scores in float32.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16) and query.dtype == key.dtype
     return mask is None and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
 
 
 def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
-    """Whether the splash kernel runs here: bfloat16 self-attention over many tokens.
+    """True if the splash kernel runs: bfloat16 self-attention over many tokens.
 
     At least SPLASH_FROM tokens and a multiple of LANES, H at most LANES, no mask. The scores
     of a prompt's 77 tokens are small, and keys come in blocks of 128.
@@ -98,7 +98,7 @@ def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
 
 
 def _plain(query, key, value, mask):
-    # Heads before tokens: on CPU a batched product over adjacent axes is several times quicker.
+    # Heads before tokens: on CPU a batched product over adjacent axes is several times faster.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
@@ -122,9 +122,9 @@ def _splash(platform, query, key, value):
 
 
 def _splash_kernel(heads: int, tokens: int, *, interpret: bool) -> Callable[..., Any]:
-    """The kernel over [N T H], without a mask."""
+    """Returns the kernel over [N T H], without a mask."""
     block, backward = _block(tokens, BLOCK), _block(tokens, BLOCK_BACKWARD)
-    # Tokens in the lanes: heads of 40 or 64 in them would be padded to 128, in HBM too.
+    # Tokens go in the lanes: heads of 40 or 64 there would be padded to 128, in HBM too.
     minor = splash.QKVLayout.SEQ_MINOR
     blocks = splash.BlockSizes(
         block_q=block,
@@ -146,17 +146,17 @@ def _splash_kernel(heads: int, tokens: int, *, interpret: bool) -> Callable[...,
 
 
 def _block(tokens: int, most: int) -> int:
-    """The largest multiple of LANES that divides tokens, and is at most `most`."""
+    """Returns the largest multiple of LANES that divides tokens and is at most `most`."""
     return max(n for n in range(LANES, most + 1, LANES) if tokens % n == 0)
 
 
 def _each_device(kernel: Callable, mesh: AbstractMesh, *inputs: Array) -> Array:
-    """kernel(platform, *inputs) on each device's rows and heads."""
+    """Runs kernel(platform, *inputs) on each device's rows and heads."""
     local = functools.partial(kernel, placement.platform())
     spec = _split(mesh, *inputs[0].shape[::2])
     if spec == PartitionSpec():
         return local(*inputs)
-    # check_vma: a Pallas call does not say over which axes its results vary.
+    # check_vma: a Pallas call does not declare over which axes its results vary.
     split = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return split(*inputs)
 
@@ -170,12 +170,11 @@ def _check_gpu(platform: str) -> None:
 
 
 def _split(mesh: AbstractMesh, batch: int, heads: int) -> PartitionSpec | None:
-    """The sharding of `[B T N H]`: batch over "data" and "fsdp", heads over "tensor"; None if
-    the sizes do not divide.
+    """Returns the sharding of `[B T N H]`, or None if the sizes do not divide.
 
-    Every axis of the mesh must have its share: over one that has none the devices would all do
-    the same work, and add up their gradients to divide them again. Axes that a caller's own
-    shard_map has taken are no longer to be split.
+    Batch is sharded over "data" and "fsdp", heads over "tensor". Every axis of the mesh must
+    shard something: over an unused axis the devices would repeat the work, add up their
+    gradients and divide them again. Axes that a caller's shard_map made manual are not split.
     """
     free = {
         name: size

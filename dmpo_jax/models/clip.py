@@ -31,7 +31,7 @@ KEYS = {
 }
 DEAD = frozenset(
     "dropout gradient_checkpointing initializer_factor initializer_range use_cache".split()
-    # What transformers 4 wrote of its generation defaults into every model's config.
+    # Generation defaults that transformers 4 wrote into every model's config.
     + """add_cross_attention bad_words_ids begin_suppress_tokens chunk_size_feed_forward
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task
@@ -46,9 +46,11 @@ DEAD = frozenset(
 
 
 class TextOutput(NamedTuple):
-    """Outputs of a text encoder; `hidden_states`: embeddings first, then one a layer, without the
-    final layer norm.
-    pooled: `text_embeds` of a tower with a projection, else `pooler_output`."""
+    """Outputs of a text encoder.
+
+    hidden_states: embeddings first, then one per layer, without the final layer norm.
+    pooled: `text_embeds` of a tower with a projection, else `pooler_output`.
+    """
 
     last_hidden_state: Float[Array, "N S D"]
     hidden_states: tuple[Float[Array, "N S D"], ...]
@@ -121,8 +123,8 @@ class CLIPTextModel(nnx.Module):
     """A text encoder; `projection=True` is CLIPTextModelWithProjection.
 
     Raises:
-        ValueError: naming each config key that asks for something unsupported; on
-            call, where a prompt is longer than the position embeddings.
+        ValueError: naming each config key whose value is not supported; on call, if a
+            prompt is longer than the position embeddings.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A component's config.json: every key is honoured or refused by name."""
+"""A component's config.json: every key is supported or refused by name."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 from dmpo_jax.errors import UserError
 
-# What libraries write into every config.json; none of it reaches the computation.
+# Keys that libraries write into every config.json; none of them affects the computation.
 BOOKKEEPING = frozenset(
     "_class_name _diffusers_version _name_or_path architectures dtype model_type torch_dtype "
     "transformers_version".split()
@@ -14,7 +14,7 @@ BOOKKEEPING = frozenset(
 
 
 class Only:
-    """A key supported at its default alone, or at values that mean the same."""
+    """A key supported only at its default, or at equivalent values."""
 
     def __init__(self, *values: Any):
         self.values = values
@@ -24,13 +24,13 @@ class ModelConfig(Mapping[str, Any]):
     """An immutable, hashable config whose keys are also attributes.
 
     Args:
-        given: what config.json holds.
-        keys: key -> default where the code honours the key, `Only(...)` where it
-            accepts just those values (the first is the default).
-        dead: keys that old or foreign configs carry and that never change the result.
+        given: the contents of config.json.
+        keys: key -> default if the key is supported, `Only(...)` if it is supported at
+            these values only (the first is the default).
+        dead: keys of old or foreign configs that never change the result.
 
     Raises:
-        ValueError: naming every key whose value asks for something unsupported.
+        ValueError: naming every key whose value is not supported.
 
     Unknown keys are accepted while unset (None or False): libraries add switches
     over the years, and an unset switch leaves the computation as it was.
@@ -78,12 +78,12 @@ class ModelConfig(Mapping[str, Any]):
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two values are the same setting: 1 and 1.0 are, True and 1 are not."""
+    """True if two values are the same setting: 1 and 1.0 are, True and 1 are not."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def per_block(value: Any, blocks: int, key: str) -> list[Any]:
-    """Expands a setting given once, or once a block, to one value a block."""
+    """Expands a setting, given once or once per block, to one value per block."""
     values = list(value) if isinstance(value, list | tuple) else [value] * blocks
     if len(values) != blocks:
         raise UserError(f"{key} needs one value or {blocks} (one a block), got {value!r}")
@@ -91,9 +91,9 @@ def per_block(value: Any, blocks: int, key: str) -> list[Any]:
 
 
 def _kind_fits(value: Any, default: Any) -> bool:
-    """Whether a value has its default's type; a number may also be a list, one a block."""
+    """True if a value has its default's type; a number may also be a list, one per block."""
     if value is None or default is None or isinstance(default, Only):
-        return True  # unset, or judged by value
+        return True  # unset, or checked by value
     if isinstance(default, bool | str):
         return type(value) is type(default)
     if isinstance(default, tuple):
@@ -101,7 +101,7 @@ def _kind_fits(value: Any, default: Any) -> bool:
     values = value if isinstance(value, list | tuple) else [value]
     return all(
         all(_kind_fits(v, default) for v in x)
-        if isinstance(x, list | tuple)  # transformer_layers_per_block, once a layer
+        if isinstance(x, list | tuple)  # transformer_layers_per_block, once per layer
         else _is_number(x, whole=isinstance(default, int))
         for x in values
     )

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float
 
 from dmpo_jax.parallel.placement import platform
 
-# Up to so many pixels come out, over all images, XLA's CPU backend spends longer on laying
-# the kernel out anew than a matrix product takes; above, it is the other way round.
+# Output pixels over all images. Up to this many, XLA's CPU backend spends longer on changing
+# the kernel's layout than a matrix product takes; above, the convolution is faster.
 FEW_PIXELS = 256
 
 
@@ -22,11 +22,11 @@ def convolution(
     strides: tuple[int, int] = (1, 1),
     padding: str | Sequence[tuple[int, int]] = "VALID",
 ) -> Float[Array, "N h w D"]:
-    """Convolves `x` by `kernel`, without a bias.
+    """Convolves `x` with `kernel`, without a bias.
 
-    On a CPU, where few pixels come out, as a product of the pixels under the kernel with it;
-    elsewhere as XLA's convolution. The mesh set at trace time says which: a program may be
-    compiled on a CPU for a TPU.
+    On a CPU with few output pixels, this is a matrix product over the pixels under the kernel;
+    otherwise XLA's convolution. The mesh set at trace time determines the platform, because a
+    program may be compiled on a CPU for a TPU.
 
     Args:
         strides: down and across.
@@ -45,13 +45,13 @@ def convolution(
 
 
 class _Axis:
-    """Which input pixels each tap of the kernel reads, along one axis."""
+    """The input pixels that each tap of the kernel reads, along one axis."""
 
     def __init__(self, size: int, taps: int, stride: int, pad: tuple[int, int]):
         self.pad, self.stride = pad, stride
         self.out = (size + sum(pad) - taps) // stride + 1
-        # A tap that only ever meets padding adds nothing, and its weights need no reading:
-        # on a map of one pixel, eight of a 3 x 3 kernel's nine.
+        # A tap that meets only padding adds nothing and is not read: on a map of one pixel,
+        # eight of a 3 x 3 kernel's nine.
         starts = range(-pad[0], -pad[0] + self.out * stride, stride)
         meets = [any(0 <= start + tap < size for start in starts) for tap in range(taps)]
         self.taps = [tap for tap in range(taps) if meets[tap]]

@@ -19,13 +19,14 @@ class Execution(NamedTuple):
     """Execution choices; static, so each value compiles its own program.
 
     attention: a name in `attention.KERNELS`.
-    remat: what a backward computes again instead of keeping it from the forward.
-        "none": nothing; gathered kernels are kept too, which with "fsdp" is the whole model
-        in the compute dtype on every device. The others gather again. "block": each resnet
-        and each spatial transformer, whole. "transformer": each resnet and each transformer
-        block. "offload": as "transformer", and what is kept waits in the host's memory.
-        What the splash kernel leaves for its backward is small and dear, and always kept.
-    scan: whether equal transformer blocks are one loop, compiled once, or unrolled.
+    remat: what the backward recomputes instead of keeping it from the forward.
+        "none": nothing. Gathered kernels are kept too, which with "fsdp" is the complete model
+        in the compute dtype on every device; the others gather again.
+        "block": each resnet and each spatial transformer as one unit.
+        "transformer": each resnet and each transformer block.
+        "offload": as "transformer", with the kept inputs offloaded to host memory.
+        The splash kernel's residuals are small and expensive, and always kept on the device.
+    scan: run equal transformer blocks as one loop, compiled once, instead of unrolled.
     """
 
     attention: str = "plain"
@@ -41,7 +42,7 @@ def rematerialised(
 ) -> Callable[..., jax.Array]:
     """Wraps `function(x, ...)` so that its backward recomputes what `remat` names.
 
-    in_scan: the loop keeps XLA from merging the two computations; barriers would only cost.
+    in_scan: the loop keeps XLA from merging the two computations, so barriers would only cost.
     """
     policies: Any = jax.checkpoint_policies
     if remat == "none":
@@ -70,10 +71,9 @@ def apply_blocks(
 ) -> Float[Array, "N T D"]:
     """Applies equal transformer blocks in order; with `scan`, as one compiled loop.
 
-    A loop's parameters are stacked here, not in the state: that costs a copy of the blocks'
-    kernels in the compute dtype, and leaves every other part (files, adapters, checkpoints)
-    with one array a PyTorch tensor. Blocks that differ, as where one alone has adapters, are
-    not looped over.
+    A loop's parameters are stacked here, not in the state. This copies the blocks' kernels in
+    the compute dtype, and keeps one array per PyTorch tensor everywhere else (files, adapters,
+    checkpoints). Blocks that differ, for instance if only one has adapters, run unrolled.
     """
     inner = "none" if execution.remat == "block" else execution.remat
     structures, parts = zip(*(parameters.split(block) for block in blocks), strict=True)

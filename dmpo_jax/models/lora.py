@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA): a kernel W becomes W + alpha / rank * A B, and only A, B train.
 
 An adapted layer keeps its own names and gains two layers of its own kind, `lora_A` and
-`lora_B`, as in PyTorch's peft: `to_q.kernel` stands beside `to_q.lora_A.kernel`. The model
-with its adapters off is the base itself, so a reference costs no second copy.
+`lora_B`, as in PyTorch's peft: `to_q.kernel` stands beside `to_q.lora_A.kernel`. With its
+adapters off, the model is the base itself, so a reference costs no second copy.
 
 Source: LoRA, arXiv 2106.09685; huggingface/peft, tuners/lora/layer.py.
 """
@@ -28,14 +28,14 @@ def attach(
     """Adds adapters to the layers that `targets` names; returns the model.
 
     Args:
-        model: left as it is, its arrays shared; it may hold shapes instead of arrays.
+        model: not modified, its arrays shared; it may hold shapes instead of arrays.
         rank: width of the adapters. alpha: their scale is alpha / rank.
-        targets: ends of module paths, whole parts of them: "to_q", "ff.net.2", "conv1".
+        targets: suffixes of module paths, in complete parts: "to_q", "ff.net.2", "conv1".
         seed: of A, float32 and uniform within 1 / sqrt(fan in); B is zero, so that an
-            adapted model begins as the base.
+            adapted model starts as the base.
 
     Raises:
-        ValueError: a target fits no linear layer or convolution.
+        ValueError: a target matches no linear layer or convolution.
     """
     adapted: Any = nnx.merge(*nnx.split(model))
     layers: dict[str, Any] = {
@@ -68,9 +68,9 @@ def partition(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
-    """The pair (A, B) of an adapter: down to `rank` by the layer's own kind, and up; no biases."""
+    """Returns an adapter's (A, B): A as the layer but to `rank` features, B up; no biases."""
     kw: Any = {"use_bias": False, "dtype": layer.dtype, "rngs": nnx.Rngs(0)}
-    # Each shares over "tensor" what the layer itself does: its input features or its output.
+    # Each splits over "tensor" what the layer itself does: its input features or its output.
     into: Any = {"split": "rows" if layer.split == "rows" else "whole", **kw}
     out: Any = {"split": "columns" if layer.split == "columns" else "whole", **kw}
     if isinstance(layer, Linear):
@@ -82,7 +82,7 @@ def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
 
 
 def _last_parts(name: str) -> str:
-    """The end of a path that names a layer's kind: `to_out.0`, `conv1`, `ff.net.2`."""
+    """Returns the end of a path that names a layer's kind: `to_out.0`, `conv1`, `ff.net.2`."""
     parts = name.split(".")
     if not parts[-1].isdigit():
         return parts[-1]
@@ -96,8 +96,8 @@ def is_adapter(path: str) -> bool:
 def switched_off(adapters: Params) -> Params:
     """Zeroes every B: the adapted model's program then computes the base's values.
 
-    The same program, because XLA would fuse the base's own otherwise, and beta turns last
-    bits into margins. The barrier keeps it from seeing the zeros and taking the adapters out.
+    The base's own program would not do: XLA would fuse it differently, and beta turns last bits
+    into margins. The barrier prevents XLA from seeing the zeros and removing the adapters.
     """
     zeros = {path: jnp.zeros_like(x) for path, x in adapters.items() if ".lora_B." in path}
     return {**adapters, **jax.lax.optimization_barrier(zeros)}
@@ -106,8 +106,8 @@ def switched_off(adapters: Params) -> Params:
 def drop(key: Key[Array, ""], adapters: Params, rate: float) -> Params:
     """Applies dropout to the input features of every A, scaled to keep expectations.
 
-    peft drops single numbers; here a feature is dropped for all tokens and images of
-    the call, so that the two images of a pair are compared under one and the same network.
+    peft drops single numbers. Here a feature is dropped for all tokens and images of the call,
+    so that both images of a pair are compared under the same network.
     """
     downs = [path for path in adapters if ".lora_A." in path]
     widths = [adapters[path].shape[-2] for path in downs]
@@ -123,8 +123,8 @@ def drop(key: Key[Array, ""], adapters: Params, rate: float) -> Params:
 def fold_in(params: Params, adapters: Params, scale: float | int) -> None:
     """Merges adapters into `params`, in place: W becomes W + scale * A B, in W's dtype.
 
-    In place, so that a full-size model is never held twice. `scale` is alpha / rank;
-    computed in float32, at the highest precision.
+    In place, so that a full-size model is never held twice. `scale` is alpha / rank. The product
+    is computed in float32, at the highest precision.
     """
     for path, down in adapters.items():
         if ".lora_A." not in path:

@@ -19,7 +19,7 @@ def split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
 
 
 def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Dotted path -> shape and dtype; works on a model that holds no arrays yet."""
+    """Returns dotted path -> shape and dtype; works on an abstract model too."""
     return {
         ".".join(map(str, path)): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for path, leaf in nnx.to_flat_state(nnx.state(model))
@@ -27,7 +27,7 @@ def shapes(model: nnx.Module) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def merge(structure: Any, params: Mapping[str, Any]) -> Any:
-    """Builds the model again: the inverse of `split`. ShapeDtypeStructs give an abstract model."""
+    """Rebuilds the model: the inverse of `split`. ShapeDtypeStructs give an abstract model."""
     keyed: Any = {
         tuple(int(part) if part.isdigit() else part for part in path.split(".")): leaf
         for path, leaf in params.items()
@@ -36,10 +36,10 @@ def merge(structure: Any, params: Mapping[str, Any]) -> Any:
 
 
 def frozen_dtype(path: str, dtype: Any) -> Any:
-    """The smallest dtype that holds a frozen parameter exactly as a model in `dtype` reads it.
+    """Returns the smallest dtype that gives a model in `dtype` the same frozen parameter.
 
-    Kernels, embeddings and their biases are cast to `dtype` before use and may as well be
-    held in it; norms compute in float32. The same values then meet the same program.
+    Kernels, embeddings and their biases are cast to `dtype` before use and can be held in it;
+    norms compute in float32. The program sees the same values either way.
     """
     module, _, leaf = path.rpartition(".")
     norm = leaf == "scale" or "norm" in module.rpartition(".")[2]
@@ -49,7 +49,7 @@ def frozen_dtype(path: str, dtype: Any) -> Any:
 class Buffer(nnx.Variable):
     """An array that a model loads and saves but does not train, such as a position table.
 
-    Training leaves it in the reference, where neither gradient nor weight decay reach it.
+    Training keeps it in the reference, out of reach of gradient and weight decay.
     """
 
 
@@ -62,16 +62,16 @@ def buffer_paths(model: nnx.Module) -> frozenset[str]:
 def partition(
     model: nnx.Module, params: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is trained, buffers) of the model's arrays."""
+    """Splits the model's arrays into (trained parameters, buffers)."""
     frozen = buffer_paths(model)
     buffers = {path: x for path, x in params.items() if path in frozen}
     return {path: x for path, x in params.items() if path not in frozen}, buffers
 
 
 def completed(params: Mapping[str, Any], frozen: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Trained parameters, and beside them what they lack of the frozen ones.
+    """Adds to trained parameters the frozen ones that they lack.
 
-    That is the base that adapters sit on, and buffers.
+    Those are the base under adapters, and buffers.
     """
     return {**{path: x for path, x in (frozen or {}).items() if path not in params}, **params}
 
@@ -83,8 +83,11 @@ def without_arrays(model: nnx.Module) -> Any:
 
 
 class _ConstantKeys(nnx.Rngs):
-    """A fresh key a call without a counter in JAX: under a trace, Flax's own takes longer with
-    every parameter, which adds up to minutes for SDXL (measured: 191 s against 2 s)."""
+    """Draws a fresh key per call from a Python counter.
+
+    Under a trace, Flax's own JAX counter takes longer with every parameter, which adds up to
+    minutes for SDXL (measured: 191 s against 2 s).
+    """
 
     def __init__(self):
         super().__init__(0)
@@ -104,7 +107,7 @@ def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> 
     """Makes the model with random float32 parameters, drawn by NumPy.
 
     Kernels are normal with deviation 1/sqrt(fan in), embeddings 0.02; norms start at
-    one, biases at zero. Drawing on the host compiles nothing, where a module's own
+    one, biases at zero. Drawing on the host compiles nothing, whereas a module's own
     initialisers compile a program for every shape.
     """
     model = abstract(make, config, **kw)

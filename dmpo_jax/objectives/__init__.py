@@ -1,7 +1,7 @@
 """Preference objectives: pure functions from predictions to one loss per pair.
 
 To add one, write a function under `@objective`: in one of these files, with a row in its test, or
-in a config file of your own.
+in your own config file.
 """
 
 from dmpo_jax.objectives.choices import diffusion_kto, dspo, hinge, ipo, mapo, sft

@@ -1,8 +1,7 @@
-"""Objectives that take the label as a choice: the chosen image, the rejected one.
+"""Objectives that use the label as a choice: the chosen image, the rejected one.
 
-How sure the label is does not matter to them, and a tie (preference exactly 0.5) has no
-chosen image: it weighs 0, and still counts in a mean over B. beta means something else in
-each of them.
+They ignore the confidence of the label. A tie (preference exactly 0.5) has no chosen image: its
+loss is 0, and it still counts in a mean over B. beta has a different meaning in each of them.
 """
 
 import jax
@@ -17,7 +16,7 @@ from dmpo_jax.types import Pair, PerPair
 def sft(policy: Images, reference: Images | None, target: Images, preference: PerPair) -> PerPair:
     """Supervised fine-tuning: `l_c`, the chosen image's own denoising error.
 
-    The reference and the rejected image are not looked at. A tie weighs nothing.
+    Ignores the reference and the rejected image. A tie has weight 0.
 
     Source: SalesforceAIResearch/DiffusionDPO, train.py, `--sft`.
     """
@@ -35,11 +34,11 @@ def ipo(
 ) -> PerPair:
     """Identity preference optimisation: `(z - 1/(2 beta))^2`, z the margin.
 
-    The margin is drawn to 1/(2 beta), in squared prediction units, from both sides. A tie
-    weighs nothing.
+    Pulls the margin to 1/(2 beta), in squared prediction units, from both sides. A tie has
+    weight 0.
 
     Args:
-        beta: above 0; 2000 asks for a margin of 2.5e-4.
+        beta: above 0; 2000 targets a margin of 2.5e-4.
 
     Source: A General Theoretical Paradigm to Understand Learning from Human Preferences,
     arXiv 2310.12036; huggingface/diffusers, train_diffusion_dpo.py.
@@ -55,12 +54,12 @@ def ipo(
 def hinge(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
 ) -> PerPair:
-    """`max(0, 1 - beta z)`, z the margin: an even pull up to a margin of 1/beta, then none.
+    """`max(0, 1 - beta z)`, z the margin: a constant pull up to a margin of 1/beta, then none.
 
-    A tie weighs nothing.
+    A tie has weight 0.
 
     Args:
-        beta: above 0; here without the half that u has.
+        beta: above 0; without the factor 1/2 of u.
 
     Source: Statistical Rejection Sampling Improves Preference Optimization, arXiv
     2309.06657; huggingface/diffusers, train_diffusion_dpo.py.
@@ -80,8 +79,8 @@ def dspo(
     """Direct score preference optimisation, SD1.5's form: mean of `(e - beta (1 - p) d)^2`.
 
     e is the policy's error on the chosen image, d = policy - reference there, and
-    p = sigmoid(u), all differentiated: fine-tuning on the chosen image, with the way from
-    the reference discounted while the pair is not yet told apart. A tie weighs nothing.
+    p = sigmoid(u), all differentiated. It fine-tunes on the chosen image, and discounts the
+    distance from the reference until the policy separates the pair. A tie has weight 0.
 
     Args:
         beta: above 0, of u and of the discount alike; 0.001 in published runs.
@@ -113,32 +112,32 @@ def diffusion_kto(
     chosen_weight: float | int = 1.0,
     rejected_weight: float | int = 1.0,
 ) -> PerPair:
-    """Diffusion-KTO: the utility of each image by itself, against what the batch has gained.
+    """Diffusion-KTO: utility of each image by itself, relative to the batch's mean gain.
 
     With g = r - l, z0 = max(0, mean of g over the batch), not differentiated, and w, s the
     weight and sign of an image (+1 chosen, -1 rejected),
 
         loss = mean over the two images of  w (1 - sigmoid(s beta (g - z0))).
 
-    A tie weighs nothing, but its images count in z0, which is no matter of labels. z0 is a
-    mean over the whole batch given: the global one, over all devices; under accumulation
-    that of the microbatch.
+    A tie has weight 0, but its images count in z0, which does not depend on labels. z0 is a
+    mean over the given batch: the global batch over all devices, or the microbatch under
+    accumulation.
 
     Args:
-        beta: above 0, without the half that u has; 1000 in published code.
+        beta: above 0, without the factor 1/2 of u; 1000 in published code.
         chosen_weight, rejected_weight: at least 0.
 
     Source: Aligning Diffusion Models by Optimizing Human Utility, arXiv 2404.04465.
     """
     gain = gains(policy, reference, target)
     base = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
-    # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where the other has none left.
+    # 1 - sigmoid(x) loses all digits for large x; the equal sigmoid(-x) does not.
     chosen = chosen_weight * jax.nn.sigmoid(-beta * (gain[:, 0] - base))
     rejected = rejected_weight * jax.nn.sigmoid(beta * (gain[:, 1] - base))
     return decided(preference) * 0.5 * (chosen + rejected)
 
 
-# Of the margin-aware loss: the published code's constants.
+# Constants of the margin-aware loss, from the published code.
 _MAPO_SCALE, _MAPO_STEPS = 0.5, 1000.0
 
 
@@ -160,7 +159,7 @@ def mapo(
     """Margin-aware, without a reference: `l_c - beta log sigmoid(1000 [f(l_c) - f(l_x)])`.
 
     f(l) = s l / (exp(s l) - 1) with s = 0.5 falls from 1 towards 0 as the error grows. A tie
-    weighs nothing.
+    has weight 0.
 
     Args:
         beta: weight of the margin beside fine-tuning's error, above 0; 0.1 in published runs.
@@ -178,18 +177,17 @@ def mapo(
 
 
 def _bernoulli_difference(a: PerPair, b: PerPair, a_minus_b: PerPair) -> PerPair:
-    """`f(a) - f(b)` for f(y) = y / (exp(y) - 1) and a, b at least 0.
+    """Computes `f(a) - f(b)` for f(y) = y / (exp(y) - 1) and a, b at least 0.
 
-    f(y) is 1 - y/2 + an even part, whose first term is y^2/12. Below 1 the straight part is
-    taken from the difference given, which has kept its digits, and only the small rest is a
-    difference of two values.
+    f(y) is 1 - y/2 + an even part, whose first term is y^2/12. Below 1, the linear part uses
+    the precise `a_minus_b`, and only the small even part is a difference of two values.
     """
 
     def even(y):
         square = y * y
         return square / 12 * (1 - square / 60 * (1 - square / 42 * (1 - square / 40)))
 
-    def f(y):  # in exp(-y), which cannot overflow; y = 0 is the other branch's
+    def f(y):  # in exp(-y), which cannot overflow; the other branch takes y = 0
         return y * jnp.exp(-y) / -jnp.expm1(-y)
 
     small = jnp.maximum(a, b) < 1.0

@@ -1,10 +1,11 @@
-"""Divergences between the preference a policy implies and the one people gave.
+"""Divergences between the preference that a policy implies and the label.
 
 Both are Bernoulli: `p = sigmoid(u)`, with u = beta/2 * margin, and
-`q = clip(preference, alpha, 1 - alpha)`. Each loss is 0 at u = logit(q) alone, so the margin
-is bounded; a tie (preference 0.5) keeps its weight and holds the policy at the reference's
-margin. They differ in how a pair far from its label pulls: from KL(p||q), which lets go of
-one that the policy has badly wrong, to KL(q||p), which pulls the harder the worse it is.
+`q = clip(preference, alpha, 1 - alpha)`. Each loss has its minimum at u = logit(q) alone, so the
+margin is bounded, except in an unsmoothed `diffusion_dpo`. The minimum is 0, except for the cross
+entropy of `diffusion_dpo`. A tie (preference 0.5) keeps its weight and holds the policy at the
+reference's margin. The losses differ on pairs far from their label: the gradient of KL(p||q)
+vanishes on pairs that the policy ranks confidently wrong, and that of KL(q||p) is largest there.
 """
 
 from typing import NamedTuple
@@ -16,15 +17,15 @@ from dmpo_jax.objectives.margins import implied_logit
 from dmpo_jax.objectives.registry import Hyperparameter, objective
 from dmpo_jax.types import Pair, PerPair
 
-# For a label of 1 - alpha, pass its complement.
+# alpha is the complement of a label of 1 - alpha.
 LABEL_NOISE = Hyperparameter(0.01, "label noise: preferences are clipped to 1 - alpha", "(0, 0.5]")
 
 
 class Outcome(NamedTuple):
-    """One of the two images being preferred: log p, log q, and x = log q - log p.
+    """The event that one of the two images is preferred: log p, log q, and x = log q - log p.
 
-    x is no difference of the two where they are close: p = q is where every loss is 0, and
-    of so small a loss two rounded logs leave nothing but their rounding, of either sign.
+    Where log p and log q are close, x is not computed as their difference. Every loss is 0 at
+    p = q, and the difference of two rounded logs would be rounding error of either sign.
     """
 
     log_p: PerPair
@@ -33,18 +34,18 @@ class Outcome(NamedTuple):
 
 
 def _outcomes(u: PerPair, preference: PerPair, alpha: float | int) -> tuple[Outcome, Outcome]:
-    """Of the chosen image, and of the rejected one."""
-    # Both sides are clipped from below rather than 1 - q taken afterwards: in float32
-    # 1 - (1 - alpha) is 0 for a small alpha, and its log infinite.
+    """Returns the outcome of the chosen image and that of the rejected one."""
+    # Both sides are clipped from below. 1 - q would not do: in float32 1 - (1 - alpha) is 0
+    # for a small alpha, and its log infinite.
     q, not_q = jnp.clip(preference, alpha, 1 - alpha), jnp.clip(1 - preference, alpha, 1 - alpha)
     log_q, log_not_q = jnp.log(q), jnp.log(not_q)
-    way = log_q - log_not_q - u  # to the minimum; exactly 0 for a tie at u = 0
+    way = log_q - log_not_q - u  # distance to the minimum; exactly 0 for a tie at u = 0
     near, close = jnp.clip(way, -1.0, 1.0), jnp.abs(way) < 1
 
     def outcome(log_p, log_q, exact):
         return Outcome(log_p, log_q, jnp.where(close, exact, log_q - log_p))
 
-    # Log space: the sigmoid saturates at |u| near 17, where beta in the thousands goes at once.
+    # Log space: the sigmoid saturates at |u| near 17, which beta in the thousands soon reaches.
     return (
         outcome(jax.nn.log_sigmoid(u), log_q, jnp.log1p(not_q * jnp.expm1(near))),
         outcome(jax.nn.log_sigmoid(-u), log_not_q, jnp.log1p(q * jnp.expm1(-near))),
@@ -55,14 +56,14 @@ def _share(log_a: PerPair, log_b: PerPair, x: PerPair) -> PerPair:
     """One outcome's share of KL(a||b), `b - a - a x` with x = log b - log a: never below 0.
 
     The shares of both outcomes add up to the sum of a (log a - log b), as a and b each add up
-    to 1, and unlike its terms they do not cancel where a is near b.
+    to 1. Unlike its terms, they do not cancel where a is near b.
     """
     a = jnp.exp(log_a)
     return jnp.where(jnp.abs(x) < 0.5, a * _second_order(x), jnp.exp(log_b) - a - a * x)
 
 
 def _second_order(x: PerPair) -> PerPair:
-    """`exp(x) - 1 - x` for |x| < 0.5, to the last digit; beyond, what it is at 0.5."""
+    """Computes `exp(x) - 1 - x` for |x| < 0.5 to the last digit; beyond, its value at the bound."""
     x = jnp.clip(x, -0.5, 0.5)
     series = 1 + x / 8
     for n in (7, 6, 5, 4, 3):
@@ -97,12 +98,14 @@ def dmpo(
 
         loss = KL(p||q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q))
 
-    Zero at `u = logit(q)`, beyond which it turns round; a pair that the policy has badly
-    wrong tends to `log(1 / (1 - q))` with no slope. A tie holds the margin at 0.
+    Zero at `u = logit(q)`, beyond which the gradient changes sign. The loss of a pair that the
+    policy ranks confidently wrong tends to `log(1 / (1 - q))`, and its gradient to 0. A tie
+    holds the margin at 0.
 
     Args:
         beta: inverse temperature, above 0; 2000 for SD1.5.
-        alpha: how far the label is kept from certainty, in (0, 0.5]; a Python float.
+        alpha: softening of the label, which is clipped to [alpha, 1 - alpha]; in (0, 0.5];
+            a Python float.
 
     Source: Divergence Minimization Preference Optimization, arXiv 2507.07510;
     AIDC-AI/Diffusion-SDPO, train.py, branch `dmpo`.
@@ -140,7 +143,7 @@ def diffusion_dpo(
 
     Args:
         beta: inverse temperature, above 0; 5000 in published runs.
-        label_smoothing: how far the label is kept from certainty, in [0, 0.5].
+        label_smoothing: softening of the label, in [0, 0.5].
 
     Source: Diffusion Model Alignment Using Direct Preference Optimization, arXiv
     2311.12908; SalesforceAIResearch/DiffusionDPO, train.py.
@@ -172,21 +175,21 @@ def alpha_divergence(
 
         loss = [1 - p^a q^(1-a) - (1 - p)^a (1 - q)^(1-a)] / (a (1 - a))
 
-    Order 1 is `dmpo`; order 0 is `diffusion_dpo` with label_smoothing = alpha, less the
-    label's entropy, which is constant. 1/2 is four times the squared Hellinger distance. A tie
-    holds the margin at 0.
+    Order 1 is `dmpo`. Order 0 is `diffusion_dpo` with label_smoothing = alpha, less the
+    label's entropy, which is constant. Order 1/2 is four times the squared Hellinger distance.
+    A tie holds the margin at 0.
 
     Args:
         beta: inverse temperature, above 0.
-        alpha: how far the label is kept from certainty, in (0, 0.5].
-        order: a, in [0, 1]; near the ends the limits are taken, with no loss of digits.
+        alpha: softening of the label, which is clipped to [alpha, 1 - alpha]; in (0, 0.5].
+        order: a, in [0, 1]; the ends are the limits, and no digits are lost near them.
 
     Source: Amari, Differential-Geometrical Methods in Statistics, 1985; for preferences of
     language models f-PO, arXiv 2410.21662.
     """
     u = implied_logit(policy, reference, target, beta)
     chosen, rejected = _outcomes(u, preference, alpha)
-    if order < 0.5:  # the same divergence with p and q exchanged is of order 1 - a
+    if order < 0.5:  # exchanging p and q gives the divergence of order 1 - a
         chosen, rejected = (Outcome(log_q, log_p, -x) for log_p, log_q, x in (chosen, rejected))
         order = 1 - order
     if order == 1:
@@ -197,13 +200,13 @@ def alpha_divergence(
 def _share_of_order(outcome: Outcome, c: float) -> PerPair:
     """`(b - a) - a (exp(c x) - 1) / c` of a = p and b = q, c in (0, 0.5]: never below 0.
 
-    At c = 0 it is `_kl`. Nothing cancels as c goes to 0, nor where x does.
+    At c = 0 it is `_kl`. Nothing cancels as c or x goes to 0.
     """
     log_a, log_b, x = outcome
     a = jnp.exp(log_a)
     near = a * (_second_order(x) - _second_order(c * x) / c)
-    # Through log a: exp(c x) alone overflows where a is as small as b = a exp(x), at most 1,
-    # has x large. expm1 only near 0: its derivative is 1 more than it, which leaves no digits.
+    # exp(log a + c x), since exp(c x) alone overflows: b = a exp(x) is at most 1, so a small a
+    # has a large x. expm1 only near 0: its derivative is expm1 + 1, which loses all digits.
     close = jnp.abs(c * x) < 0.5
     small = a * jnp.expm1(jnp.where(close, c * x, 0.0))
     growth = jnp.where(close, small, jnp.exp(log_a + c * x) - a)
@@ -232,7 +235,7 @@ def jensen_shannon(
 
     Args:
         beta: inverse temperature, above 0.
-        alpha: how far the label is kept from certainty, in (0, 0.5].
+        alpha: softening of the label, which is clipped to [alpha, 1 - alpha]; in (0, 0.5].
 
     Source: Lin, Divergence Measures Based on the Shannon Entropy, 1991; for preferences of
     language models f-PO, arXiv 2410.21662.

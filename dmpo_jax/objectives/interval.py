@@ -1,4 +1,4 @@
-"""Ranges of numbers, written as mathematicians do: "[0, 1)"."""
+"""Intervals of numbers in mathematical notation: "[0, 1)"."""
 
 import dataclasses
 import math
@@ -9,10 +9,10 @@ from dmpo_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A range of finite numbers: "[0, 1)", "(0, inf)". A square bracket includes its end.
+    """An interval of finite numbers: "[0, 1)", "(0, inf)". A square bracket includes its end.
 
     Raises:
-        ValueError: the text is no interval.
+        ValueError: the text is not an interval.
     """
 
     text: str
@@ -34,7 +34,7 @@ class Interval:
 
     @property
     def words(self) -> str:
-        """To follow "must be": "in [0, 1)", "at least 1", "above 0"; '' where all fit."""
+        """Text after "must be": "in [0, 1)", "at least 1", "above 0"; '' if all numbers fit."""
         low, high = self.text[1:-1].split(", ")
         if self.ends == (-math.inf, math.inf):
             return ""

@@ -1,7 +1,7 @@
-"""How far the policy has moved from the reference on the two images of a pair.
+"""Gains of the policy over the reference on the two images of a pair.
 
-Every difference of two errors is one product here, never a difference of two means: beta is
-in the thousands, and multiplies whatever that would lose to rounding.
+Every difference of two errors is computed as one product, never as a difference of two means:
+beta is in the thousands, and would multiply the rounding error.
 """
 
 import jax.numpy as jnp
@@ -14,24 +14,24 @@ PerImage = Float[Array, "B n"]
 
 
 def gains(policy: Images, reference: Images, target: Images) -> PerImage:
-    """`r - l`, float32 `[B, n]`, in squared prediction units.
+    """Computes `r - l`, float32 `[B, n]`, in squared prediction units.
 
-    Positive where the policy predicts an image better than the reference does; exactly 0
-    where the two predict the same.
+    Positive if the policy predicts an image better than the reference does; exactly 0 if the
+    two predict the same.
     """
     policy, reference, target = (x.astype(jnp.float32) for x in (policy, reference, target))
-    # Each difference by itself: the small error of a large prediction is then held exactly.
+    # Separate differences keep the small error of a large prediction exact.
     terms = (reference - policy) * ((reference - target) + (policy - target))
     return terms.mean((2, 3, 4))
 
 
 def margin(policy: Pair, reference: Pair, target: Pair) -> PerPair:
-    """How much more the policy gained on the chosen image than on the rejected one.
+    """Computes the policy's gain on the chosen image minus its gain on the rejected one.
 
     Returns:
-        `(r_c - l_c) - (r_x - l_x)`, float32 `[B]`, in squared prediction units. Positive
-        where the policy leans further to the chosen image than the reference does;
-        exactly 0 where the two predict the same.
+        `(r_c - l_c) - (r_x - l_x)`, float32 `[B]`, in squared prediction units. Positive if
+        the policy leans further to the chosen image than the reference does; exactly 0 if
+        the two predict the same.
     """
     gain = gains(policy, reference, target)
     return gain[:, 0] - gain[:, 1]
@@ -43,10 +43,10 @@ def implied_logit(policy: Pair, reference: Pair, target: Pair, beta: float | int
 
 
 def errors(policy: Images, target: Images) -> PerImage:
-    """`l`, float32 `[B, n]`: the mean squared error of each image."""
+    """Computes `l`, float32 `[B, n]`: the mean squared error of each image."""
     return jnp.square(policy.astype(jnp.float32) - target.astype(jnp.float32)).mean((2, 3, 4))
 
 
 def decided(preference: PerPair) -> PerPair:
-    """1 where an image is preferred, 0 at a tie (0.5), which has no chosen image."""
+    """Returns 1 where an image is preferred, 0 at a tie (0.5), which has no chosen image."""
     return jnp.where(preference == 0.5, 0.0, 1.0)

@@ -1,6 +1,6 @@
-"""What an objective is, and the table of them.
+"""The definition of an objective, and the table of all objectives.
 
-Letters: n images of a pair (2, or 1 where the rejected one is not needed); l is the
+Letters: n images of a pair (2, or 1 if the rejected one is not needed); l is the
 policy's mean squared error over H, W, C, r the reference's; c chosen, x rejected.
 """
 
@@ -24,7 +24,7 @@ class Hyperparameter(NamedTuple):
     """One keyword-only argument of an objective, as a config offers it.
 
     default: of the config's leaf; None is the default in the function's signature.
-    meaning: a few words, in help and in errors. within: an `Interval`'s text.
+    meaning: a few words, shown in help and in errors. within: an `Interval`'s text.
     """
 
     default: float | int | None = None
@@ -32,10 +32,10 @@ class Hyperparameter(NamedTuple):
     within: str = "(-inf, inf)"
 
     def check(self, name: str, value: float | int) -> None:
-        """ValueError where `value` is no finite Python number in the interval."""
+        """Raises ValueError unless `value` is a finite Python number in the interval."""
         interval = Interval(self.within)
         if not isinstance(value, int | float) or value not in interval:
-            # Traced values are refused too: what depends on them is chosen before compiling.
+            # Traced values are refused too: code branches on them before compiling.
             raise UserError(
                 f"{name} must be a finite Python number {interval.words}".rstrip()
                 + f", got {name}={value}"
@@ -45,16 +45,16 @@ class Hyperparameter(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss and what it asks for. Hashable, so that it may be a static argument.
+    """A loss and its requirements. Hashable, so that it can be a static argument.
 
     Attributes:
         fn: `(policy, reference, target, preference, **hyperparameters) -> [B]`.
         name: the key in `OBJECTIVES`.
-        needs_reference: whether the frozen model's predictions are used; where not,
-            its forward pass can be left out and `reference` may be None.
-        needs_rejected: whether image 1 is used; where not, n may be 1.
-        implied_logit: whether the loss is a function of u = beta/2 * margin, the logit of
-            the preference that the policy implies.
+        needs_reference: the frozen model's predictions are used. If not, its forward pass
+            can be left out and `reference` may be None.
+        needs_rejected: image 1 is used. If not, n may be 1.
+        implied_logit: the loss is a function of u = beta/2 * margin, the logit of the
+            preference that the policy implies.
         declared: `fn`'s keyword-only arguments by name, each with its default.
     """
 
@@ -78,22 +78,22 @@ class Objective:
         preference: PerPair | None = None,
         **hyperparameters: float | int,
     ) -> PerPair:
-        """One loss per pair, float32 `[B]`, not reduced.
+        """Computes one loss per pair, float32 `[B]`, not reduced.
 
-        No pair sees another, but where an objective says that it takes a mean over B.
+        Pairs do not affect one another, unless an objective states that it takes a mean over B.
 
         Args:
             policy: predictions of the trained model, `[B, n, H, W, C]`, any float type.
-            reference: the frozen model's. Only `policy` is meant to be differentiated.
-            target: what both should have predicted (epsilon, v or x0).
+            reference: the frozen model's predictions. Differentiate `policy` only.
+            target: the correct predictions (epsilon, v, x0 or velocity).
             preference: the probability that image 0 is preferred; None is 1 everywhere.
             **hyperparameters: Python numbers, checked before anything compiles.
 
         Raises:
-            ValueError: if what the objective needs is missing or out of range.
+            ValueError: if an argument that the objective needs is missing or out of range.
         """
         for name, value in hyperparameters.items():
-            if name in self.declared:  # `fn` refuses the others
+            if name in self.declared:  # `fn` rejects unknown ones
                 self.declared[name].check(name, value)
         if self.needs_reference and reference is None:
             raise UserError(
@@ -112,9 +112,9 @@ class Objective:
         return self.fn(policy, reference, target, label, **hyperparameters)
 
     def check(self, **hyperparameters: float | int) -> None:
-        """ValueError where a hyperparameter is unknown, missing or out of range.
+        """Raises ValueError if a hyperparameter is unknown, missing or out of range.
 
-        Nothing is computed: for a config's values, before any model is loaded.
+        Computes nothing: it checks a config's values before any model is loaded.
         """
         known = set(self.hyperparameters)
         needed = {p for p in known if self._default(p) is inspect.Parameter.empty}
@@ -139,21 +139,21 @@ def objective(
     implied_logit: bool = False,
     **hyperparameters: Hyperparameter,
 ) -> Callable[[Callable[..., PerPair]], Objective]:
-    """Makes a function selectable in a config under its own name.
+    """Registers a function as an objective that configs can select by its name.
 
     Args:
-        **hyperparameters: default, meaning and range of `fn`'s keyword-only arguments. From
-            these a config gets its leaves `objectives.NAME.ARGUMENT`. An argument with a default
-            in the signature needs none here.
+        **hyperparameters: default, meaning and range of `fn`'s keyword-only arguments. Each
+            becomes a config leaf `objectives.NAME.ARGUMENT`. An argument with a default in the
+            signature needs none here.
 
     Raises:
-        ValueError: another file's objective has that name, or an argument has no default, two
-            defaults, or none of that name is in the signature.
+        ValueError: another file's objective has that name; an argument has no default or two;
+            or the signature has no argument of a name given here.
     """
 
     def register(fn: Callable[..., PerPair]) -> Objective:
         name = fn.__name__
-        # The same file again is a config that is loaded again.
+        # The same file may register again: a config can be loaded more than once.
         if name in OBJECTIVES and _file(OBJECTIVES[name].fn) != _file(fn):
             raise UserError(f"objective {name!r} is already defined; give this one another name")
         declared = _declare(fn, hyperparameters)
@@ -168,7 +168,7 @@ def objective(
 def _declare(
     fn: Callable[..., PerPair], given: Mapping[str, Hyperparameter]
 ) -> dict[str, Hyperparameter]:
-    """Each keyword-only argument of `fn`, with the one default that it has."""
+    """Returns each keyword-only argument of `fn` with its single default."""
     parameters = inspect.signature(fn).parameters.values()
     arguments = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     if unknown := set(given) - set(arguments):

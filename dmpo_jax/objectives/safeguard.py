@@ -1,4 +1,4 @@
-"""A rule around any objective: the rejected branch may not undo what the chosen one learns."""
+"""Safeguard around any objective: the rejected images may not undo progress on the chosen."""
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +15,21 @@ MU = Hyperparameter(
 def winner_preserving(
     policy: Pair, target: Pair, *, mu: float | int
 ) -> tuple[Pair, Float[Array, ""]]:
-    """The same predictions, with the rejected images' gradient scaled by lambda.
+    """Scales the gradient of the rejected images' predictions by lambda.
 
-    With e the policy's error on the chosen (c) and rejected (x) images, over the whole batch,
+    With e the policy's error on the chosen (c) and rejected (x) images, over the given batch,
 
         lambda = clip((1 - mu) sum(e_c^2) / sum(e_c e_x), 0, 1)   where sum(e_c e_x) > 0, else 1
 
-    which to first order, in the space of predictions, does not let the chosen error grow.
-    Only the gradient changes: every loss keeps its value. Wrap any objective by giving it
-    these predictions. lambda is one number for the batch given: the global one, over all
-    devices; under accumulation that of the microbatch.
+    To first order, in the space of predictions, this keeps the chosen error from growing. Only
+    the gradient changes: every loss keeps its value. To wrap an objective, pass it the returned
+    predictions. lambda is one number for the given batch: the global batch over all devices, or
+    the microbatch under accumulation.
 
     Args:
-        policy: predictions, `[B, 2, H, W, C]`. target: what they should have been.
-        mu: how much of the chosen branch's step must be left, in [0, 1]; published runs take
-            0.2 to 0.9.
+        policy: predictions, `[B, 2, H, W, C]`. target: the correct predictions.
+        mu: fraction of the chosen branch's step that must remain, in [0, 1]; published runs
+            use 0.2 to 0.9.
 
     Returns:
         The predictions to compute the loss from, and lambda, float32.
@@ -39,8 +39,8 @@ def winner_preserving(
     MU.check("mu", mu)
     error = jax.lax.stop_gradient(policy.astype(jnp.float32) - target.astype(jnp.float32))
     chosen, rejected = error[:, 0], error[:, 1]
-    # Means, not sums: those of a large batch pass float32's range where errors are in the
-    # thousands. The second where keeps the division from 0.
+    # Means, not sums: sums over a large batch exceed float32's range if errors are in the
+    # thousands. The second `where` avoids a division by 0.
     inner = jnp.mean(chosen * rejected)
     share = (1 - mu) * jnp.mean(jnp.square(chosen)) / jnp.where(inner > 0, inner, 1.0)
     scale = jnp.where(inner > 0, jnp.clip(share, 0.0, 1.0), 1.0)

@@ -1,10 +1,10 @@
-"""What JAX knows of a job's processes and does not make public.
+"""JAX's private interfaces to a job's processes.
 
-Each of these names is private to JAX; all of them stand here. They can go when JAX
-- says which cluster started a process without starting its services (`jax.distributed.initialize`
+All uses of JAX's private names are in this file. They can go when JAX
+- tells which cluster started a process without starting its services (`jax.distributed.initialize`
   starts them for one process too, and in any pod it asks the Kubernetes API server);
-- makes the coordinator's key-value store public, or ends all processes of a job where one ends
-  with an error. Without it a full disk on one process leaves the others waiting for JAX's
+- makes the coordinator's key-value store public, or ends all processes of a job when one ends
+  with an error. Without it, a full disk on one process leaves the others waiting for JAX's
   heartbeat (100 s), which ends them with a status that asks for another run: 20 of them.
 """
 
@@ -15,11 +15,11 @@ from jax._src import clusters, distributed
 
 
 def find_cluster(environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """(name, number of processes) of the cluster that this process was started by, or None."""
+    """Returns (name, number of processes) of the cluster that started this process, or None."""
     for kind in clusters.ClusterEnv._cluster_types:
         if kind.opt_in_only_method:
             continue
-        # In any pod it would ask the API server, and warn or fail where it may not.
+        # In any pod it would ask the API server, and warn or fail without permission.
         if kind.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in environ:
             continue
         if kind.is_env_present():
@@ -28,11 +28,13 @@ def find_cluster(environ: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def process_index() -> int:
-    """The index of this process, where `jax.process_index` would start the devices."""
+    """Returns this process's index without starting the devices, unlike `jax.process_index`."""
     return distributed.global_state.process_id
 
 
 def store() -> Any:
-    """The coordinator's key-value store: the only one that all processes share without a
-    collective."""
+    """Returns the coordinator's key-value store.
+
+    It is the only store that all processes share without a collective.
+    """
     return distributed.global_state.client

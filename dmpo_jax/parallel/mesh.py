@@ -2,8 +2,8 @@
 
 Axes: "data" splits the batch alone; "fsdp" splits the batch and, on top, the large
 parameters; "tensor" splits the features of attention, feed-forward and resnets, as in
-Megatron (arXiv 1909.08053), for where a device cannot hold one pair. All are
-`AxisType.Auto`; `models.placement` says where a model gathers.
+Megatron (arXiv 1909.08053), if one pair does not fit a device. All are
+`AxisType.Auto`; `parallel.placement` determines where a model gathers.
 """
 
 import math
@@ -22,9 +22,9 @@ AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 SHARDED_FROM = 2**18  # elements; below it, gathering costs more than the memory is worth
 
-# What a parameter's path ends in -> how its layer uses it over "tensor"; the first match
-# counts. "columns": each device has some output features, "rows": some input features, and
-# the sum over "tensor" follows; "whole": every device all of it. A layer's `split` says the same.
+# End of a parameter's path -> how its layer splits it over "tensor"; the first match counts.
+# "columns": each device has some output features. "rows": some input features, and a sum over
+# "tensor" follows. "whole": every device has all of it. A layer's `split` has the same values.
 RULES = (
     (r"(to_q|to_k|to_v|conv1|time_emb_proj)\.(lora_B\.)?kernel", "columns"),
     (r"(to_out\.0|ff\.net\.2|conv2)\.(lora_A\.)?kernel", "rows"),
@@ -38,11 +38,11 @@ def make_mesh(
     """Makes a `[data, fsdp, tensor]` mesh over all devices.
 
     Args:
-        data, fsdp, tensor: devices along each axis; one may be -1 and takes what the others
-            leave. On several slices of TPUs, "data" goes over the slices: the slow network
-            between them then carries gradients only.
-        devices: which devices; default `jax.devices()`. On TPU they are reordered to
-            follow the torus, so row r of a batch need not lie on device r.
+        data, fsdp, tensor: devices along each axis; one may be -1 and takes the remaining
+            devices. On several TPU slices, "data" spans the slices: the slow network between
+            them then carries gradients only.
+        devices: default `jax.devices()`. On TPU they are reordered to follow the torus, so
+            row r of a batch need not lie on device r.
 
     Raises:
         ValueError: if the product is not the number of devices, or the slices do not
@@ -63,7 +63,7 @@ def make_mesh(
     if min(shape) < 1 or math.prod(shape) != count or shape[0] % slices:
         raise UserError(refusal)
     try:
-        # Without the split, shapes that do not fit the torus' axes whole are refused.
+        # Without the split, shapes that would divide an axis of the torus are refused.
         if slices > 1:
             inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
             grid = mesh_utils.create_hybrid_device_mesh(
@@ -79,7 +79,7 @@ def make_mesh(
 
 
 def _refusal(count: int, slices: int, asked: Mapping[str, int]) -> str:
-    """The error message: the mesh asked for, and the legal ones."""
+    """Returns the error message: the mesh requested, and the legal ones."""
     got = ", ".join(f"{axis}={size}" for axis, size in asked.items())
     tensor = asked["tensor"] if asked["tensor"] > 0 and count % asked["tensor"] == 0 else 1
     rest = count // tensor
@@ -93,22 +93,22 @@ def _refusal(count: int, slices: int, asked: Mapping[str, int]) -> str:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: rows (axis 0) over "data" and "fsdp"."""
+    """Returns the sharding of a batch: rows (axis 0) over "data" and "fsdp"."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shares(mesh: Mesh) -> int:
-    """The number of shards of a batch: data * fsdp."""
+    """Returns the number of shards of a batch: data * fsdp."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The replicated sharding."""
+    """Returns the replicated sharding."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def parameter_sharding(mesh: Mesh, params: Any) -> Any:
-    """Returns one NamedSharding a leaf, by `RULES` and `stored_spec`.
+    """Returns one NamedSharding per leaf, by `RULES` and `stored_spec`.
 
     Args:
         params: any pytree of arrays or ShapeDtypeStructs, its leaves under the dotted
@@ -125,16 +125,16 @@ def parameter_sharding(mesh: Mesh, params: Any) -> Any:
 
 
 def split_of(path: str) -> str:
-    """Returns the first of `RULES` that matches the end of the path."""
+    """Returns the split of the first of `RULES` that matches the end of the path."""
     return next(split for pattern, split in RULES if re.search(f"{pattern}$", path))
 
 
 def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> PartitionSpec:
-    """The PartitionSpec of a stored leaf: large ones are sharded, small ones replicated.
+    """Returns the PartitionSpec of a stored leaf: large ones are sharded, small ones replicated.
 
-    A leaf of two axes or more and at least 262,144 elements is split on its last axis where
-    the devices divide it: the output features of every kernel. "rows" are split
-    over "tensor" on the axis before, as they are used.
+    A leaf of two axes or more and at least 262,144 elements is split on its last axis (the
+    output features of every kernel) if the devices divide it. "rows" are split over "tensor" on
+    the axis before, as they are used.
     """
     fsdp, tensor = sizes.get("fsdp", 1), sizes.get("tensor", 1)
     if math.prod(shape) < SHARDED_FROM or len(shape) < 2:
@@ -155,8 +155,8 @@ def stored_spec(shape: Sequence[int], split: str, sizes: Mapping[str, int]) -> P
 def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
     """Returns this process's rows of a global batch: int64, ascending, distinct.
 
-    Asked of the sharding, since meshes reorder devices: a process may hold rows 0-3, 12,
-    13, 30 and 31. Ascending is the order in which `shard_batch` takes them.
+    Rows come from the sharding, since meshes reorder devices: a process may hold rows 0-3, 12,
+    13, 30 and 31. `shard_batch` expects them in ascending order.
 
     Raises:
         ValueError: if the devices cannot share global_batch rows evenly.
@@ -167,7 +167,7 @@ def local_rows(sharding: Sharding, global_batch: int) -> np.ndarray:
 
 
 def shard_batch(batch: Any, sharding: Sharding, global_batch: int) -> Any:
-    """Makes global arrays of this process's rows. All data enters the mesh here.
+    """Makes global arrays from this process's rows. All data enters the mesh here.
 
     Args:
         batch: pytree of numpy arrays whose row k is global row
@@ -195,8 +195,8 @@ def shard_batch(batch: Any, sharding: Sharding, global_batch: int) -> Any:
             start = int(np.searchsorted(rows, held[0]))
             blocks.append(leaf[start : start + len(held)])
             devices.append(device)
-        # device_put is an explicit transfer; make_array_from_callback is none, and
-        # `jax_transfer_guard="disallow"` stops it.
+        # device_put is an explicit transfer; make_array_from_callback is not, and
+        # `jax_transfer_guard="disallow"` blocks it.
         return jax.make_array_from_single_device_arrays(
             shape, sharding, jax.device_put(blocks, devices)
         )
@@ -205,11 +205,11 @@ def shard_batch(batch: Any, sharding: Sharding, global_batch: int) -> Any:
 
 
 def check_batch(global_batch: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ValueError at a batch that devices and microbatches do not divide.
+    """Raises ValueError unless devices and microbatches divide the global batch.
 
     Raises:
-        ValueError: if global_batch is not a positive multiple of data * fsdp *
-            accumulation, naming the nearest batch sizes that are.
+        ValueError: if accumulation is below 1, or global_batch is not a positive multiple of
+            data * fsdp * accumulation, naming the nearest batch sizes that are.
     """
     if accumulation < 1:
         raise UserError(f"accumulation must be at least 1, but got {accumulation}")

@@ -1,10 +1,10 @@
 """Explicit sharding of a model's kernels and activations.
 
-The compiler left alone moves activations to the parameters: it compiles a UNet with
-sharded kernels to hundreds of all-to-alls and permutes. Here each device runs the model on
-its own rows, and every layer gathers its kernel just before use; in the backward the same
-gather turns round into one reduce-scatter of its gradient. Fully sharded data parallelism,
-as in ZeRO (arXiv 1910.02054).
+Left alone, the compiler moves activations to the parameters: it compiles a UNet with sharded
+kernels to hundreds of all-to-alls and permutes. Here each device runs the model on its own
+rows, and every layer gathers its kernel just before use. In the backward the same gather
+becomes one reduce-scatter of its gradient. This is fully sharded data parallelism, as in ZeRO
+(arXiv 1910.02054).
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ from dmpo_jax.parallel import mesh as meshes
 
 
 def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """Wraps `predict(params, *rows)`: each device computes its own rows.
+    """Wraps `predict(params, *rows)` so that each device computes its own rows.
 
-    "data" and "fsdp" are manual inside, so that collectives are those of the layers and no
-    others; "tensor" is the compiler's, within what the layers say of it (`split_over_tensor`).
+    "data" and "fsdp" are manual inside, so that the only collectives are those of the layers.
+    "tensor" is left to the compiler, under the layers' constraints (`split_over_tensor`).
 
     Args:
         predict: row by row: no row of its result may depend on another's.
-        mesh: None: `predict` as it is.
+        mesh: None returns `predict` as it is.
     """
     if mesh is None:
         return predict
@@ -47,7 +47,7 @@ def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., A
             in_specs=(specs, *[rows] * len(args)),
             out_specs=rows,
             axis_names=manual,
-            check_vma=False,  # Pallas calls do not say over which axes their results vary
+            check_vma=False,  # Pallas calls do not declare over which axes results vary
         )(params, *args)
 
     return placed
@@ -64,9 +64,9 @@ def _with_mesh(predict: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def platform() -> str:
-    """The platform that the traced program will run on: "cpu", "gpu" or "tpu".
+    """Returns the platform that the traced program will run on: "cpu", "gpu" or "tpu".
 
-    Those of the mesh in force; a program may be compiled on a CPU for a TPU.
+    The mesh in force determines it, because a program may be compiled on a CPU for a TPU.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
@@ -76,8 +76,8 @@ def gathered(kernel: Array, features: int, split: str) -> Array:
     """Gathers a kernel over "fsdp" for its layer; over "tensor" it stays sharded.
 
     Args:
-        kernel: this device's part of it, cut on the last axis, or all of it.
-        features: of the whole kernel's last axis.
+        kernel: this device's shard, cut on the last axis, or the complete kernel.
+        features: size of the complete kernel's last axis.
         split: "whole", "columns" (output features over "tensor") or "rows" (input features).
     """
     if kernel.shape[-1] < features:
@@ -87,7 +87,7 @@ def gathered(kernel: Array, features: int, split: str) -> Array:
 
 
 def split_over_tensor(x: Array, axis: int) -> Array:
-    """Shards an axis of `x` over "tensor" where that axis has devices."""
+    """Shards an axis of `x` over "tensor", if that mesh axis has devices and divides it."""
     mesh = jax.sharding.get_abstract_mesh()
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     size = mesh.shape["tensor"] if types.get("tensor") == AxisType.Auto else 1

@@ -1,13 +1,13 @@
-"""Many processes of one program: how they find one another, and how all end where one fails.
+"""Multi-process runs: joining the processes, and ending all of them when one fails.
 
-The statuses that a process ends with, for whatever launched it to act on:
+Exit statuses, for the launcher to act on:
 
     0     the work is done
-    1     an error, which running again would repeat
-    75    RESTART: a process was lost or hangs, or they did not find one another
+    1     an error, which another run would repeat
+    75    RESTART: a process was lost or hangs, or the processes could not join
     130   Ctrl-C in a run on one process: saved
     143   SIGTERM: saved (Ctrl-C in a run on many processes too)
-    134, 137 and others above 128: ended by JAX on losing a process, or by the system
+    134, 137 and others above 128: ended by JAX after losing a process, or by the system
 
 Run the same command again on 75 and on all above 128 but 130.
 """
@@ -33,21 +33,21 @@ from dmpo_jax.parallel import jax_internals
 
 LOG = logging.getLogger(__name__)
 RESTART = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
-INTERVAL = 1.0  # seconds between two looks for another process's failure
-_joined = threading.Event()  # by `join`, so that there is a store and someone looks into it
-_FAILED = "dmpo_jax/failed"  # where in the coordinator's store a failure is told
-ANSWER = 10  # seconds within which a process that is not lost comes to a barrier
-# What collectives raise where another process is gone; gloo's errors are ValueErrors.
+INTERVAL = 1.0  # seconds between polls for another process's failure
+_joined = threading.Event()  # set by `join`: there is a store, and `_watch` polls it
+_FAILED = "dmpo_jax/failed"  # key of a failure in the coordinator's store
+ANSWER = 10  # seconds within which a live process reaches a barrier
+# Errors of collectives when another process is gone; gloo raises ValueError.
 _MAY_BE_LOST = (jax.errors.JaxRuntimeError, ValueError)
 
 
 class Peers(NamedTuple):
-    """The processes of a job. What is None, JAX asks of the cluster."""
+    """The processes of a job. JAX asks the cluster for fields that are None."""
 
     coordinator: str | None  # HOST:PORT of process 0
     processes: int
     process_id: int | None
-    where: str  # who said so
+    where: str  # source of the settings
 
 
 def join(
@@ -58,22 +58,22 @@ def join(
     join_limit: int = 300,
     heartbeat: int = 100,
 ) -> None:
-    """Makes this process one of several, where it is one; before anything asks for a device.
+    """Joins the other processes of a multi-process run, before anything asks for a device.
 
     Settings come from the arguments, else from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, else from the cluster: SLURM, Cloud TPU slices, GKE, Kubernetes' indexed
-    jobs, Open MPI. Does nothing for one process, nor where it was done already.
+    jobs, Open MPI. Does nothing for one process, or if already joined.
 
     Args:
         coordinator: HOST:PORT that process 0 listens on and all others can reach.
-        processes: how many there are; 0 is unset, 1 asks no cluster.
-        process_id: which of them this is; -1 is unset.
-        join_limit: seconds after which the process ends, with RESTART, if not all have come.
+        processes: number of processes; 0 is unset, 1 asks no cluster.
+        process_id: index of this process; -1 is unset.
+        join_limit: seconds after which the process ends with RESTART if not all have joined.
         heartbeat: seconds without a sign of life after which a process counts as dead. JAX
             then aborts the others (status 134).
 
     Raises:
-        UserError: the settings are not whole, or contradict one another.
+        UserError: the settings are incomplete or contradictory.
     """
     if jax.distributed.is_initialized():
         return
@@ -84,7 +84,7 @@ def join(
     alarm = threading.Timer(join_limit, _give_up, (peers, join_limit))
     alarm.daemon = True
     alarm.start()
-    # All is known, but under SLURM which GPU of the node is this task's.
+    # All is known, except under SLURM the task's GPU on its node.
     known = None not in peers and "SLURM_LOCALID" not in os.environ
     try:
         jax.distributed.initialize(
@@ -93,7 +93,7 @@ def join(
             peers.process_id,
             local_device_ids=local_devices(os.environ),
             cluster_detection_method="deactivate" if known else None,
-            # Longer than ours: at its own limit JAX aborts with a page of C++ frames.
+            # Longer than join_limit: at its own limit JAX aborts with a page of C++ frames.
             initialization_timeout=2 * join_limit + 60,
             heartbeat_timeout_seconds=heartbeat,
         )
@@ -110,7 +110,7 @@ def join(
 def find_peers(
     coordinator: str, processes: int, process_id: int, environ: Mapping[str, str]
 ) -> Peers | None:
-    """The processes of this job by settings, environment or cluster; None if it is one.
+    """Finds this job's processes from settings, environment or cluster; None for a single one.
 
     Raises:
         UserError: as `join`.
@@ -161,10 +161,10 @@ def find_peers(
 
 
 def local_devices(environ: Mapping[str, str]) -> list[int] | None:
-    """Which GPUs are this process's own; None leaves it to JAX.
+    """Returns the indices of this process's GPUs; None leaves the choice to JAX.
 
-    Under SLURM JAX gives each task the one GPU of its number on the node. A task that is
-    alone on its node would so leave all but one idle: it takes all that it sees.
+    Under SLURM, JAX gives each task the one GPU of its number on the node. A task alone on its
+    node would leave all other GPUs idle: it takes all that it sees.
     """
     alone = re.fullmatch(r"1(\(x\d+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     visible = list(filter(None, environ.get("CUDA_VISIBLE_DEVICES", "").split(",")))
@@ -174,16 +174,16 @@ def local_devices(environ: Mapping[str, str]) -> list[int] | None:
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come to `name`."""
+    """Blocks until every process has reached `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"dmpo_jax: {name}")
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error came of a process that is gone.
+    """True if an error was caused by the loss of another process.
 
-    Collectives then raise what they raise for other reasons too, so the others are asked: an
-    error that all have is a bug, and all come to the barrier.
+    Collectives raise the same errors for other reasons, so a barrier decides: an error in all
+    processes is a bug, and all of them reach the barrier.
     """
     if not jax.distributed.is_initialized() or isinstance(error, UserError):
         return False
@@ -197,10 +197,10 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def end(status: int, words: str) -> NoReturn:
-    """Ends this process, after its words; where it is one of many, all of them.
+    """Prints `words` and ends this process; in a multi-process run, all processes.
 
-    The others would else wait, in a collective or for a file, for what never comes: until
-    `heartbeat` if this process is gone, for ever if it waits for them in turn.
+    Otherwise the others would wait, in a collective or for a file: until `heartbeat` if this
+    process is gone, for ever if it waits for them in turn.
     """
     if not _joined.is_set():
         print(words, file=sys.stderr, flush=True)
@@ -209,17 +209,17 @@ def end(status: int, words: str) -> NoReturn:
 
 
 def abort(status: int, words: str) -> NoReturn:
-    """`end` from any thread, at once: nothing is cleaned up."""
+    """Ends as `end`, from any thread and at once: without cleanup."""
     print(words, file=sys.stderr, flush=True)
     if _joined.is_set():
-        with contextlib.suppress(Exception):  # another told first, or the coordinator is gone
+        with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
             told = json.dumps([jax_internals.process_index(), status, words.splitlines()[-1]])
             jax_internals.store().key_value_set(_FAILED, told)
     _leave(status)
 
 
 def end_for_lost_peer(error: BaseException) -> NoReturn:
-    """`end` where `is_lost_peer`. Where the lost one has told why, `_watch` was quicker."""
+    """Ends with RESTART. If the lost process recorded its reason, `_watch` ends this one first."""
     end(
         RESTART,
         f"another process was lost ({_first_line(error)}): run the same command again to go on "
@@ -228,7 +228,7 @@ def end_for_lost_peer(error: BaseException) -> NoReturn:
 
 
 def _watch(client: Any, index: int) -> None:
-    """Ends this process when another one has told that it failed."""
+    """Ends this process when another one has recorded that it failed."""
     while True:
         time.sleep(INTERVAL)
         try:
@@ -236,7 +236,7 @@ def _watch(client: Any, index: int) -> None:
         except Exception as error:
             if "NOT_FOUND" in str(error):
                 continue
-            return  # the coordinator is gone, at the end or by a fault: JAX sees to it
+            return  # the coordinator is gone, at the end or by a fault: JAX handles it
         who, status, words = json.loads(found)
         if who == index:
             return
@@ -270,7 +270,7 @@ def _answers(address: str) -> bool:
 
 def _leave(status: int) -> NoReturn:
     if _joined.is_set() and jax_internals.process_index() == 0:
-        time.sleep(3 * INTERVAL)  # with it goes the store, which the others must have read
+        time.sleep(3 * INTERVAL)  # the store ends with process 0; the others must read it first
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # no exit handlers: JAX's would wait for the other processes

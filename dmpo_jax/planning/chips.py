@@ -1,16 +1,19 @@
-"""What each chip can do, as its maker publishes it: the yardsticks of MFU and of plans.
+"""Published specifications of chips, for MFU and plans.
 
-Rates are those of one JAX device. Memory is in decimal gigabytes; where the maker means
-binary ones (TPUs) a chip has up to 7 % more, of which the runtime keeps some.
+Rates are those of one JAX device. Memory is in decimal gigabytes; if the maker means binary
+ones (TPUs) a chip has up to 7 % more, of which the runtime reserves some.
 """
 
 from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """memory: bytes. flops: bfloat16 with float32 sums, dense, a second. bandwidth: of the
-    memory, bytes a second. interconnect: bytes a second that a chip sends to the others of
-    its slice or host, over all its links in one direction."""
+    """Specification of a chip.
+
+    memory: bytes. flops: per second, dense bfloat16 with float32 sums. bandwidth: of the memory,
+    bytes per second. interconnect: bytes per second that a chip sends to the others of its slice
+    or host, over all its links in one direction.
+    """
 
     name: str
     memory: float
@@ -35,7 +38,7 @@ CHIPS = {
         Chip("H200", 141e9, 989e12, 4800e9, 450e9),
     )
 }
-# A part of `jax.Device.device_kind`, lower case -> a name above; the first that fits.
+# Part of a lower-case `jax.Device.device_kind` -> name in CHIPS; the first match wins.
 _KINDS = (
     ("tpu v4 lite", None),
     ("tpu v4", "v4"),
@@ -54,9 +57,9 @@ _KINDS = (
 
 
 def lookup(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind` ("TPU v5 lite", "NVIDIA H100 80GB HBM3").
+    """Returns the chip that JAX calls `device_kind` ("TPU v5 lite", "NVIDIA H100 80GB HBM3").
 
-    None where its rates are not known: CPUs, and cards that only resemble those above.
+    None if its rates are unknown: CPUs, and cards that only resemble those above.
     """
     kind = device_kind.lower()
     name = next((name for part, name in _KINDS if part in kind), None)

@@ -1,7 +1,7 @@
-"""What a step costs in floating-point operations: matrix products and convolutions, 2 a
-multiply-add, padding counted as if it were data. Norms, activations and softmax are left out.
+"""Floating-point operations of a step: matrix products and convolutions, 2 per multiply-add.
 
-XLA's own analysis is no such count: it sees a loop's body once, whatever its trips.
+Padding counts as data. Norms, activations and softmax are not counted. XLA's own analysis is
+not used: it counts a loop's body once, whatever its trips.
 """
 
 import collections
@@ -23,17 +23,17 @@ from dmpo_jax.training.build import TrainingStep
 from dmpo_jax.training.telemetry import Cost
 from dmpo_jax.types import Condition
 
-# Blocks as loops are traced once; plain attention, since kernels hide their products.
+# Scanned blocks are traced once; attention is plain, since kernels hide their products.
 COUNTED = Execution(attention="plain", remat="none", scan=True)
-# What a value was made of.
+# Origin of a value.
 FROZEN, ADAPTER, DATA = "weights", "adapters", "attention"
 
 
 class Forward(NamedTuple):
-    """FLOPs of a forward pass by what a backward pass does with them.
+    """FLOPs of a forward pass, grouped by their cost in the backward pass.
 
     weights: activations times weights. attention: activations times activations.
-    adapters: what low-rank adapters add.
+    adapters: products that low-rank adapters add.
     """
 
     weights: int
@@ -46,13 +46,13 @@ class Forward(NamedTuple):
 
 
 def forward_flops(family: Family, model: Any, meta: EncodedMeta) -> Forward:
-    """FLOPs of one image's way through a model, `.total` their sum; nothing is computed.
+    """Returns the FLOPs of one image's forward pass, `.total` their sum; nothing is computed.
 
     Args:
-        model: with arrays or with shapes, and with adapters or without. meta: of its pairs.
+        model: with arrays or with shapes, with or without adapters. meta: of its pairs.
 
-    Counted as the program of a TPU: on a CPU, convolutions of few pixels leave out what only
-    padding meets.
+    Counted as for a TPU: on a CPU, convolutions with few output pixels omit the taps that only
+    meet padding.
     """
     execution = getattr(model, "execution", None)
     if execution is not None:
@@ -95,19 +95,19 @@ def _one_tpu() -> jax.sharding.AbstractMesh:
 def step_flops(
     forward: Forward, *, needs_reference: bool, needs_rejected: bool, lora: bool = False
 ) -> int:
-    """FLOPs that one pair needs in a training step, recomputation and optimizer apart.
+    """Returns the FLOPs of one pair in a training step, without recomputation and optimizer.
 
     Args:
         forward: of one image.
         needs_reference, needs_rejected: of the objective.
-        lora: adapters alone are trained.
+        lora: only adapters are trained.
 
-    An image takes the policy's forward and its backward, and the reference's forward. The
+    An image takes the policy's forward and backward pass, and the reference's forward pass. The
     backward of a product is two products of the same size, one for each operand's gradient.
-    With adapters the gradient of every frozen weight is left out; attention's two operands
-    and the adapters still have both, and the reference runs through the adapters, switched
-    off. Counted in spite of being spared: the gradients of the model's inputs and, with
-    adapters, of what lies before the first of them. Together below 1 % at full size.
+    With adapters the gradient of every frozen weight is omitted. Attention's two operands and
+    the adapters still have both, and the reference runs through the adapters, switched off.
+    Counted although not computed: the gradients of the model's inputs and, with adapters, of
+    everything before the first of them. Together below 1 % at full size.
     """
     backward = 2 * (forward.attention + forward.adapters) + (1 if lora else 2) * forward.weights
     image = forward.total + backward + (forward.total if needs_reference else 0)
@@ -115,7 +115,7 @@ def step_flops(
 
 
 def pair_flops(built: TrainingStep) -> int:
-    """FLOPs that one pair needs in this step."""
+    """Returns the FLOPs of one pair in this step."""
     setup = built.setup
     return step_flops(
         forward_flops(built.family, built.model, built.meta),
@@ -126,30 +126,30 @@ def pair_flops(built: TrainingStep) -> int:
 
 
 def make_cost(built: TrainingStep) -> Cost:
-    """What pairs a second of this step are turned into FLOP/s with."""
+    """Returns the factors that convert this step's pairs per second to FLOP/s."""
     chip = chips.lookup(built.mesh.devices.flat[0].device_kind)
     return Cost(pair_flops(built), built.mesh.size, chip.flops if chip else None)
 
 
 def jaxpr_flops(jaxpr: Any) -> int:
-    """FLOPs of a traced program as it stands, recomputation included.
+    """Returns the FLOPs of a traced program as it stands, recomputation included.
 
     Args:
         jaxpr: of `jax.make_jaxpr(f)(...)`, or `jax.jit(f).trace(...).jaxpr`.
 
     A scan counts its length, a Pallas kernel its grid, a shard_map its devices, a branch its
-    dearest side. A while loop, whose trips are not known, counts once, and kernels from
-    outside XLA (cuDNN) not at all.
+    most expensive side. A while loop, whose trips are unknown, counts once. Kernels from outside
+    XLA (cuDNN) are not counted.
     """
     counts, _ = _count(getattr(jaxpr, "jaxpr", jaxpr), None)
     return sum(counts.values())
 
 
 def _count(jaxpr: Any, made_of: Sequence[str] | None) -> tuple[collections.Counter[str], list[str]]:
-    """(FLOPs by what their products are of, what each output is made of).
+    """Returns (FLOPs by origin of the products' operands, origin of each output).
 
-    made_of: FROZEN, ADAPTER or DATA for each input; None is DATA for all. What is made of data
-    and of anything else is data, and what is made of no input is as frozen parameters are.
+    made_of: FROZEN, ADAPTER or DATA for each input; None is DATA for all. A value made of data
+    and anything else is DATA, and one made of no input is FROZEN.
     """
     kinds = dict(zip(jaxpr.invars, made_of or [DATA] * len(jaxpr.invars), strict=True))
     counts: collections.Counter[str] = collections.Counter()
@@ -164,7 +164,7 @@ def _count(jaxpr: Any, made_of: Sequence[str] | None) -> tuple[collections.Count
             pair = sorted(of[:2], key=(DATA, FROZEN, ADAPTER).index)
             counts[pair[-1]] += own
         elif inner := list(_jaxprs(equation.params)):
-            # A branch is told which; of other programs with fewer inputs nothing is known.
+            # A branch's first operand selects it. For other programs the inputs are unknown.
             found = [_count(sub, _last(of, len(sub.invars))) for sub in inner]
             name = equation.primitive.name
             parts = [part for part, _ in found]
@@ -178,7 +178,10 @@ def _count(jaxpr: Any, made_of: Sequence[str] | None) -> tuple[collections.Count
 
 
 def _last(kinds: Sequence[str], count: int) -> Sequence[str] | None:
-    """A program's inputs are the equation's last ones, unless it has more: kernels' references."""
+    """Returns the kinds of an equation's last `count` inputs, which its program takes.
+
+    None if the program has more: kernels' references.
+    """
     return kinds[len(kinds) - count :] if count <= len(kinds) else None
 
 
@@ -190,7 +193,7 @@ def _merged(kinds: Sequence[str]) -> str:
 
 
 def _product(equation: Any) -> int:
-    """FLOPs of a matrix product or a convolution; 0 for what is neither."""
+    """Returns the FLOPs of a matrix product or a convolution; 0 for other equations."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -200,7 +203,7 @@ def _product(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         inner = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
-        # The gradient of a strided one meets zeros between its elements: no work.
+        # The gradient of a strided one has zeros between its elements: no work.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * inner * math.prod(equation.outvars[0].aval.shape) // zeros
     return 0
@@ -209,7 +212,7 @@ def _product(equation: Any) -> int:
 def _times(name: str, params: Mapping[str, Any]) -> int:
     if name == "scan":
         return params["length"]
-    if name == "shard_map":  # over the axes that it splits by hand; the others it sees whole
+    if name == "shard_map":  # over its manual axes; along the others it sees full arrays
         sizes = dict(params["mesh"].shape)
         axes = params.get("newly_manual_axes", params.get("manual_axes", sizes))
         return math.prod(sizes[axis] for axis in axes)
@@ -219,7 +222,7 @@ def _times(name: str, params: Mapping[str, Any]) -> int:
 
 
 def _jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """The programs in an equation's parameters."""
+    """Yields the programs in an equation's parameters."""
     for value in params.values():
         for one in value if isinstance(value, list | tuple) else [value]:
             if isinstance(one, core.ClosedJaxpr | core.Jaxpr):

@@ -1,7 +1,7 @@
-"""What a compiled program sends between chips and reads from memory, from its text.
+"""Collectives and memory traffic of a compiled program, from its text.
 
-XLA's own cost analysis sees a loop's body once; here everything in a loop counts once a trip.
-The text is `compiled.as_text()`, of TPU, GPU or CPU.
+XLA's own cost analysis counts a loop's body once; here everything in a loop counts once per
+trip. The text is `compiled.as_text()`, of TPU, GPU or CPU.
 """
 
 import math
@@ -17,7 +17,7 @@ _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch|true|false)_computations?=\{?([^,}]+(?:, ?%[^,}]+)*)")
-# These move no data, or none that is not counted where it is made.
+# These move no data, or only data that is counted where it is produced.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
     "partition-id replica-id opt-barrier async-update async-done".split()
@@ -25,7 +25,7 @@ _FREE = frozenset(
 
 
 class Instruction(NamedTuple):
-    """One line: `shape` and `rest` (operands, then attributes) as they are written."""
+    """One line of the text: `shape` and `rest` (operands, then attributes) are verbatim."""
 
     name: str
     shape: str
@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
 
 
 class Array(NamedTuple):
-    """on_chip: in a TPU's vector memory, which is no traffic to HBM."""
+    """One array of a shape. on_chip: in a TPU's vector memory, so not HBM traffic."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -60,10 +60,10 @@ class Array(NamedTuple):
 class Collective(NamedTuple):
     """One instruction that moves data between chips.
 
-    payload: bytes of the whole array, as it is when gathered or before it is scattered.
-    moved: bytes that a chip sends, by the ring algorithms. trips: how often it runs a step.
+    payload: bytes of the full array, when gathered or before it is scattered.
+    moved: bytes that a chip sends, by the ring algorithms. trips: runs per step.
     moves: "parameters" (or their gradients), "activations", or "scalars" (below 4 KB, and the
-    few numbers of each pair that `health` is told).
+    few numbers of each pair that `health` receives).
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Collective(NamedTuple):
 
 
 class Program:
-    """The computations of a compiled text, and how often a run goes through each."""
+    """The computations of a compiled text, and how often each runs per step."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -98,7 +98,7 @@ class Program:
         devices = re.search(r"num_partitions=(\d+)", text[:100_000])
         replicas = re.search(r"replica_count=(\d+)", text[:100_000])
         self.devices = max(int(m[1]) if m else 1 for m in (devices, replicas))
-        self.trips: Counter[str] = Counter()  # computation -> runs a step
+        self.trips: Counter[str] = Counter()  # computation -> runs per step
         self.fused: set[str] = set()  # computations that run as one kernel
         self._users: dict[str, dict[str, list[Instruction]]] = {}
         self._follow(self.entry, 1)
@@ -111,14 +111,14 @@ class Program:
                 self._follow(body, times * self.loop_trips(name, line))
                 continue
             if line.opcode in ("async-update", "async-done"):
-                continue  # the same computation as the start's
+                continue  # its computation is counted at the start
             for called in _calls(line):
                 if line.opcode in ("fusion", "reduce", "all-reduce", "map", "scatter", "sort"):
                     self.fused.add(called)
                 self._follow(called, times)
 
     def users(self, computation: str, name: str) -> list[Instruction]:
-        """The instructions of a computation that take a value."""
+        """Returns the instructions of a computation that use a value."""
         if computation not in self._users:
             users = self._users[computation] = {}
             for line in self.computations[computation].values():
@@ -127,7 +127,7 @@ class Program:
         return self._users[computation].get(name, [])
 
     def loop_trips(self, computation: str, loop: Instruction) -> int:
-        """How often a while loop runs: as XLA states it, or by its counter; 1 if unknown."""
+        """Returns a while loop's trips: as XLA states them, or by its counter; 1 if unknown."""
         known = loop.attribute(r'known_trip_count\D*"?n"?:\D*(\d+)')
         if known:
             return int(known)
@@ -151,7 +151,7 @@ class Program:
         return max(ends[0] - start + (test[0].attribute(r"direction=(\w+)") == "LE"), 0)
 
     def _start(self, computation: str, loop: Instruction, index: int) -> int:
-        """What a loop's counter begins at; 0 where the text does not say."""
+        """Returns the initial value of a loop's counter; 0 if the text does not state it."""
         lines = self.computations[computation]
         given = lines.get(next(iter(operands(loop)), ""))
         if given is None or given.opcode != "tuple":
@@ -160,7 +160,7 @@ class Program:
 
     @staticmethod
     def _integers(lines: dict[str, Instruction]) -> dict[str, int]:
-        """The constants that are whole numbers, also through the copies of them."""
+        """Returns the integer constants, also through copies of them."""
         found: dict[str, int] = {}
         for name, line in lines.items():
             if line.opcode == "constant" and re.match(r"-?\d+\)", line.rest):
@@ -171,7 +171,7 @@ class Program:
 
 
 def operands(line: Instruction) -> list[str]:
-    """The names that an instruction takes, in order."""
+    """Returns the names of an instruction's operands, in order."""
     depth, end = 1, 0
     for bracket in re.finditer(r"[(){}]", line.rest):
         depth += 1 if bracket[0] in "({" else -1
@@ -185,7 +185,7 @@ def operands(line: Instruction) -> list[str]:
 
 
 def arrays(shape: str) -> list[Array]:
-    """Every array in a shape as it is written, those of tuples in order."""
+    """Parses every array of a shape, those of tuples in order."""
     return [
         Array(dtype, tuple(int(d) for d in dims.split(",") if d), "S(" in (layout or ""))
         for dtype, dims, layout in _ARRAY.findall(shape)
@@ -195,17 +195,17 @@ def arrays(shape: str) -> list[Array]:
 def collectives(
     text: str | Program, parameters: Iterable[tuple[int, ...]] = ()
 ) -> list[Collective]:
-    """Every collective of a compiled text that runs, each once, with its trips.
+    """Returns every collective of a compiled text that runs, each once, with its trips.
 
     Args:
-        parameters: the whole shapes of what is trained or frozen; where blocks are stacked
-            for a scan, also of one block's. An array of as many elements as one of them, or
-            as a `tensor` part of it that the caller adds, is taken for it: XLA transposes
-            and reshapes freely.
+        parameters: unsharded shapes of trained and frozen parameters; if blocks are stacked for
+            a scan, also of one block's. An array counts as a parameter if it has as many elements
+            as one of them, or as a `tensor` part of it that the caller adds: XLA transposes and
+            reshapes freely.
 
     An asynchronous one counts at its start. An all-reduce fused with the slice that each chip
-    keeps is what TPUs make of a reduce-scatter, and counts as one; where the slice is a kernel
-    of its own, the whole array has travelled, and it counts as the all-reduce that it is.
+    keeps is how TPUs implement a reduce-scatter, and counts as one. If the slice is a separate
+    kernel, the full array has been sent, and it counts as the all-reduce that it is.
     """
     program = text if isinstance(text, Program) else Program(text)
     sizes = {math.prod(shape) for shape in parameters}
@@ -215,7 +215,7 @@ def collectives(
             kind = line.opcode.removesuffix("-start")
             if kind not in KINDS or trips == 0:
                 continue
-            # A fused collective may be spread over several kernels, all on its one channel.
+            # A fused collective may span several kernels, which share its channel.
             channel = line.attribute(r"channel_id=(\d+)")
             if name in program.fused and channel is not None:
                 if (kind, channel) in seen:
@@ -228,7 +228,7 @@ def collectives(
 def _collectives(
     program: Program, computation: str, line: Instruction, kind: str, trips: int, sizes: set[int]
 ) -> Iterator[Collective]:
-    """One for each array: XLA joins small ones into one instruction."""
+    """Yields one for each array: XLA joins small ones into one instruction."""
     group = _group_size(line, program.devices)
     scattered = (
         kind == "all-reduce"
@@ -253,14 +253,14 @@ def _collectives(
 
 
 def _result(line: Instruction) -> str:
-    """The shape of what comes out: a start's also holds what went in, and its semaphores."""
+    """Returns the output's shape; a start's shape also holds its inputs and semaphores."""
     if line.opcode in ("all-gather-start", "collective-permute-start"):
         return _parts(line.shape)[1]
     return line.shape
 
 
 def _parts(shape: str) -> list[str]:
-    """The top level of a tuple's shape."""
+    """Splits a tuple's shape at its top level."""
     parts, depth = [""], 0
     for character in shape[1:-1]:
         depth += (character in "({[") - (character in ")}]")
@@ -272,7 +272,7 @@ def _parts(shape: str) -> list[str]:
 
 
 def _group_size(line: Instruction, devices: int) -> int:
-    """How many chips take part, from any of the ways in which XLA writes groups."""
+    """Returns the number of chips that take part, from any of XLA's notations for groups."""
     if line.opcode.startswith("collective-permute"):
         return max(line.attribute(r"source_target_pairs=\{(.*?)\}\}").count("{"), 1)  # type: ignore
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", line.rest):
@@ -286,7 +286,7 @@ def _group_size(line: Instruction, devices: int) -> int:
 
 
 def _is_sliced(program: Program, computation: str, name: str, group: int) -> bool:
-    """Whether nothing but one slice of a value is used, of its group's share."""
+    """True if a value's only use is as slices that add up to 1/group of it."""
     lines = program.computations[computation]
     whole = sum(array.size for array in arrays(lines[name].shape))
     slices = _slices(program, computation, name)
@@ -294,7 +294,7 @@ def _is_sliced(program: Program, computation: str, name: str, group: int) -> boo
 
 
 def _slices(program: Program, computation: str, name: str) -> list[Array] | None:
-    """The slices that are taken of a value; None where it is also used whole."""
+    """Returns the slices taken of a value; None if the full value is also used."""
     if program.computations[computation][name].is_root:
         return None
     found = []
@@ -330,11 +330,11 @@ def _calls(line: Instruction) -> Collection[str]:
 
 
 def memory_traffic(text: str | Program) -> tuple[int, int]:
-    """(bytes a chip reads and writes in its memory, the same with every loop run once).
+    """Returns (bytes a chip reads and writes in its memory, the same with every loop run once).
 
-    What goes into each kernel and what comes out of it, as XLA's own count has it: of an array
-    that a kernel slices, the slice alone. A model: caches between kernels are left out, except
-    where a TPU program itself places an array on the chip.
+    Counts the inputs and outputs of each kernel, as XLA's own count does; of an array that a
+    kernel slices, only the slice. A model: caches between kernels are ignored, except if a TPU
+    program itself places an array on the chip.
     """
     program = text if isinstance(text, Program) else Program(text)
     total = once = 0
@@ -360,7 +360,7 @@ def _traffic(program: Program, lines: dict[str, Instruction], line: Instruction)
     inside = program.computations[next(iter(_calls(line)))] if line.opcode == "fusion" else {}
     total = sum(array.bytes for array in out if not array.on_chip)
     written = [x for x in inside.values() if x.is_root and x.opcode == "dynamic-update-slice"]
-    if written:  # in place: what is updated is neither read nor written whole
+    if written:  # in place: the updated array is not read or written in full
         update = inside.get(operands(written[0])[1])
         total = sum(array.bytes for array in arrays(update.shape)) if update else 0
     for i, name in enumerate(taken):
@@ -377,7 +377,7 @@ def _traffic(program: Program, lines: dict[str, Instruction], line: Instruction)
 
 
 def _updated(inside: dict[str, Instruction], update: Instruction, index: int) -> bool:
-    """Whether a kernel's operand is the array that its root updates in place."""
+    """True if a kernel's operand is the array that its root updates in place."""
     name = operands(update)[0]
     while name in inside and inside[name].opcode in ("bitcast", "copy", "convert"):
         name = operands(inside[name])[0]

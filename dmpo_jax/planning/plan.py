@@ -1,4 +1,4 @@
-"""Compiles a training step for chips that need not be there, and says what it would take."""
+"""Compiles a training step for chips that may be absent, and reports its memory, FLOPs and time."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,7 @@ from dmpo_jax.training.build import StepSettings
 
 LOG = logging.getLogger(__name__)
 TPUS = tuple(name for name in chips.CHIPS if name.startswith("v"))
-EVERY = 30.0  # seconds between two lines while compiling
+EVERY = 30.0  # seconds between two log lines while compiling
 
 
 def plan(
@@ -40,19 +40,19 @@ def plan(
     steps: int,
     cache: epath.PathLike = "",
 ) -> list[dict[str, Any]]:
-    """A plan for each topology: memory a chip, FLOPs, collectives, a model of the time.
+    """Returns a plan for each topology: memory per chip, FLOPs, collectives, a model of the time.
 
     Args:
         model: shapes, from `step.of_published` or `step.of_folder`. axes: of the mesh.
         topologies: "v5p:4x4x4" and the like, compiled by libtpu, which needs no TPU; "gpu:8" or
-            "cpu:8", that many of this machine's own. Which platforms JAX may look for is the
-            caller's to set (`jobs.plan.prepare_process`).
+            "cpu:8", that many of this machine's own. The caller sets the platforms that JAX may
+            search for (`jobs.plan.prepare_process`).
         steps: updates of the run.
-        cache: a folder that remembers plans by settings, topology, versions and source; "" the
+        cache: a folder that keeps plans by settings, topology, versions and source; "" is the
             user's cache.
 
     Raises:
-        ValueError: a topology that cannot be had here, settings that do not fit it.
+        ValueError: a topology is not available here, or the settings do not fit it.
     """
     if not topologies:
         raise UserError("--topology must name at least one: v5p:2x2x1, v5e:4x4, gpu:8, cpu:8")
@@ -74,7 +74,7 @@ def plan(
 
 
 def check_topology(topology: str) -> None:
-    """ValueError for what names none, or one whose compiler is not installed."""
+    """Raises ValueError if this is no topology, or its compiler is not installed."""
     kind, _, shape = topology.partition(":")
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
         if importlib.util.find_spec("libtpu") is None:
@@ -88,10 +88,10 @@ def check_topology(topology: str) -> None:
 
 
 def open_devices(topology: str) -> list[Any]:
-    """The devices of a topology, there or not.
+    """Returns the devices of a topology, present or not.
 
     Raises:
-        ValueError: the compiler does not know the slice, or this machine has not that many.
+        ValueError: the compiler does not know the slice, or this machine has too few devices.
     """
     kind, _, shape = topology.partition(":")
     if kind in TPUS:
@@ -99,7 +99,7 @@ def open_devices(topology: str) -> list[Any]:
 
         try:
             found = tpu_topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        except Exception as error:  # libtpu's, of no one kind
+        except Exception as error:  # libtpu raises many types
             raise UserError(f"the TPU compiler has no {topology}: {error}") from error
         return list(found.devices)
     count = int(shape)
@@ -119,7 +119,7 @@ def open_devices(topology: str) -> list[Any]:
 def plan_one(
     model: Model, settings: StepSettings, axes: Mapping[str, int], topology: str, *, steps: int
 ) -> dict[str, Any]:
-    """The plan of one topology, compiled now."""
+    """Compiles and returns the plan of one topology."""
     planned = make_planned(model, settings, axes, open_devices(topology))
     grid, began = planned.built.mesh, time.monotonic()
     with jax.set_mesh(grid), reported(f"{topology}: tracing"):
@@ -148,9 +148,9 @@ def plan_one(
 def describe(
     planned: Planned, program: Any, executed: int, needed: int | None, *, steps: int
 ) -> dict[str, Any]:
-    """What a compiled program says, or, where it did not fit, what is known without it.
+    """Returns the numbers of a compiled program, or those known without it if it did not fit.
 
-    executed: FLOPs of the traced step. needed: bytes a chip of a program that did not fit.
+    executed: FLOPs of the traced step. needed: bytes per chip of a program that did not fit.
     steps: updates of the run.
     """
     settings, grid = planned.built.settings, planned.built.mesh
@@ -207,20 +207,23 @@ def describe(
 
 
 def _xla(program: Any) -> dict[str, float]:
-    """The compiler's own estimates, which count a loop's body once; {} where it has none."""
+    """Returns the compiler's own estimates, which count a loop's body once; {} if it has none."""
     try:
         costs = program.cost_analysis() or {}
-    except Exception:  # not every backend has them, and each says so in its own way
+    except Exception:  # not every backend has them, and their errors differ
         return {}
     costs = costs[0] if isinstance(costs, list) else costs
     names = ("flops", "bytes accessed", "optimal_seconds")
     known = {name.replace(" ", "_"): float(costs[name]) for name in names if name in costs}
-    # Negative where the compiler could not tell, seen for steps with loops.
+    # Negative if unknown to the compiler, as seen for steps with loops.
     return {name: value for name, value in known.items() if value >= 0}
 
 
 def _out_of_memory(error: Exception) -> int | None:
-    """Bytes a chip that a program asked for, where it was refused for that."""
+    """Returns the bytes per chip that a program needed if it ran out of memory, else None.
+
+    0 if the error does not state them.
+    """
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         return None
@@ -231,7 +234,7 @@ def _out_of_memory(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def reported(what: str) -> Iterator[None]:
-    """Says what goes on and for how long: compiling a full-size step takes minutes."""
+    """Logs an activity and its duration: compiling a full-size step takes minutes."""
     done, began = threading.Event(), time.monotonic()
 
     def watch() -> None:
@@ -251,7 +254,7 @@ def reported(what: str) -> Iterator[None]:
 def plan_identity(
     model: Model, settings: StepSettings, axes: Mapping[str, int], topology: str, steps: int
 ) -> dict[str, Any]:
-    """Everything that a plan depends on, as JSON can hold it."""
+    """Returns everything that a plan depends on."""
     chosen = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     return {
         "topology": topology,
@@ -270,7 +273,7 @@ def _hash(known: Mapping[str, Any]) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of what compiles, and a hash of this package's source."""
+    """Returns the versions of the compiling packages, and a hash of this package's source."""
     found = {"source": source_hash()}
     for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
         try:
@@ -281,7 +284,7 @@ def versions() -> dict[str, str]:
 
 
 def source_hash() -> str:
-    """Of every Python file of the package: a plan is of one source only."""
+    """Returns a hash of every Python file of the package: a plan is valid for one source."""
     root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

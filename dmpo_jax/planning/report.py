@@ -1,4 +1,4 @@
-"""What a compiled step means: memory against the chip's, a model of its time, what to change."""
+"""Evaluates a compiled step: memory against the chip's, modelled time, suggested changes."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,8 +19,11 @@ ASSUMPTIONS = (
 
 
 class Memory(NamedTuple):
-    """Bytes a chip. arguments: state, reference and batch, of which the state is given back in
-    place; temporaries: what the step holds beside them at its peak; code: the program."""
+    """Bytes per chip.
+
+    arguments: state, reference and batch; the new state is written in place. temporaries: held
+    beside them at the step's peak; outputs: those not in place; code: the program.
+    """
 
     arguments: int
     temporaries: int
@@ -33,14 +36,14 @@ class Memory(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Bytes a chip of a step's arguments."""
+    """Bytes per chip of a step's arguments."""
 
     params: int
     optimizer: int
     ema: int
     reference: int
     batch: int
-    sharded: int  # of all of them but the batch: what a larger fsdp divides
+    sharded: int  # of all but the batch: a larger fsdp divides it
 
 
 def measure_memory(compiled: Any) -> Memory:
@@ -55,7 +58,7 @@ def measure_memory(compiled: Any) -> Memory:
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes a chip of shapes with shardings."""
+    """Returns the bytes per chip of shapes with shardings."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -76,7 +79,7 @@ def count_parts(arguments: tuple[Any, ...]) -> Parts:
 
 
 def parameter_shapes(arguments: tuple[Any, ...]) -> list[tuple[int, ...]]:
-    """The whole shapes of what is trained and frozen, and their parts over "tensor"."""
+    """Returns the unsharded shapes of all parameters, and the sizes of their "tensor" parts."""
     state, reference, _, _ = arguments
     shapes = []
     for x in jax.tree.leaves((state.params, reference)):
@@ -87,7 +90,7 @@ def parameter_shapes(arguments: tuple[Any, ...]) -> list[tuple[int, ...]]:
 
 
 def summarise(found: list[hlo.Collective]) -> list[dict[str, Any]]:
-    """One row for each kind, group size and what it moves; bytes and runs a step, a chip."""
+    """Returns one row for each kind, `moves` and group size; bytes and runs per step and chip."""
     rows: dict[tuple, dict[str, Any]] = {}
     for one in found:
         empty = {"instructions": 0, "runs": 0, "payload_bytes": 0, "moved_bytes": 0}
@@ -103,7 +106,10 @@ def summarise(found: list[hlo.Collective]) -> list[dict[str, Any]]:
 def model_time(
     chip: chips.Chip | None, *, flops: float | int, traffic: float | int, moved: float | int
 ) -> dict[str, float] | None:
-    """Seconds a step by each limit, and their lower and upper combination; None: rates unknown."""
+    """Returns seconds per step by each limit, and their lower and upper combination.
+
+    None if the chip's rates are unknown.
+    """
     if chip is None:
         return None
     compute, memory = flops / chip.flops, traffic / chip.bandwidth
@@ -125,9 +131,9 @@ def suggest(
     limit: float | int,
     mesh: Mapping[str, int],
 ) -> list[str]:
-    """Config changes that bring a step below `limit` bytes a chip, each by itself if it can.
+    """Suggests config changes that bring a step below `limit` bytes per chip, each alone if it can.
 
-    Estimates: arguments by their parts; temporaries in proportion to a microbatch's rows, less
+    Estimates: arguments by their parts; temporaries in proportion to a microbatch's rows, except
     the gradients, which do not depend on it.
     """
     over = memory.total - limit
@@ -153,13 +159,13 @@ def _changes(
     over: float | int,
     mesh: Mapping[str, int],
 ) -> Iterator[tuple[str, float]]:
-    """(the change, bytes a chip that it saves)."""
+    """Yields (the change, bytes per chip that it saves)."""
     fsdp, data = mesh["fsdp"], mesh["data"]
     whole = parts.params + parts.optimizer + parts.ema + parts.reference
     if data > 1:
-        # Not sharded at all yet: nearly everything would be.
+        # Nothing is sharded yet: nearly everything would be.
         sharded = parts.sharded or 0.98 * whole
-        sharded += parts.params * sharded / max(whole, 1)  # gradients lie as the parameters do
+        sharded += parts.params * sharded / max(whole, 1)  # gradients are sharded likewise
         more = [fsdp * n for n in range(2, data + 1) if data % n == 0]
         savings = [(size, sharded * (1 - fsdp / size)) for size in more]
         enough = [one for one in savings if one[1] >= over]
@@ -191,7 +197,7 @@ def _changes(
 
 
 def printed(plans: list[dict[str, Any]]) -> str:
-    """The plans as a markdown table, and beneath it what does not fit in a row."""
+    """Formats the plans as a Markdown table, followed by details of each."""
     head = (
         "topology",
         "chips",

@@ -1,4 +1,4 @@
-"""A training step in shapes alone: no weights, no data, any devices."""
+"""Builds a training step from shapes alone: no weights, no data, any devices."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,11 @@ from dmpo_jax.planning import flops
 from dmpo_jax.training.build import StepSettings, TrainingStep, build
 
 LOG = logging.getLogger(__name__)
-TOKENS = 77  # of a prompt, where the tokenizer does not say
+TOKENS = 77  # of a prompt, if the tokenizer does not state it
 
 
 class Model(NamedTuple):
-    """What a plan needs of a pipeline. config: config.json of the trained component."""
+    """Facts of a pipeline that a plan needs. config: config.json of the trained component."""
 
     name: str
     family: Family
@@ -34,8 +34,8 @@ class Model(NamedTuple):
 class Planned(NamedTuple):
     """A step to compile.
 
-    update: jitted. arguments: its state, reference, batch and key: shapes with shardings.
-    pair_flops: that one pair needs, recomputation apart.
+    update: jitted. arguments: its state, reference, batch and key, as shapes with shardings.
+    pair_flops: of one pair, recomputation excluded.
     """
 
     built: TrainingStep
@@ -53,10 +53,10 @@ def of_published(
     moments: str = "sample",
     moments_dtype: str = "bfloat16",
 ) -> Model:
-    """A published model, or a tiny one (`toy.tiny.published`), and pairs as encode makes them.
+    """Returns a published model, or a tiny one (`toy.tiny.published`), with pairs of `encode`.
 
     Args:
-        resolution: side of the images in pixels; None is what the model was trained at.
+        resolution: side of the images in pixels; None is that of the model's training.
         moments, moments_dtype: as of `encode`.
     """
     facts = one.family.facts(one.model)
@@ -85,14 +85,14 @@ def of_folder(
     moments: str = "sample",
     moments_dtype: str = "bfloat16",
 ) -> Model:
-    """The model of a pipeline folder, by its config.json files alone.
+    """Returns the model of a pipeline folder, from its config.json files alone.
 
     Args:
-        encoded: folder of encoded pairs; "" takes them to be as encode would make them.
+        encoded: folder of encoded pairs; "" assumes pairs as encode would make them.
         others: see `of_published`.
 
     Raises:
-        ValueError: the folder is not there: a hub id is not downloaded for its shapes.
+        ValueError: the folder does not exist: a hub id is not downloaded for its shapes.
     """
     if not (epath.Path(folder) / "model_index.json").exists():
         raise UserError(
@@ -106,7 +106,7 @@ def of_folder(
     if encoded:
         return Model(str(folder), family, config, noise, records.load_meta(encoded))
     LOG.info("data.encoded is not set: the pairs are taken to be as encode would make them")
-    # Of shapes: a config with its class's defaults.
+    # From shapes, so that the config has its class's defaults.
     vae = parameters.abstract(family.vae, diffusers_io.read_json(path / "vae" / "config.json"))
     scaling, shift = family.factors(vae)
     size = family.trained_latents(config, vae.config)
@@ -127,25 +127,25 @@ def of_folder(
 
 
 def _tokens(path: epath.Path, family: Family) -> int:
-    """To how many tokens prompts are padded."""
+    """Returns the number of tokens that prompts are padded to."""
     part = family.text[0]
     if part.tokens:
         return part.tokens
     tokenizer = path / part.tokenizer / "tokenizer_config.json"
     found = diffusers_io.read_json(tokenizer).get("model_max_length", TOKENS)
-    return int(found) if found < 10**6 else TOKENS  # a huge number stands for none
+    return int(found) if found < 10**6 else TOKENS  # a huge number means no limit
 
 
 def make_planned(
     model: Model, settings: StepSettings, axes: Mapping[str, int], devices: Sequence[Any]
 ) -> Planned:
-    """The step that `train` would compile on these devices, which need not be there.
+    """Returns the step that `train` would compile on these devices, which may be absent.
 
     Args:
         axes: sizes of the mesh's axes, as of `mesh.make_mesh`.
 
     Raises:
-        ValueError: mesh, batch or model do not fit, as training itself would say.
+        ValueError: mesh, batch or model do not fit, as in training.
     """
     grid = mesh.make_mesh(**axes, devices=devices)
     mesh.check_batch(settings.batch_size, settings.accumulation, grid)

@@ -1,4 +1,4 @@
-"""A folder of drawn images: one PNG an image with its settings inside, and a grid of all."""
+"""Writes a folder of sampled images: one PNG each, with embedded settings, and a grid of all."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from dmpo_jax.sampling.images import image_grid, save_png
 from dmpo_jax.sampling.sampler import Sampler
 
 LOG = logging.getLogger(__name__)
-GRID_IMAGES = 256  # on one sheet; more would fill the memory, and nobody's screen
+GRID_IMAGES = 256  # on one grid; more would exhaust memory and fit on no screen
 
 
 def write_gallery(
@@ -24,10 +24,10 @@ def write_gallery(
     seeds: Sequence[int],
     settings: Mapping[str, Any],
 ) -> int:
-    """Draws and writes `out/NNNNN.png`, as batches are done, and `out/grid.png`, a row a prompt.
+    """Samples and writes `out/NNNNN.png`, batch by batch, and `out/grid.png`, one row per prompt.
 
     Args:
-        seeds: as many for each prompt, one after another.
+        seeds: the same number for each prompt, prompt after prompt.
         settings: written into every PNG, with the prompt, the seed and the sampler's name.
 
     Returns:

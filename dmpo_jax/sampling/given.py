@@ -1,4 +1,4 @@
-"""The images and masks that prompts give to models that edit or inpaint."""
+"""Images and masks that prompts give to models that edit or inpaint."""
 
 import logging
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Given
 
 LOG = logging.getLogger(__name__)
-_COLUMN = {"source": "image", "mask": "mask"}  # field of RawPair -> of Prompt
+_COLUMN = {"source": "image", "mask": "mask"}  # field of RawPair -> field of Prompt
 
 
 def check_given(prompts: Sequence[Prompt], given: Given | None) -> None:
-    """ValueError for the first prompt without a file that its model needs."""
+    """Raises ValueError for the first prompt without a file that its model needs."""
     needed = [_COLUMN[field] for field in given.fields] if given else []
     for prompt in prompts:
         for part in needed:
@@ -33,7 +33,7 @@ def check_given(prompts: Sequence[Prompt], given: Given | None) -> None:
 
 
 def read_image(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture's pixels, resized to (height, width), as diffusers resizes it."""
+    """Reads an image as pixels, resized to (height, width) like in diffusers."""
     try:
         image = decode_image(epath.Path(path).read_bytes())
     except (OSError, ValueError) as error:
@@ -43,6 +43,6 @@ def read_image(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray,
 
 
 def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 1"]:
-    """1 where a picture is nearer to white, to be painted anew; 0 elsewhere."""
+    """Reads a mask: 1 where the image is nearer to white, to be repainted; 0 elsewhere."""
     grey = np.asarray(Image.fromarray(read_image(path, size)).convert("L"))
     return (grey >= 128).astype(np.uint8)[..., None]

@@ -1,4 +1,4 @@
-"""Image grids that a training run draws on its way."""
+"""Image grids of a training run."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ COLUMNS = 4
 
 
 def why_no_grids(family: Family) -> str:
-    """The reason why a run of this family draws no grids, "" where it can."""
+    """Returns the reason why a run of this family draws no grids; "" if it can."""
     if jax.process_count() > 1:
         return "image grids are drawn by single-process runs only"
     if family.given:
@@ -27,9 +27,10 @@ def why_no_grids(family: Family) -> str:
 def make_draw(
     open_sampler: Callable[[], Sampler], prompts: Sequence[str], out: epath.Path
 ) -> Callable[[Any, int], None]:
-    """(the whole model's parameters, step) -> out/<step>.png, a row a prompt, seeds as ever.
+    """Returns (all parameters of the model, step) -> out/<step>.png, one row per prompt.
 
-    open_sampler: called before the first grid alone: what it loads may never be needed.
+    Seeds are the same at every step.
+    open_sampler: called before the first grid only, since its models may never be needed.
     """
     opened = functools.cache(open_sampler)
 

@@ -22,23 +22,23 @@ def image_grid(
     labels: Sequence[str] | None = None,
     scale: int = 1,
 ) -> Image.Image:
-    """Images in rows of `columns`, first row first, on white.
+    """Arranges images in rows of `columns`, first row first, on white.
 
     Args:
-        images: N may leave the last row short.
-        columns: images a row.
-        labels: a caption over each row, such as its prompt; broken into lines that fit.
-        scale: whole factor to enlarge by, every pixel a square; for very small images.
+        images: N may leave the last row incomplete.
+        columns: images per row.
+        labels: a caption over each row, such as its prompt; wrapped to fit.
+        scale: integer factor of enlargement, each pixel a square; for very small images.
 
     Raises:
-        ValueError: if there are not as many labels as rows.
+        ValueError: the number of labels is not the number of rows.
     """
     count, height, width = images.shape[0], images.shape[1] * scale, images.shape[2] * scale
     rows = -(-count // columns)
     if labels is not None and len(labels) != rows:
         raise ValueError(f"labels must have {rows} texts, but got {len(labels)}")
 
-    size = min(max(width // 16, 13), 28)  # pixels: legible, and small beside the images
+    size = min(max(width // 16, 13), 28)  # pixels: legible, but small beside the images
     font, gap = ImageFont.load_default(size=size), max(size // 3, 4)
     line = size + gap
     full = columns * (width + gap) + gap
@@ -64,7 +64,7 @@ def image_grid(
 
 
 def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
-    """Text in lines that fit `width` pixels; cut off, with dots, after `most` lines."""
+    """Wraps text to lines of `width` pixels; cuts it off, with dots, after `most` lines."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -77,7 +77,7 @@ def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
 
 
 def _shorten(text: str, font: Any, width: int, dots: bool) -> str:
-    """The text, or as much of it as fits before three dots."""
+    """Returns the text, or as much of it as fits before three dots."""
     if not dots and font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -86,10 +86,10 @@ def _shorten(text: str, font: Any, width: int, dots: bool) -> str:
 
 
 def save_png(path: epath.PathLike, image: Image.Image, about: dict[str, Any] | None = None) -> None:
-    """Writes a PNG, whole or not at all, making its folder; on process 0 only.
+    """Writes a PNG atomically and creates its folder; on process 0 only.
 
     Args:
-        about: settings kept inside the file, as JSON under the text key "parameters".
+        about: settings embedded in the file, as JSON under the text key "parameters".
     """
     if jax.process_index() != 0:
         return

@@ -1,4 +1,4 @@
-"""Drawn images, two by two."""
+"""Groups sampled images in pairs."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,7 +8,10 @@ import numpy as np
 def in_pairs(
     batches: Iterable[np.ndarray], prompts: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, Sequence[str]]]:
-    """(images, their prompts) of whole pairs: an odd batch's last image waits for the next."""
+    """Yields (images, their prompts) of complete pairs.
+
+    The last image of an odd batch waits for the next batch.
+    """
     first, left = 0, None
     for batch in batches:
         images = batch if left is None else np.concatenate([left, batch])

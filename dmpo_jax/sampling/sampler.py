@@ -1,4 +1,4 @@
-"""Prompts and seeds in, uint8 images out, a batch at a time."""
+"""Samples uint8 images from prompts and seeds, one batch at a time."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +22,12 @@ from dmpo_jax.progress import Progress
 from dmpo_jax.sampling.given import check_given, read_image, read_mask
 from dmpo_jax.types import Condition
 
-EMBED_AHEAD = 256  # prompts; a text encoder is compiled anew for each such part
+EMBED_AHEAD = 256  # prompts embedded together; a text encoder is compiled anew for each such part
 
 
 @dataclasses.dataclass
 class Sampler:
-    """What `make_sampler` makes: call it, or take its `batches` as they are done.
+    """Samples images: call it for all at once, or iterate over its `batches`.
 
     name: of the sampler, one of `samplers.SAMPLERS`; size: height and width in pixels.
     """
@@ -48,7 +48,7 @@ class Sampler:
         seeds: Sequence[int],
         describe: str = "",
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """All images at once."""
+        """Returns all images at once."""
         return np.concatenate(list(self.batches(params, prompts, seeds, describe)))
 
     def batches(
@@ -58,7 +58,7 @@ class Sampler:
         seeds: Sequence[int],
         describe: str = "",
     ) -> Iterator[UInt8[np.ndarray, "n H W 3"]]:
-        """The images in order, a batch at a time. A prompt's own seed is not looked at.
+        """Yields the images in order, one batch at a time. A prompt's own seed is ignored.
 
         Raises:
             ValueError: a prompt lacks an image or mask that the model needs.
@@ -79,13 +79,13 @@ class Sampler:
                 yield images
 
     def negative_of(self, prompt: Prompt) -> str | None:
-        """What guidance leads away from: the prompt's own, else the run's; None is zeros."""
+        """Returns the negative prompt: the prompt's own, else the run's; None is zeros."""
         own = prompt.negative_prompt
         negative = self.negative_prompt if own is None else own
         return "" if negative is None and not self.pipeline.zero_negative else negative
 
     def _inputs(self, part: Sequence[Prompt]) -> tuple[Any, ...]:
-        """Condition, negative, source images and masks of a batch, where there are any."""
+        """Returns condition, negative, source images and masks of a batch; None if absent."""
         told = self._stack([prompt.text for prompt in part])
         negative = self._stack([self.negative_of(p) for p in part]) if self.guided else None
         images = masks = None
@@ -100,7 +100,7 @@ class Sampler:
         return jax.tree.map(lambda *x: np.stack(x), *[self.embedded[text] for text in texts])
 
     def _embed(self, prompts: Sequence[Prompt]) -> None:
-        """Fills `embedded` for these prompts; what was there for others is forgotten."""
+        """Fills `embedded` for these prompts; drops earlier entries if any is new."""
         negatives = [self.negative_of(p) for p in prompts] if self.guided else []
         texts = dict.fromkeys([*(prompt.text for prompt in prompts), *negatives])
         if texts.keys() <= self.embedded.keys():
@@ -120,11 +120,11 @@ class Sampler:
 def open_sampler(
     folder: epath.PathLike, *, vae: str, variant: str | None, dtype: Any, **settings: Any
 ) -> tuple[Sampler, dict[str, jax.Array]]:
-    """The sampler of a pipeline folder, and the folder's own parameters on every device.
+    """Returns the sampler of a pipeline folder, and the folder's own parameters on every device.
 
     Args:
         vae: another VAE's folder, in place of the pipeline's own; "" is its own.
-        variant: of the weight files. dtype: to compute in.
+        variant: of the weight files. dtype: of the computation.
         settings: of `make_sampler`.
     """
     pipeline = diffusers_io.load_pipeline(folder, vae=vae, variant=variant, dtype=dtype)
@@ -133,12 +133,12 @@ def open_sampler(
 
 
 def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> dict[str, jax.Array]:
-    """The parameters of a pipeline folder's model, on every device."""
+    """Loads the parameters of a pipeline folder's model, replicated on every device."""
     return replicated(diffusers_io.load_model(folder, variant=variant, dtype=dtype))
 
 
 def replicated(model: Any) -> dict[str, jax.Array]:
-    """A model's parameters on every device."""
+    """Returns a model's parameters, replicated on every device."""
     return jax.device_put(parameters.split(model)[1], mesh.replicated(mesh.make_mesh()))
 
 
@@ -156,23 +156,23 @@ def make_sampler(
     width: int | None = None,
     devices: Mesh | None = None,
 ) -> Sampler:
-    """`sample(params, prompts, seeds, describe="") -> uint8 [N, H, W, 3]`, batch by batch.
+    """Returns a sampler, (params, prompts, seeds, describe="") -> uint8 [N, H, W, 3].
 
     Args:
         unet: gives structure and size; its parameters are not used.
         batch_size: images at a time, rounded up to a multiple of the devices.
-        negative_prompt: where a prompt has none of its own. None is the empty prompt or, as
-            SDXL's pipelines ask, embeddings of zeros.
+        negative_prompt: for prompts without their own. None is the empty prompt or, if the
+            pipeline requests it as SDXL's do, embeddings of zeros.
         sampler: one of `samplers.SAMPLERS`, or auto, the one that the folder names.
-        image_guidance_scale: of editing models alone; 1 is none.
+        image_guidance_scale: of editing models only; 1 is none.
         height, width: pixels; by default those that the UNet was trained at.
-        devices: the mesh that `params` lie on; by default one over all devices.
+        devices: the mesh of `params`; by default one over all devices.
 
-    An image is a function of its prompt, its seed and the parameters alone, whatever
-    shares its batch. Compiled once; `params` may be any UNet's of the same structure.
+    An image depends only on its prompt, its seed and the parameters, not on the rest of its
+    batch. Compiled once; `params` may be any UNet's of the same structure.
 
     Raises:
-        ValueError: naming the size, step count or scheduler key that cannot be honoured.
+        ValueError: names the size, step count or scheduler key that is not supported.
     """
     devices = devices or mesh.make_mesh()
     shares = mesh.batch_shares(devices)
@@ -186,7 +186,7 @@ def make_sampler(
         name, tokens=family.tokens(family.facts(unet.config), shape)
     )
     solve = samplers.SAMPLERS[name]
-    # The table is built in this dry run: what is wrong with it is said before anything compiles.
+    # This dry run builds the sampler's table, and raises its errors before anything compiles.
     jax.eval_shape(lambda x: solve(lambda x, _: x, x, **settings), jnp.zeros((1, *shape)))
     given = family.given
     image_scale = image_guidance_scale if given and given.optional else None
@@ -228,7 +228,10 @@ def make_sampler(
 def _sizes(
     unet: Any, pipeline: diffusers_io.Pipeline, height: int | None, width: int | None
 ) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """(height and width in pixels, shape of an image's packed latents); the model's where None."""
+    """Returns (height and width in pixels, shape of an image's packed latents).
+
+    A height or width of None is the model's.
+    """
     vae, family = pipeline.vae.config, pipeline.family
     factor, native = family.factor(vae), family.trained_latents(unet.config, vae)
     size = (height or native[0] * factor, width or native[1] * factor)
@@ -244,12 +247,12 @@ def guidance_parts(
     weights: tuple[float | int, float | int],
     image_scale: float | int | None = None,
 ) -> tuple[tuple[Condition, ...], tuple[float | int, ...]]:
-    """(parts, weights) of `samplers.guide`, without those of weight 0.
+    """Returns (parts, weights) of `samplers.guide`, without those of weight 0.
 
     Args:
-        negative: where anything is guided; sees the same image.
+        negative: needed for any guidance; has the same image.
         weights: of `Family.guidance`.
-        image_scale: of editing models, which are also led away from seeing no image.
+        image_scale: of editing models, which are also guided away from having no image.
 
     Source: arXiv 2207.12598; InstructPix2Pix, arXiv 2211.09800, equation 3.
     """
@@ -265,7 +268,7 @@ def guidance_parts(
 def encode_source(
     given: Given, vae: Any, images: jax.Array, masks: jax.Array | None, scaling_factor: Factor
 ) -> jax.Array:
-    """`Condition.image` of uint8 images `[N, H, W, 3]` and masks `[N, H, W, 1]` of 0 and 1."""
+    """Returns `Condition.image` of uint8 images `[N, H, W, 3]` and 0/1 masks `[N, H, W, 1]`."""
     return given.channels(
         vae.encode,
         images.astype(jnp.float32) / 127.5 - 1,
@@ -275,5 +278,5 @@ def encode_source(
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1], clipped, to 0..255 as PyTorch pipelines round them."""
+    """Converts images in [-1, 1] to 0..255, clipped, and rounded like in PyTorch pipelines."""
     return jnp.round(jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

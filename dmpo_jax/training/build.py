@@ -1,8 +1,8 @@
-"""From shapes to a training step: no files, no config.
+"""Builds a training step; reads no files and no config.
 
-`build` takes a family, a model, the noise it is trained with, what the encoded pairs are, the
-mesh and `StepSettings`, and returns a `TrainingStep`. The model holds arrays, or only shapes:
-then nothing is computed, and the step is the same program.
+`build` takes a family, a model, the noise table it is trained with, the encoded pairs' metadata,
+the mesh and `StepSettings`, and returns a `TrainingStep`. The model holds arrays or only shapes.
+With shapes nothing is computed, and the step is the same program.
 """
 
 import dataclasses
@@ -28,13 +28,16 @@ from dmpo_jax.training import health, optim, step
 from dmpo_jax.types import PairBatch
 
 Params = dict[str, Any]
-AUTO = "auto"  # of Execution.attention: the best kernel of the mesh's devices
+AUTO = "auto"  # of Execution.attention: the best kernel for the mesh's devices
 BEST = Execution(attention=AUTO)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters, as `lora.attach` takes them. alpha: None is rank. seed: of their start."""
+    """Settings of low-rank adapters, for `lora.attach`.
+
+    alpha: None is rank. seed: of the adapters' initial values.
+    """
 
     rank: int
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
@@ -62,14 +65,14 @@ NO_RATE = Rate(peak=0.0)
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """Everything about a step that is chosen rather than given.
+    """Settings of a training step.
 
-    objective: with its `hyperparameters`. batch_size: pairs an update, over all devices.
-    accumulation: microbatches. compute_dtype: of activations, and of what is frozen.
-    execution: how the forward is carried out; its attention may be AUTO.
+    objective: with its `hyperparameters`. batch_size: pairs per update, over all devices.
+    accumulation: microbatches. compute_dtype: of activations and frozen parameters.
+    execution: how the forward pass is executed; its attention may be AUTO.
     lora: None trains every parameter. ema_decay: 0 keeps no average.
     rate, optimizer: arguments of `optim.make_learning_rate` and `optim.make_optimizer`.
-    timesteps: arguments of `noise.make_timesteps`. safeguard: `Setup.safeguard`.
+    timesteps: arguments of `timesteps.make_timesteps`. safeguard: `Setup.safeguard`.
     """
 
     objective: Objective
@@ -86,11 +89,11 @@ class StepSettings:
     safeguard: float | int | None = None
 
     def frozen_dtype(self, path: str) -> Any:
-        """What a frozen parameter is held in."""
+        """Dtype of a frozen parameter."""
         return parameters.frozen_dtype(path, dtype=self.compute_dtype)
 
     def describe_rate(self) -> str:
-        """The rate that updates are made with, and how scripts with --scale_lr give the same."""
+        """Describes the learning rate, also per pair as scripts with --scale_lr state it."""
         rate, pairs = self.rate, self.batch_size
         return (
             f"learning rate {rate.peak:.4g} ({rate.peak / pairs:.4g} a pair x {pairs} pairs an "
@@ -100,11 +103,11 @@ class StepSettings:
 
 
 class TrainingStep(NamedTuple):
-    """A step and everything of a run that does not change, but for the data.
+    """A training step and everything of a run that stays constant, except the data.
 
     model: the policy's structure, with shapes in place of arrays.
-    reference: frozen parameters; with LoRA those that the adapters sit on. None where
-        neither adapters nor the objective need any. Arrays, or shapes with shardings.
+    reference: frozen parameters; with LoRA the base model's. Arrays, or shapes with shardings.
+        None if neither adapters, the objective nor the model's buffers need any.
     learning_rate: by update.
     """
 
@@ -118,19 +121,19 @@ class TrainingStep(NamedTuple):
     learning_rate: Callable[[Any], jax.Array]
 
     def policy(self, params: Params) -> Params:
-        """All parameters of the model that a state's parameters, or adapters, make."""
+        """Returns all parameters of the policy from a state's parameters or adapters."""
         return parameters.completed(params, self.reference)
 
     def batch_sharding(self) -> jax.sharding.NamedSharding:
         return meshes.batch_sharding(self.mesh)
 
     def abstract_state(self, params: Params) -> step.TrainState:
-        """Shapes and shardings of the state that trains `params` (arrays or shapes)."""
+        """Returns shapes and shardings of the state that trains `params` (arrays or shapes)."""
         shapes = jax.eval_shape(self._first_state(), params)
         return place(shapes, meshes.parameter_sharding(self.mesh, shapes))
 
     def make_state(self, params: Params) -> step.TrainState:
-        """The first state, laid out on the mesh. It takes the parameters over: they are donated."""
+        """Returns the first state, sharded over the mesh. The parameters are donated."""
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
         params = jax.device_put(params, meshes.parameter_sharding(self.mesh, params))
         return jax.jit(self._first_state(), out_shardings=shardings, donate_argnums=0)(params)
@@ -139,23 +142,26 @@ class TrainingStep(NamedTuple):
         return functools.partial(step.make_state, tx=self.setup.tx, ema=self.setup.ema_decay > 0)
 
     def make_update(self, state: step.TrainState) -> Any:
-        """(state, reference, batch, key) -> (state, metrics), jitted for this state's shardings."""
+        """Returns the jitted update, (state, reference, batch, key) -> (state, metrics).
+
+        It is jitted for this state's shardings.
+        """
         return step.jit_train_step(self.setup, jax.tree.map(lambda x: x.sharding, state))
 
     def make_validate(self) -> Any:
-        """`step.validate_batch`, jitted: (params, reference, batch, weights, key) -> sums."""
+        """Jits `step.validate_batch`: (params, reference, batch, weights, key) -> sums."""
         return jax.jit(
             functools.partial(step.validate_batch, setup=step.on_mesh(self.setup, self.mesh)),
             compiler_options=step.COMPILER_OPTIONS,
         )
 
     def make_key(self, seed: int) -> jax.Array:
-        """The run's random key, on every device of the mesh."""
-        # Not by device_put, which sends no keys to the devices of other processes.
+        """Returns the run's random key, replicated on every device of the mesh."""
+        # Not device_put: it cannot place keys on the devices of other processes.
         return jax.jit(jax.random.key, out_shardings=meshes.replicated(self.mesh))(seed)
 
     def abstract_arguments(self, params: Params) -> tuple[Any, ...]:
-        """Shapes and shardings of what the update takes: state, reference, batch, key."""
+        """Returns shapes and shardings of the update's arguments: state, reference, batch, key."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = self.meta.abstract_batch(self.settings.batch_size, self.batch_sharding())
         reference: Any = self.reference
@@ -175,16 +181,16 @@ def build(
     *,
     tx: Any = None,
 ) -> tuple[TrainingStep, Params]:
-    """A training step, and the parameters that it trains: the model's, or its adapters.
+    """Builds a training step; returns it and the parameters to train: the model's, or its adapters.
 
     Args:
-        model: of `family.model`; with arrays, or with shapes alone (`parameters.abstract`), which
-            computes nothing. Its arrays are taken over. Its `execution` is set.
+        model: of `family.model`, with arrays, or with shapes only (`parameters.abstract`), which
+            computes nothing. The step takes over its arrays. Its `execution` is set.
         noise: of the folder's scheduler. meta: of the encoded pairs.
         tx: an optimizer in place of the one that the settings describe.
 
     Raises:
-        ValueError: mesh, batch, model and pairs do not fit, saying what would.
+        ValueError: mesh, batch, model and pairs do not fit; the message says what would.
     """
     meshes.check_batch(settings.batch_size, settings.accumulation, mesh)
     facts = family.facts(model.config)
@@ -193,11 +199,11 @@ def build(
     model.execution = make_execution(settings.execution, mesh)
     abstract = _is_abstract(model)
     model = attach_adapters(model, settings.lora)
-    if abstract:  # adapters are drawn also for a model of shapes
+    if abstract:  # adapters have arrays even in a model of shapes
         model = parameters.without_arrays(model)
     structure, params = parameters.split(model)
     params, buffers = parameters.partition(model, params)
-    model = parameters.without_arrays(model)  # or it would hold the arrays for ever
+    model = parameters.without_arrays(model)  # or it would keep the arrays alive
     reference, params = make_reference(params, buffers, settings, mesh)
     learning_rate, described = make_optimizer(settings)
     setup = make_setup(family, structure, noise, meta, tx or described, settings)
@@ -206,7 +212,7 @@ def build(
 
 
 def attach_adapters(model: Any, settings: Lora | None) -> Any:
-    """The model that is trained: with adapters, where there are settings of any."""
+    """Returns the model to train, with adapters if `settings` is not None."""
     if settings is None:
         return model
     return lora.attach(
@@ -221,11 +227,11 @@ def attach_adapters(model: Any, settings: Lora | None) -> Any:
 def make_reference(
     params: Params, buffers: Params, settings: StepSettings, mesh: jax.sharding.Mesh
 ) -> tuple[Params | None, Params]:
-    """(frozen parameters or None, parameters to train) of a model's parameters.
+    """Splits a model's parameters into (frozen parameters or None, parameters to train).
 
-    With adapters the base itself is frozen; else the frozen ones are a copy, where the
-    objective compares with any. Either in the dtype that each is computed with. Buffers are
-    frozen always.
+    With adapters the base itself is frozen. Otherwise, if the objective needs a reference, the
+    frozen parameters are a copy. Each has the dtype that it is computed in. Buffers are always
+    frozen.
     """
     frozen = {path: _cast(x, settings.frozen_dtype(path)) for path, x in buffers.items()}
     if settings.lora is not None:
@@ -241,7 +247,7 @@ def make_reference(
         return {**cast, **frozen}, params
 
     def copy(params: Params) -> Params:
-        # Explicitly: an output that is an input may share its buffer, which is donated later.
+        # Explicit, since an output that is an input may share its buffer, which is donated later.
         return {
             path: jnp.array(x, settings.frozen_dtype(path), copy=True) for path, x in params.items()
         }
@@ -258,7 +264,7 @@ def make_setup(
     tx: Any,
     settings: StepSettings,
 ) -> step.Setup:
-    """What the step closes over. structure: the model's, from `parameters.split`."""
+    """Returns the constants of the step. structure: the model's, from `parameters.split`."""
     objective, lora_settings = settings.objective, settings.lora
     return step.Setup(
         predict=family.make_predict(functools.partial(parameters.merge, structure)),
@@ -281,20 +287,20 @@ def make_setup(
 
 
 def make_optimizer(settings: StepSettings) -> tuple[Callable[[Any], jax.Array], Any]:
-    """(learning rate by update, optax transformation)."""
+    """Returns (learning rate by update, optax transformation)."""
     learning_rate = optim.make_learning_rate(**dataclasses.asdict(settings.rate))
     return learning_rate, optim.make_optimizer(learning_rate, **settings.optimizer)
 
 
 def make_execution(execution: Execution, mesh: jax.sharding.Mesh) -> Execution:
-    """The same, its attention chosen for the mesh's devices where it is AUTO."""
+    """Returns `execution` with AUTO attention resolved for the mesh's devices."""
     if execution.attention != AUTO:
         return execution
     return execution._replace(attention=best_kernel(mesh.devices.flat[0].platform))
 
 
 def make_curves(settings: StepSettings, setup: step.Setup) -> health.Curves:
-    """What of the pairs is logged: with u, where the objective is a function of it."""
+    """Returns the run's `Curves`, with u if the objective is a function of it."""
     implied, given = settings.objective.implied_logit, settings.hyperparameters
     softening = given.get("alpha", given.get("label_smoothing", None))
     return health.Curves(
@@ -305,7 +311,7 @@ def make_curves(settings: StepSettings, setup: step.Setup) -> health.Curves:
 
 
 def check_splits(facts: Facts, tensor: int) -> None:
-    """ValueError where heads or groups of channels cannot be shared by `tensor` devices."""
+    """Raises ValueError if `tensor` devices cannot share heads or groups of channels evenly."""
     counts = facts.splits
     if any(count % tensor for count in counts):
         legal = [n for n in range(1, min(counts) + 1) if not any(c % n for c in counts)]
@@ -316,7 +322,7 @@ def check_splits(facts: Facts, tensor: int) -> None:
 
 
 def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
-    """ValueError where the encoded pairs were made for another model."""
+    """Raises ValueError if the encoded pairs were made for another model."""
     arrays = meta.arrays
     if meta.pack != family.pack:
         raise UserError(
@@ -352,7 +358,7 @@ def make_batches(
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[PairBatch]:
-    """This process's rows of the training batches from update `start` on, without end."""
+    """Returns an endless iterator of this process's rows of the batches from update `start` on."""
     size = built.settings.batch_size
     return pipeline.make_batches(
         pairs,
@@ -369,7 +375,7 @@ def make_batches(
 
 
 def place(shapes: Any, shardings: Any) -> Any:
-    """Arrays or shapes -> shapes with these shardings (one, or a tree of them)."""
+    """Converts arrays or shapes to shapes with these shardings (one, or a tree of them)."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(
@@ -385,7 +391,7 @@ def _is_abstract(model: Any) -> bool:
 
 
 def _cast(x: Any, dtype: Any) -> Any:
-    """The array, or shape, in a dtype; itself where it has it."""
+    """Casts an array or a shape to a dtype."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
     return jnp.asarray(x, dtype)

@@ -1,9 +1,9 @@
-"""Save and restore a run's state, together, so that neither drifts from the other.
+"""Saves and restores a run's complete state.
 
-A checkpoint is one folder, `<folder>/<step>/`, that Orbax writes aside and commits in one
-move: a process killed while saving leaves the checkpoints before it as they were. Beside
-the arrays stands a list of every leaf's name, shape, dtype and checksum, because Orbax
-notices a file that is cut or gone, but not a flipped bit in an array.
+A checkpoint is one folder, `<folder>/<step>/`, that Orbax writes under a temporary name and
+commits atomically: a process killed while saving leaves the earlier checkpoints intact. An
+index lists every leaf's name, shape, dtype and checksum, because Orbax detects a truncated or
+missing file, but not a flipped bit in an array.
 """
 
 import contextlib
@@ -29,30 +29,30 @@ from dmpo_jax.training import checksums
 from dmpo_jax.training.orbax_handler import Failure, IndexHandler, StateHandler, array_registry
 
 _LOG = logging.getLogger(__name__)
-# Not a sign of a broken file: the machine is too small, or the files are not ours to read.
+# These do not mean a corrupt file: memory is too small, or reading is not permitted.
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-_NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # of the arrays, not of the disk
+_NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # errors of the arrays, not of the disk
 _FULL = ("No space left", "Disk quota exceeded")
 
 
 class Checkpoints:
     """The checkpoints of one run. A context manager; leaving it waits for the last save.
 
-    On many processes, every process makes one over the same folder and calls every method
-    at the same step; files shared by all are written by process 0.
+    With several processes, every process makes one over the same folder and calls every method
+    at the same step. Process 0 writes the files that all share.
 
     Args:
         folder: where the checkpoints go, a local or an object-storage path.
-        keep: how many of the newest to keep, at least 1; with 2 or more there is one to
+        keep: number of newest checkpoints to keep, at least 1; with 2 or more there is one to
             fall back on.
-        identity: what must not change over a run (objective, model, data, seed, ...), as
-            JSON can hold it. Written once, as `identity.json`.
-        warn: is told, in one line, of a checkpoint that could not be read.
-        read_only: leave the folder as it is, also what a run is just writing there.
+        identity: settings that must match to resume (objective, model, data, seed, ...),
+            JSON-serialisable. Written once, as `identity.json`.
+        warn: receives one line for each checkpoint that could not be read.
+        read_only: leaves the folder unchanged, even while a run writes to it.
 
     Raises:
-        UserError: if the folder belongs to a run of another identity, or is to be read and
-            is not there.
+        UserError: the folder belongs to a run of another identity, or is to be read and does
+            not exist.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Checkpoints:
         self._folder = storage.absolute(folder)
         self._warn = warn
         self._read_only, self._writing = read_only, False
-        self._last = -1  # whose writing was begun last
+        self._last = -1  # step of the last save that was started
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
-        self._claim(json.loads(json.dumps(identity)))  # as it will read back: tuples are lists
+        self._claim(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=not read_only,
@@ -88,8 +88,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, handler_registry=registry
         )
-        # Reads with a barrier for this process alone: where one of many cannot read its
-        # part, the others must not wait in Orbax for it, but hear of it in _attempt.
+        # Reads with a barrier for this process alone: if one process cannot read its part,
+        # the others must not wait for it in Orbax; _attempt tells them.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(),
             active_processes={jax.process_index()},
@@ -109,25 +109,25 @@ class Checkpoints:
         if kind is None or not issubclass(kind, Exception):
             self.close()
         elif jax.process_count() == 1:
-            with contextlib.suppress(SaveError):  # or it would take the first error's place
+            with contextlib.suppress(SaveError):  # or it would replace the first error
                 self.close()
-        # With many, what is being written waits for processes that may never come.
+        # With several processes, waiting for the write could block on processes that failed.
 
     def steps(self) -> list[int]:
-        """The steps that have a committed checkpoint, oldest first."""
+        """Returns the steps that have a committed checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any) -> None:
         """Writes `state`, a pytree of arrays, as checkpoint `step`.
 
-        Returns once the arrays are copied off the devices, so that they may be donated;
-        writing goes on behind, and its failure is raised by the next call. A step that
-        this object has already saved or restored is left as it is: a run is a pure
-        function of (config, step).
+        Returns once the arrays are copied off the devices, so that they may be donated. Writing
+        continues in the background, and the next call raises its failure. A step that this object
+        has already saved or restored is not written again: a run is a pure function of
+        (config, step).
 
         Args:
-            step: how many updates `state` has seen; the checkpoint's name.
-            state: what to save.
+            step: number of updates that `state` has seen; the checkpoint's name.
+            state: the state to save.
         """
         if step in self._whole:
             return
@@ -136,14 +136,14 @@ class Checkpoints:
             leaf["checksum"] = checksum
         index = {"leaves": leaves, "digest": checksums.digest(leaves)}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), index=ocp.args.JsonSave(index))
-        self.wait()  # for the one before
+        self.wait()  # for the previous save
         self._last = step
         self._saving(lambda: self._manager.save(step, args=items, force=True))
         self._whole.add(step)
         self._writing = True
 
     def check(self) -> None:
-        """SaveError where writing has gone wrong by now; waits for nothing."""
+        """Raises SaveError if a background write has failed by now; does not wait."""
         if self._writing and not self._is_writing():
             self._writing = False
             self.wait()
@@ -153,10 +153,10 @@ class Checkpoints:
             act()
         except _NOT_SAVING:
             raise
-        except Exception as error:  # Orbax and tensorstore: each has kinds of its own
-            # tensorstore names every file it was in the middle of; what went wrong comes last.
+        except Exception as error:  # Orbax and tensorstore raise many types
+            # tensorstore lists every file that it was writing; the cause comes last.
             reason = re.sub(r"\s*\[\w+='[^\]]*\]", "", str(error).strip().rpartition('": ')[2])
-            # Orbax counts the one that failed until it has waited for the other processes.
+            # Orbax lists the failed one until it has waited for the other processes.
             whole = [step for step in self.steps() if step != self._last]
             full = any(x in str(error) for x in _FULL)
             raise SaveError(
@@ -168,25 +168,25 @@ class Checkpoints:
             ) from error
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
-        """The newest whole checkpoint, or None where there is none at all.
+        """Restores the newest valid checkpoint; None if there are no checkpoints.
 
-        A checkpoint is whole if every file can be read and every array has the checksum
-        it was saved with. Ones that are not are passed over; once a whole one is found
-        they are renamed to `<step>.corrupt`, and `warn` names both.
+        A checkpoint is valid if every file can be read and every array has the checksum it was
+        saved with. Once a valid one is found, newer invalid ones are renamed to `<step>.corrupt`,
+        and `warn` names both.
 
         Args:
-            abstract: the state's shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`s
-                (arrays will do). The shardings are those wanted now; the checkpoint may
-                have been saved from another mesh or number of hosts.
+            abstract: the state's shapes, dtypes and shardings, as `jax.ShapeDtypeStruct`s or
+                arrays. The shardings are those wanted now; the checkpoint may have been saved
+                from another mesh or number of hosts.
 
         Returns:
-            (step, state), the state sharded as `abstract` says.
+            (step, state), the state sharded like `abstract`.
 
         Raises:
-            UserError: if a checkpoint is readable and is of another state: names, shapes
-                or dtypes differ.
-            UserError: if there are checkpoints and none is whole. Nothing is renamed
-                then, so that the next start cannot take the folder for a new run's.
+            UserError: a checkpoint is readable and is of another state: names, shapes or dtypes
+                differ.
+            UserError: there are checkpoints and none is valid. Nothing is renamed then, so that
+                the next start does not mistake the folder for a new run's.
         """
         abstract = jax.tree.map(checksums.abstract_leaf, abstract)
         self.wait()
@@ -216,17 +216,20 @@ class Checkpoints:
     def restore_part(
         self, abstract: dict[str, Any], *, step: int | None = None
     ) -> tuple[int, dict[str, Any]]:
-        """Some fields of a state, by name, verified; the others are not read.
+        """Restores some fields of a state by name, verified; the others are not read.
 
-        Where the newest checkpoint is not whole, the one before it, and `warn` names both.
+        If the newest checkpoint is invalid, restores the one before it, and `warn` names both.
 
         Args:
             abstract: field -> its shapes, dtypes and shardings, as for `restore`.
-            step: this one and no other; None is the newest whole one.
+            step: the only step to try; None is the newest valid one.
+
+        Returns:
+            (step, {field: values}).
 
         Raises:
-            UserError: there is no such checkpoint, or its fields are not these.
-            UserError: none asked for is whole. Nothing is set aside.
+            UserError: there is no such checkpoint, or its fields differ from these.
+            UserError: no checkpoint that was tried is valid. Nothing is renamed.
         """
         abstract = jax.tree.map(checksums.abstract_leaf, abstract)
         self.wait()
@@ -250,7 +253,7 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when nothing is being written; SaveError where that went wrong."""
+        """Waits for the background write to end; raises SaveError if it failed."""
         while self._is_writing():
             time.sleep(0.01)
         self._saving(self._finish)
@@ -264,13 +267,13 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then lets go of Orbax's threads. The object is of no use afterwards."""
+        """Waits, then ends Orbax's threads. The object cannot be used afterwards."""
         self.wait()
         self._manager.close()
         self._reader.close()
 
     def _claim(self, identity: dict[str, Any]) -> None:
-        """Writes the identity, or compares it with the one that is there."""
+        """Writes the identity, or compares it with an existing one."""
         path = self._folder / "identity.json"
         if self._read_only and not path.exists():
             raise UserError(f"there are no checkpoints in {self._folder}")
@@ -298,7 +301,7 @@ class Checkpoints:
             )
 
     def _read(self, step: int, abstract: Any, *, part: bool = False) -> Any:
-        """One checkpoint, or some fields of it, verified.
+        """Reads one checkpoint, or some of its fields, and verifies it.
 
         Raises:
             _Unreadable: on every process if on any.
@@ -327,13 +330,13 @@ class Checkpoints:
         return index["leaves"]
 
     def _attempt(self, read: Callable[[], Any]) -> Any:
-        """Calls `read`; its failure on any process becomes _Unreadable on all."""
+        """Calls `read`; raises _Unreadable on all processes if it fails on any."""
         value, reason = None, ""
         try:
             value = read()
         except _NOT_CORRUPTION:
             raise
-        except Exception as error:  # Orbax, tensorstore, json: each has kinds of its own
+        except Exception as error:  # Orbax, tensorstore and json raise many types
             first_line = (str(error).splitlines() or [""])[0].partition(" See full")[0]
             reason = f"{type(error).__name__}: {first_line}"[:200]
         failed = bool(reason)
@@ -344,11 +347,11 @@ class Checkpoints:
         return value
 
     def _set_aside(self, step: int) -> str:
-        """Renames a checkpoint that is not whole: its step can then be saved again."""
+        """Renames an invalid checkpoint: its step can then be saved again."""
         name = f"{step}.corrupt"
         while (self._folder / name).exists():
             name += "-again"
-        processes.barrier(f"aside {step}")  # all have chosen the name before it exists
+        processes.barrier(f"aside {step}")  # all processes choose the name before it exists
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / name)
         processes.barrier(f"aside {step} done")
@@ -357,7 +360,7 @@ class Checkpoints:
 
 
 def check_folder(folder: epath.PathLike) -> None:
-    """ValueError where Orbax can write no checkpoints: object storage other than Google's."""
+    """Raises ValueError if Orbax cannot write there: object storage other than Google's."""
     scheme, url, _ = os.fspath(folder).partition("://")
     if url and scheme != "gs":
         raise UserError(
@@ -367,15 +370,15 @@ def check_folder(folder: epath.PathLike) -> None:
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are intact."""
 
 
 class _Unreadable(Exception):
-    """A checkpoint is not whole; the message says why."""
+    """A checkpoint is invalid; the message says why."""
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {dotted key: value}."""
+    """Flattens nested dicts to {dotted key: value}."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     parts = [_flatten(v, f"{prefix}.{k}" if prefix else str(k)) for k, v in tree.items()]

@@ -1,6 +1,6 @@
-"""What a checkpoint's leaves are and hold: names, shapes, dtypes and checksums.
+"""Names, shapes, dtypes and checksums of a checkpoint's leaves.
 
-Orbax notices a file that is cut or gone, but not a flipped bit in an array.
+Orbax detects a truncated or missing file, but not a flipped bit in an array.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ def abstract_leaf(x: Any) -> jax.ShapeDtypeStruct:
 
 
 def describe(state: Any) -> dict[str, dict]:
-    """{name: {"shape", "dtype"}} of every leaf, in the tree's own order.
+    """Returns {name: {"shape", "dtype"}} of every leaf, in the tree's order.
 
-    A state is a NamedTuple; a dict of some of its fields has the same names for them.
+    A state is a NamedTuple; a dict of some of its fields gives them the same names.
     """
     if isinstance(state, dict):
         fields = [(f".{field}", tree) for field, tree in sorted(state.items())]
@@ -37,7 +37,7 @@ def describe(state: Any) -> dict[str, dict]:
 
 
 def check_same(step: int, saved: dict[str, dict], wanted: dict[str, dict]) -> None:
-    """Raises ValueError where a checkpoint's leaves are not those the run has."""
+    """Raises ValueError if a checkpoint's leaves differ from the run's."""
 
     def shown(leaf):
         return f"{leaf['dtype']}{leaf['shape']}" if leaf else "nothing"
@@ -63,17 +63,17 @@ def digest(leaves: dict[str, dict]) -> str:
 
 
 def compute(state: Any) -> list[int]:
-    """One checksum a leaf, in the tree's order; the same under every sharding."""
-    # One small program a distinct shape, where one over all leaves would take minutes to compile.
+    """Returns one checksum per leaf, in the tree's order; the same under every sharding."""
+    # One small program per distinct shape: a single one over all leaves compiles for minutes.
     return [int(x) for x in jax.device_get([checksum(x) for x in jax.tree.leaves(state)])]
 
 
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """A uint32 that any one changed element changes for certain.
+    """Returns a uint32 that is certain to change if any one element changes.
 
-    Computed where the array lies, so it costs a pass over memory and no copy. It is a sum,
-    and integers wrap, so the order of adding (and with it the sharding) cannot matter.
+    Computed on the array's own devices: one pass over memory and no copy. It is a sum of
+    wrapping integers, so neither the order of addition nor the sharding changes it.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
@@ -89,7 +89,7 @@ def checksum(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A one-to-one scrambling of uint32s (the finaliser of MurmurHash3)."""
+    """Bijective mixing of uint32s (the finaliser of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)

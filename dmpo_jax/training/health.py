@@ -1,11 +1,11 @@
-"""Preference health: is the policy learning the preference, and at whose expense?
+"""Preference health: accuracy and margins of the policy, and its errors on either image.
 
-The known way for a run to fall ill is that the loss goes down because the rejected error
-grows, while the chosen error grows too; `chosen_gain` then turns positive.
+A known failure: the loss falls because the rejected error grows, while the chosen error grows
+too; `chosen_gain` then turns positive.
 
-The step hands out one small matrix, a column a pair (`by_pair`), and the means over it
-(`summary`). Quantiles and curves by timestep are made of it on the host (`Curves`), where
-they cost a device nothing.
+The step returns one small matrix, a column per pair (`by_pair`), and the means over it
+(`summary`). The host derives quantiles and curves by timestep from it (`Curves`), at no cost
+to a device.
 """
 
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ Images = Float[Array, "B n H W C"]
 Scalar = Float[Array, ""]
 Table = Float[Array, "8 B"] | Float[np.ndarray, "8 B"]
 
-# The rows of `by_pair`. l is the policy's mean squared error, r the reference's.
+# The rows of `by_pair`. l: the policy's mean squared error, r: the reference's; _c chosen,
+# _x rejected.
 FIELDS = (
     "timestep",
     "preference",
@@ -27,14 +28,14 @@ FIELDS = (
     "margin",  # (r_c - l_c) - (r_x - l_x); l_x - l_c without reference
     "chosen_error",  # l_c
     "rejected_error",
-    "chosen_gain",  # l_c - r_c: below 0, the policy predicts it better than the reference does
+    "chosen_gain",  # l_c - r_c: below 0, the policy predicts it better than the reference
     "rejected_gain",
 )
 _ROW = {name: i for i, name in enumerate(FIELDS)}
-_IMAGES = FIELDS[4:]  # means that are left out where they are not known
+_IMAGES = FIELDS[4:]  # means that are omitted if undefined
 QUANTILES = (5, 50, 95)  # percent
 BINS = 10  # of the training timesteps, for curves by timestep
-# p (1 - p) below this: such a pair hardly pulls at a divergence any more.
+# p (1 - p) below this: the pair has almost no gradient left under a divergence.
 SATURATED = 0.01
 
 
@@ -46,15 +47,15 @@ def by_pair(
     timesteps: Int[Array, " B"],
     losses: PerPair,
 ) -> Float[Array, "8 B"]:
-    """What there is to know of each pair, float32, a row a name of FIELDS.
+    """Returns the metrics of each pair, float32, one row per name in FIELDS.
 
-    Errors, gains and margins are in squared prediction units. NaN is what does not exist:
-    margins and the rejected rows without rejected images, gains without reference.
+    Errors, gains and margins are in squared prediction units. Undefined values are NaN: margins
+    and the rejected rows without rejected images, gains without reference.
 
     Args:
         policy, target: `[B, n, H, W, C]`, any float type; n is 2, or 1 without rejected.
         reference: as policy, or None.
-        preference: the probability that image 0 is preferred; None is 1 everywhere.
+        preference: probability that image 0 is preferred; None is 1 everywhere.
     """
     batch, images = policy.shape[:2]
     error = errors(policy, target)
@@ -70,18 +71,19 @@ def by_pair(
 def summary(
     pairs: Float[Array, "8 B"], *, reference: bool = True, rejected: bool = True
 ) -> dict[str, Scalar]:
-    """Float32 scalars over the pairs of `by_pair`, whether or not it was given these two.
+    """Returns float32 scalars over the pairs of `by_pair`.
 
         implicit_accuracy  share of pairs with a margin above 0; a margin of 0 counts 1/2,
                            and so does a tie (preference 0.5), which has no right answer.
                            Among decided pairs it is (accuracy - ties/2) / (1 - ties).
         ties               share of pairs with preference exactly 0.5
         margin             mean
-        margin_abs_max     largest |margin|: exactly 0 where policy and reference agree
+        margin_abs_max     largest |margin|: exactly 0 if policy and reference agree
         chosen_error, rejected_error, chosen_gain, rejected_gain    means
 
     Without rejected images accuracy and margins are NaN and the rejected keys are absent;
-    without reference the gains are.
+    without reference the gains are absent.
+    reference, rejected: True if `by_pair` was given a reference, and rejected images.
     """
     margin = pairs[_ROW["margin"]]
     means = [name for name in _IMAGES if rejected or not name.startswith("rejected")]
@@ -99,19 +101,20 @@ def summary(
 
 
 def correct(pairs: Table) -> Float[Array, " B"]:
-    """What each pair adds to `implicit_accuracy`: 1, 0, or 1/2; NaN without rejected images."""
+    """Returns each pair's `implicit_accuracy`: 1, 0, or 1/2; NaN without rejected images."""
     margin, tied = pairs[_ROW["margin"]], pairs[_ROW["preference"]] == 0.5
-    # (1 + sign) / 2 carries NaN through, where a comparison would make it a wrong answer.
+    # (1 + sign) / 2 propagates NaN; a comparison would turn it into a wrong answer.
     return jnp.where(tied & ~jnp.isnan(margin), 0.5, 0.5 + 0.5 * jnp.sign(margin))
 
 
 class Curves:
-    """Scalars for people to look at, from the `by_pair` of one update after another.
+    """Scalars for plots, from the `by_pair` of successive updates.
 
     Args:
-        beta: where the loss is a function of u = beta/2 * margin; else None.
-        alpha: where the loss turns round at u = logit(q), q the label clipped by it; else None.
-        timesteps: of training.
+        beta: of u = beta/2 * margin, if the loss is a function of u; else None.
+        alpha: of q, the label clipped by it, if the loss has its minimum at u = logit(q); else
+            None.
+        timesteps: number of training timesteps.
     """
 
     def __init__(self, *, beta: float | None, alpha: float | None, timesteps: int):
@@ -120,13 +123,13 @@ class Curves:
         self._counts = np.zeros(BINS)
 
     def add(self, pairs: Float[np.ndarray, "8 B"]) -> dict[str, float]:
-        """The update's own scalars.
+        """Adds an update's pairs and returns the update's own scalars.
 
         margin_p05, _p50, _p95   quantiles of the margin
         logit, logit_p05, ...    mean and quantiles of u, the policy's implied logit
         saturation               share of pairs with p (1 - p) < 0.01, p = sigmoid(u)
-        past_optimum             share of pairs with u past logit(q), where the slope of a
-                                 divergence has turned round
+        past_optimum             share of pairs with u above logit(q), where the slope of a
+                                 divergence has changed sign
         """
         rows: dict[str, np.ndarray] = dict(zip(FIELDS, np.asarray(pairs, np.float64), strict=True))
         implied = {} if self._beta is None else self._implied(rows, self._beta)
@@ -136,15 +139,15 @@ class Curves:
             total = self._sums.setdefault(name, np.zeros(BINS))
             total += np.bincount(bins, row, BINS)
         self._counts += np.bincount(bins, minlength=BINS)
-        if np.isnan(rows["margin"]).any():  # no rejected images, or an update that is skipped
+        if np.isnan(rows["margin"]).any():  # no rejected images, or a skipped update
             return {}
         found = {name: float(row.mean()) for name, row in implied.items()}
         found |= _quantiles("margin", rows["margin"])
         return found | _quantiles("logit", implied["logit"]) if implied else found
 
     def _implied(self, rows: dict[str, np.ndarray], beta: float) -> dict[str, np.ndarray]:
-        """Of each pair: u, and what follows from it."""
-        # 0 * u: a pair that is not a number is in no share.
+        """Returns u of each pair, and the indicators derived from it."""
+        # 0 * u: a NaN pair is in no share.
         u = 0.5 * beta * rows["margin"]
         p = 1 / (1 + np.exp(-np.clip(u, -500, 500)))
         implied = {"logit": u, "saturation": (p * (1 - p) < SATURATED) + 0 * u}
@@ -154,7 +157,7 @@ class Curves:
         return implied
 
     def take(self) -> dict[str, float]:
-        """{"METRIC_by_timestep/FIRST-LAST": mean} over all pairs since the last call."""
+        """Returns {"METRIC_by_timestep/FIRST-LAST": mean} over all pairs since the last call."""
         edges = [round(i * self._timesteps / BINS) for i in range(BINS + 1)]
         means = {
             f"{name}_by_timestep/{first:03d}-{last - 1:03d}": float(total / count)

@@ -1,7 +1,7 @@
-"""Periodic work of a training run: validating, drawing, saving, tracing, and a caller's own.
+"""Periodic work of a training run: validation, image grids, checkpoints, traces, custom hooks.
 
-The loop is handed its hooks and knows nothing of what they do. A caller's own may be any object
-with `name`, `every` and `__call__(state, update)`; `Hook` is one to start from:
+The loop receives its hooks and does not know what they do. A custom hook is any object with
+`name`, `every` and `__call__(state, update)`; `Hook` is a base class for one:
 
     class Score(Hook):
         name, every = "score", 500
@@ -31,11 +31,11 @@ LOG = logging.getLogger(__name__)
 
 @runtime_checkable
 class HookLike(Protocol):
-    """What the loop asks of a hook.
+    """Interface that the loop requires of a hook.
 
-    name: its time is logged as `seconds_NAME`, and is in no speed. every: updates between two
-    calls; 0 is never. Called with the state after an update and the update's number; scalars
-    that it returns are written to the run's metrics.
+    name: its time is logged as `seconds_NAME` and excluded from throughput. every: updates
+    between two calls; 0 is never. Called with the state after an update and the update's number;
+    scalars that it returns are written to the run's metrics.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Hook:
     """A hook that is due at every `every`-th update.
 
     at_start: also before the first update of a fresh run. at_end: also after the last one.
-    when_stopping: also where the run was told to stop after this update.
+    when_stopping: False if it must not run when training stops early after this update.
     """
 
     name = "hook"
@@ -57,22 +57,22 @@ class Hook:
     when_stopping = True
 
     def due(self, update: int, *, total: int, stopping: bool) -> bool:
-        """Whether to call it after this update; where not `when_stopping`, not if stopping."""
+        """True if it must be called after this update."""
         asked = is_multiple(update, self.every) or (self.at_end and update == total)
         return asked and (self.when_stopping or not stopping)
 
     def poll(self) -> None:
-        """Called after every update; raises what failed in the background since."""
+        """Called after every update; raises background failures since the last call."""
 
     def wait(self) -> None:
-        """Returns when what it began has come to its end."""
+        """Waits for the hook's background work to end."""
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
         raise NotImplementedError
 
 
 class Adapted(Hook):
-    """A caller's hook, with what it left out of `Hook`."""
+    """A custom hook, completed by the defaults of `Hook`."""
 
     def __init__(self, hook: HookLike):
         self._hook, self.name, self.every = hook, hook.name, hook.every
@@ -82,7 +82,7 @@ class Adapted(Hook):
 
 
 def as_hook(hook: Any) -> Hook:
-    """A `Hook` of any object that is like one.
+    """Converts a hook-like object to a `Hook`.
 
     Raises:
         TypeError: it lacks `name`, `every` or `__call__`.
@@ -99,7 +99,7 @@ def as_hook(hook: Any) -> Hook:
 
 
 class Validate(Hook):
-    """Loss and implicit accuracy on the validation split, always under the same noise.
+    """Measures loss and implicit accuracy on the validation split, always under the same noise.
 
     batch_size: pairs at a time. key: the run's.
     """
@@ -114,14 +114,14 @@ class Validate(Hook):
         self._sharding = built.batch_sharding()
         self._rows = meshes.local_rows(self._sharding, batch_size)
         self._one = built.make_validate()
-        # Far from every step's own key, so that validation never sees training's noise.
+        # Differs from every step's key, so that validation never uses training's noise.
         self._key = jax.random.fold_in(key, 2**31)
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
         return self.measure(trained(state))
 
     def measure(self, params: Any) -> dict[str, float]:
-        """Means over the split, of a state's parameters."""
+        """Returns the means over the split for these parameters."""
         totals: dict[str, float] = {}
         epoch = pipeline.make_epoch(
             self._pairs, "validation", global_batch=self._size, rows=self._rows
@@ -137,7 +137,7 @@ class Validate(Hook):
 
 
 class Draw(Hook):
-    """Image grids at the start, at every `every`-th update and at the end.
+    """Draws image grids at the start, at every `every`-th update and at the end.
 
     draw: (all parameters of the policy, update) -> None.
     """
@@ -154,7 +154,7 @@ class Draw(Hook):
 
 
 class Save(Hook):
-    """Checkpoints at every `every`-th update, at the end, and before the run is stopped."""
+    """Saves checkpoints at every `every`-th update, at the end, and before the run is stopped."""
 
     name = "checkpoint"
     at_end = True
@@ -176,7 +176,7 @@ class Save(Hook):
 
 
 class Profile(Hook):
-    """A trace of the updates `steps` (first, last), by JAX's profiler, into a folder."""
+    """Traces the updates `steps` (first, last) with JAX's profiler, into a folder."""
 
     name = "profile"
 
@@ -198,7 +198,7 @@ def standard(
     validate_every: int,
     checkpoint_every: int,
 ) -> list[Hook]:
-    """Every run's own hooks: validation, where there is a split for it, and checkpoints."""
+    """Returns every run's own hooks: validation, if there is a split for it, and checkpoints."""
     found: list[Hook] = []
     if validate_every and "validation" in pairs.meta.counts:
         size = built.settings.batch_size // built.settings.accumulation
@@ -209,7 +209,7 @@ def standard(
 
 
 def trained(state: TrainState) -> dict[str, jax.Array]:
-    """What a run is for: the moving average where one is kept, else the parameters."""
+    """Returns the result of a run: the moving average if one is kept, else the parameters."""
     return state.params if state.ema is None else state.ema
 
 

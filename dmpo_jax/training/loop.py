@@ -1,4 +1,4 @@
-"""The loop around `step.train_step`: batches in, metrics out one step late, hooks between."""
+"""The loop around `step.train_step`: reads metrics one step late and calls hooks between steps."""
 
 import dataclasses
 import logging
@@ -25,11 +25,12 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-    """How long and how chattily a run goes on.
+    """Settings of a training loop.
 
-    steps: updates in all. every: updates between two lines of metrics. skip_limit: updates
-    with a loss that is not finite. hang_limit: seconds an update may take; 0 any.
-    profile: (first, last) update to trace. wandb: a project; "" none. title: of the bar.
+    steps: total number of updates. every: updates between two lines of metrics.
+    skip_limit: updates that may have a non-finite loss or gradient.
+    hang_limit: seconds an update may take; 0 is no limit. profile: (first, last) update to trace.
+    wandb: a project; "" is none. title: of the progress bar.
     """
 
     steps: int
@@ -53,16 +54,16 @@ def run_loop(
     workdir: epath.Path,
     cost: Cost,
 ) -> TrainState:
-    """From the state's update to the last one.
+    """Trains from the state's update to the last one; returns the final state.
 
     Args:
         batches: this process's rows, from the state's update on. Closed at the end.
-        hooks: see `hooks.HookLike`; called in this order, after a trace's beginning or end.
-        workdir: gets metrics and traces. cost: of a pair, for rates.
+        hooks: see `hooks.HookLike`; called in this order, after a trace's start or end.
+        workdir: receives metrics and traces. cost: of a pair, for throughput.
 
     Raises:
-        NonFiniteError: more updates than `skip_limit` were not finite, naming the last.
-        SystemExit: stopped from outside, when what the hooks had begun was done.
+        NonFiniteError: more updates than `skip_limit` were not finite; names the last.
+        SystemExit: stopped by a signal, after the hooks' background work has ended.
     """
     start, total = int(state.step), settings.steps
     profile, sharding = Profile(settings.profile, workdir / "profile"), built.batch_sharding()
@@ -88,7 +89,7 @@ def run_loop(
             watchdog.alive(f"update {number}", slow=number == start + 1)
             with watch.timed("input"):
                 batch = meshes.shard_batch(next(batches), sharding, built.settings.batch_size)
-            if number == start + 1:  # batches are all alike
+            if number == start + 1:  # all batches have the same shapes
                 update = watch.compile(update, state, built.reference, batch, key)
             with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
                 state, measured = update(state, built.reference, batch, key)
@@ -101,7 +102,7 @@ def run_loop(
             due = [hook for hook in known if hook.due(number, total=total, stopping=stopping)]
             if due:
                 watchdog.alive(f"what follows update {number}", slow=True)
-                watch.report(*unread, writer, progress)  # a bad update ends the job here
+                watch.report(*unread, writer, progress)  # a non-finite update ends the job here
                 unread = None
                 call(due, state, number, watch, writer)
             if stopping and number < total:
@@ -114,9 +115,9 @@ def run_loop(
 
 
 def start_state(built: TrainingStep, params: dict[str, Any], checkpoints: Any) -> TrainState:
-    """The state of the newest valid checkpoint, or the first one, of these parameters.
+    """Returns the state of the newest valid checkpoint, or else the first state of `params`.
 
-    params: emptied: they are the state's own now, or in the way of what is restored.
+    params: emptied: the state owns them now, or restoring needs their memory.
     """
     wanted = built.abstract_state(params)
     fresh: Any = None if checkpoints.steps() else built.make_state(params)
@@ -128,7 +129,7 @@ def start_state(built: TrainingStep, params: dict[str, Any], checkpoints: Any) -
 
 
 def make_watch(built: TrainingStep, settings: LoopSettings, start: int, cost: Cost) -> Watch:
-    """The run's telemetry."""
+    """Returns the run's telemetry."""
     return Watch(
         start,
         total=settings.steps,
@@ -144,7 +145,7 @@ def make_watch(built: TrainingStep, settings: LoopSettings, start: int, cost: Co
 def call(
     hooks: Sequence[Hook], state: TrainState, update: int, watch: Watch, writer: MetricsWriter
 ) -> None:
-    """Calls hooks one after another, timed by name, and writes the scalars that they return."""
+    """Calls hooks in order, timed by name, and writes the scalars that they return."""
     for hook in hooks:
         with watch.timed(hook.name):
             if scalars := hook(state, update):

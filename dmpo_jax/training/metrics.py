@@ -1,4 +1,4 @@
-"""Where a run's scalars go: metrics.jsonl, TensorBoard, W&B."""
+"""Writes a run's scalars to metrics.jsonl, TensorBoard and W&B."""
 
 import hashlib
 import json
@@ -17,24 +17,24 @@ from dmpo_jax.extras import install_hint
 
 
 class MetricsWriter:
-    """Metrics, a dict of scalars a step, to every place that was asked for.
+    """Writes metrics, a dict of scalars per step, to every requested destination.
 
-    `metrics.jsonl` has one JSON object a line, "step" first; values that are not finite are
-    null, since JSON has no NaN. A file on object storage cannot be appended to, so there
-    it is `metrics-<n>.jsonl`, a part every `PART_SECONDS` and one at the end.
+    `metrics.jsonl` has one JSON object per line, "step" first; non-finite values are null, since
+    JSON has no NaN. A file on object storage cannot be appended to, so there it is
+    `metrics-<n>.jsonl`, a part every `PART_SECONDS` and one at the end.
 
     Only process 0 writes; on the others every method does nothing. A context manager.
 
     Args:
-        workdir: the run's folder, made if need be.
+        workdir: the run's folder; created if missing.
         tensorboard: also write event files under `workdir/tensorboard`.
         wandb: also log to the Weights & Biases project of this name.
-        resume_step: the step of the checkpoint that the run goes on from. Lines of later
+        resume_step: the step of the checkpoint that the run resumes from. Lines of later
             steps, written by a run that was killed after it, are dropped, so that no
-            step stands there twice: 0 for a fresh start drops all. None drops none.
+            step appears twice: 0 for a fresh start drops all. None drops none.
 
     Raises:
-        ImportError: if `wandb` is given and not installed.
+        ImportError: `wandb` is given and not installed.
     """
 
     PART_SECONDS = 60.0
@@ -48,12 +48,12 @@ class MetricsWriter:
         resume_step: int | None = None,
     ):
         self._file = self._events = self._wandb = None
-        self._lines: list[str] = []  # of the part not yet written
+        self._lines: list[str] = []  # of the part that is not yet written
         self._active = jax.process_index() == 0
         if not self._active:
             return
         if wandb:
-            self._wandb = _start_wandb(wandb, workdir)  # first: it fails before anything is cut
+            self._wandb = _start_wandb(wandb, workdir)  # first: nothing is dropped if it fails
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._in_parts = storage.is_remote(self._workdir)
@@ -66,10 +66,10 @@ class MetricsWriter:
         else:
             self._file = open(self._workdir / "metrics.jsonl", "a")  # noqa: SIM115
         if tensorboard:
-            # Only where it is asked for: its import takes most of a second.
+            # Imported only if requested: it takes most of a second.
             from tensorboardX import SummaryWriter
 
-            # purge_step has TensorBoard forget what the killed run wrote past the checkpoint.
+            # purge_step makes TensorBoard drop what the killed run wrote after the checkpoint.
             self._events = SummaryWriter(
                 os.fspath(self._workdir / "tensorboard"),
                 purge_step=None if resume_step is None else resume_step + 1,
@@ -84,9 +84,9 @@ class MetricsWriter:
     def write(
         self, step: int, metrics: Mapping[str, Any], detail: Mapping[str, float] | None = None
     ) -> None:
-        """Writes one step's scalars: numbers, or arrays of no axes (which are fetched).
+        """Writes one step's scalars: numbers, or arrays without axes (which are fetched).
 
-        detail: more of them for where people look at curves, and not for metrics.jsonl.
+        detail: further scalars for TensorBoard and W&B, not for metrics.jsonl.
         """
         if not self._active:
             return
@@ -95,20 +95,20 @@ class MetricsWriter:
         line = json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n"
         if self._file is not None:
             self._file.write(line)
-            self._file.flush()  # a kill loses nothing, and `tail -f` shows it now
+            self._file.flush()  # a kill loses no line, and `tail -f` shows it at once
         else:
             self._lines.append(line)
             if time.monotonic() - self._part_began >= self.PART_SECONDS:
                 self._write_part()
         if self._events is not None:
             for name, value in {**scalars, **(detail or {})}.items():
-                if math.isfinite(value):  # a curve has no place for the others
+                if math.isfinite(value):  # curves cannot show the others
                     self._events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log({**scalars, **(detail or {})}, step=int(step))
 
     def close(self) -> None:
-        """Writes what is held back, and closes all."""
+        """Writes buffered lines and closes every destination."""
         if self._lines:
             self._write_part()
         if self._file is not None:
@@ -135,13 +135,13 @@ def _start_wandb(project: str, workdir: epath.PathLike) -> Any:
             f"{install_hint('wandb')}, or set log.wandb to ''"
         ) from error
     path = storage.absolute(workdir)
-    # An id made from the folder, so that a resumed run goes on in its own curves.
+    # The id is derived from the folder, so that a resumed run continues its own curves.
     run_id = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
     return wandb.init(project=project, name=path.name, id=run_id, resume="allow")
 
 
 def _drop_after(path: epath.Path, last_step: int | None) -> None:
-    """Rewrites a file of metrics without later steps, or half a line left by a kill."""
+    """Rewrites a file of metrics without later steps and lines cut off by a kill."""
     kept, lines = [], path.read_text().splitlines(keepends=True)
     for line in lines:
         try:

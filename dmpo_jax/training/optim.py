@@ -1,4 +1,4 @@
-"""The learning rate of every step, and the optax chain that applies it.
+"""Learning-rate schedules, and the optax chain that applies them.
 
 Parameters are a flat dict, `{dotted path: array}`; nothing here depends on it.
 """
@@ -18,26 +18,25 @@ OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
 def make_learning_rate(
     *, peak: float, warmup_steps: int, total_steps: int, schedule: str = "constant"
 ) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """A linear warmup to `peak`, then `schedule` down to zero at `total_steps`.
+    """Returns a linear warmup to `peak`, then `schedule` down to zero at `total_steps`.
 
     Args:
-        peak: the rate after the warmup, for the whole batch (no scaling with its size).
-        warmup_steps: how many updates the warmup takes; update s of it has the rate
+        peak: the rate after the warmup, for the global batch (not scaled with its size).
+        warmup_steps: number of warmup updates; update s of it has the rate
             `peak * (s + 1) / warmup_steps`, so the last one has `peak`.
         total_steps: where "cosine" (half a period) and "linear" would reach zero: the
-            update after the last. "constant" does not look at it.
+            update after the last. "constant" ignores it.
         schedule: "constant", "cosine" or "linear".
 
     Returns:
         step (0 for the first update) -> learning rate, a float32 scalar; jittable.
 
     Raises:
-        ValueError: for an unknown schedule, a negative rate or warmup, or a warmup that
-            leaves "cosine" or "linear" no step to decay in.
+        ValueError: unknown schedule, a negative rate or warmup, or a warmup that leaves
+            "cosine" or "linear" no step to decay in.
 
-    The published scripts begin the warmup at exactly 0, and so spend their first update,
-    a forward and a backward over the whole batch, on changing nothing. This warmup is
-    theirs, one step ahead.
+    The published scripts begin the warmup at exactly 0: their first update, a forward and a
+    backward pass over the global batch, changes nothing. This warmup is theirs, one step ahead.
     """
     if schedule not in SCHEDULES:
         raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}, but got {schedule!r}")
@@ -56,7 +55,7 @@ def make_learning_rate(
         warmup = jnp.minimum(1.0, (step + 1) / max(warmup_steps, 1))
         if schedule == "constant":
             return peak * warmup
-        # The update after the warmup is 0 of the way down; total_steps, never run, all of it.
+        # 0 at the update after the warmup, 1 at total_steps, which is never run.
         down = jnp.clip((step - warmup_steps) / (total_steps - warmup_steps), 0.0, 1.0)
         decay = 1 - down if schedule == "linear" else 0.5 * (1 + jnp.cos(jnp.pi * down))
         return peak * warmup * decay
@@ -74,23 +73,23 @@ def make_optimizer(
     weight_decay: float = 0.01,
     clip_norm: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then the named optimizer.
+    """Returns clipping by global norm, followed by the named optimizer.
 
     Args:
         learning_rate: a number, or a schedule from `make_learning_rate`.
-        name: "adamw": 8 bytes of state a parameter. "adamw_bf16": the same with the first
-            moment kept in bfloat16, 6 bytes. "adafactor": factored second moments and no
-            first ones, next to nothing; as published SDXL runs use it: no scaling with
-            the parameters' size, updates clipped to a root mean square of 1.
+        name: "adamw": 8 bytes of state per parameter. "adamw_bf16": the same with the first
+            moment in bfloat16, 6 bytes. "adafactor": factored second moments and no first
+            ones, almost no state; as in published SDXL runs: no scaling with the parameters'
+            size, updates clipped to a root mean square of 1.
         b1: decay of AdamW's first moment; Adafactor keeps none.
         b2: decay of AdamW's second moment; Adafactor's follows `1 - step**-0.8`.
         eps: added to AdamW's denominator; Adafactor adds 1e-30 to the squares.
-        weight_decay: decoupled, times the learning rate, on *every* parameter, norms and
-            biases too: so do torch's optimizers in the published scripts.
-        clip_norm: the largest global gradient norm let through; 0 turns clipping off.
+        weight_decay: decoupled, times the learning rate, on *every* parameter, also norms and
+            biases, like torch's optimizers in the published scripts.
+        clip_norm: largest global gradient norm; 0 turns clipping off.
 
     Raises:
-        ValueError: for an unknown name, or a number out of its range.
+        ValueError: unknown name, or a number out of its range.
     """
     if name not in OPTIMIZERS:
         raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but got {name!r}")
@@ -98,12 +97,12 @@ def make_optimizer(
         if not 0 <= value < 1:
             raise UserError(f"{what} must be in [0, 1), but got {value}")
     for what, value in {"eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}.items():
-        if not value >= 0:  # also refuses NaN
+        if not value >= 0:  # also rejects NaN
             raise UserError(f"{what} must be at least 0, but got {value}")
 
     chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if name in ("adamw", "adamw_bf16"):
-        # The second moment moves by 1 - b2 of itself a step, less than bfloat16 resolves.
+        # Not the second moment: it changes by 1 - b2 of itself a step, below bfloat16's resolution.
         mu_dtype = jnp.bfloat16 if name == "adamw_bf16" else None
         chain += [optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)]
     else:

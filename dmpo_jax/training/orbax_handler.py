@@ -1,7 +1,7 @@
-"""Orbax's handlers of a run's state and its index, which say at once when writing has failed.
+"""Orbax handlers of a run's state and index that report a failed write at once.
 
-Orbax tells of a failure only after it has waited for the other processes, which may be waiting
-for this one's part: up to its timeout of 600 s.
+Orbax reports a failure only after waiting for the other processes, up to its timeout of 600 s.
+These may themselves be waiting for this one's part.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from orbax.checkpoint.future import Future
 
 
 class Failure:
-    """The first error of writing on this process, or None."""
+    """The first write error on this process, or None."""
 
     error: Exception | None = None
 
@@ -28,7 +28,7 @@ class Failure:
 
 
 class _Watched:
-    """A handler of Orbax whose errors `failure` keeps; first among the bases."""
+    """Mixin for an Orbax handler: `failure` records its errors. Must be the first base."""
 
     def __init__(self, failure: Failure, **kwargs: Any):
         super().__init__(**kwargs)
@@ -52,7 +52,7 @@ class IndexHandler(_Watched, ocp.JsonCheckpointHandler):
 
 
 class _WatchedFuture(Future):
-    """A part of a save."""
+    """One part of a save, whose error `failure` records."""
 
     def __init__(self, future: Any, failure: Failure):
         self._future, self._failure = future, failure
@@ -66,10 +66,10 @@ class _WatchedFuture(Future):
 
 
 def array_registry() -> Any:
-    """How Orbax writes arrays: those under 1 MB by one device.
+    """Returns a type registry that has one device write an array under 1 MiB.
 
-    By default every replica writes a slice of every array: with thousands of small ones on
-    eight devices that is six seconds a save, for nothing.
+    By default every replica writes a slice of every array. With thousands of small ones on
+    eight devices that costs six seconds per save.
     """
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))

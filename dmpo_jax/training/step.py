@@ -1,6 +1,6 @@
-"""One optimisation step, the page to read first.
+"""One optimisation step, the module to read first.
 
-Letters as in `types`: B pairs, 2 images a pair, A microbatches.
+Letters as in `types`: B pairs, 2 images of a pair, A microbatches.
 """
 
 import functools
@@ -22,23 +22,23 @@ from dmpo_jax.parallel import placement
 from dmpo_jax.training import health
 from dmpo_jax.types import Condition, Noised, PairBatch, PerPair
 
-# Without it XLA keeps bfloat16 intermediates of one forward in float32 and not of the
-# other, and beta turns the difference into margins of policy against itself.
+# Otherwise XLA keeps bfloat16 intermediates of one forward pass in float32 and not of the
+# other, and beta amplifies the difference into margins of the policy against itself.
 COMPILER_OPTIONS = {"xla_allow_excess_precision": False}
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes. The reference is not in it: nothing can change it."""
+    """Everything that a step changes. Excludes the reference, which is constant."""
 
     step: Int[Array, ""]
-    params: dict[str, jax.Array]  # all of the policy's, or its adapters
+    params: dict[str, jax.Array]  # all parameters of the policy, or its adapters
     opt_state: Any
-    skipped: Int[Array, ""]  # updates left out because loss or gradient was not finite
-    ema: dict[str, jax.Array] | None = None  # moving average of params, where one is kept
+    skipped: Int[Array, ""]  # updates skipped for a non-finite loss or gradient
+    ema: dict[str, jax.Array] | None = None  # moving average of params, if one is kept
 
 
 class Setup(NamedTuple):
-    """What a step closes over: pure functions and Python numbers."""
+    """The constants of a step: pure functions and Python numbers."""
 
     predict: Callable[..., jax.Array]  # (params, latents [N...], times [N], condition)
     objective: Callable[..., PerPair]  # hyperparameters bound
@@ -48,22 +48,22 @@ class Setup(NamedTuple):
     scaling_factor: Factor
     tx: optax.GradientTransformation
     shift_factor: Factor = 0.0
-    pack: int = 1  # latents are packed so before they are scaled and noised
+    pack: int = 1  # latents are packed pack x pack, then scaled and noised
     accumulation: int = 1
-    adapters: bool = False  # whether the state's parameters are adapters on the frozen ones
+    adapters: bool = False  # True if the state's parameters are adapters on the frozen ones
     dropout: float = 0.0  # of the adapters
     ema_decay: float = 0.0
-    mean_only: bool = False  # whether batches hold the moments' mean alone
-    timesteps: Timesteps | None = None  # which are drawn, and what each weighs; None: all alike
-    safeguard: float | None = None  # mu of `objectives.winner_preserving`; None: without
+    mean_only: bool = False  # True if batches hold the moments' mean alone
+    timesteps: Timesteps | None = None  # their density and loss weights; None: uniform
+    safeguard: float | None = None  # mu of `objectives.winner_preserving`; None: off
 
 
 def make_state(
     params: dict[str, jax.Array], tx: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """The state before the first step, float32 master parameters."""
+    """Returns the state before the first step, with float32 master parameters."""
 
-    # Copies: the state is donated, and what came in may be the reference too.
+    # Copies: the state is donated, and the input may also be the reference.
     def copy(params):
         return {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
 
@@ -80,23 +80,23 @@ def train_step(
     *,
     setup: Setup,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Noise the pairs, predict twice, compare, update. Pure: a function of its arguments.
+    """Noises the pairs, predicts with policy and reference, computes the loss and updates. Pure.
 
     Args:
-        reference: frozen parameters, not donated. Also what adapters sit on, and the buffers
-            of a model that has any: arrays that are not trained. None where neither they nor
-            the objective need it.
+        reference: frozen parameters, not donated. Includes the base of adapters, and the buffers
+            of a model that has any: arrays that are not trained. None if neither they nor the
+            objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:
-        The next state, and float32 scalars; under "pairs", what `health.by_pair` says of each
-        pair, in no order that means anything. Where loss or gradient is not finite, the
-        parameters and the optimizer stay as they were and `skipped` goes up by one.
+        The next state, and float32 scalars; under "pairs", `health.by_pair` of each pair, in
+        arbitrary order. If loss or gradient is not finite, the parameters, the optimizer and the
+        average stay unchanged and `skipped` increases by one.
     """
     key = jax.random.fold_in(key, state.step)
     noised = noise_batch(key, batch, setup)
     parts = microbatches((noised, batch.preference, batch.condition), setup.accumulation)
-    if setup.dropout:  # far from the keys that noise_batch splits off
+    if setup.dropout:  # differs from the keys that noise_batch splits off
         parts += (jax.random.split(jax.random.fold_in(key, 2**31), setup.accumulation),)
 
     def gradient(part):
@@ -105,7 +105,7 @@ def train_step(
         return gradient, measured
 
     grads, (scalars, pairs) = accumulate(gradient, parts, setup.accumulation)
-    with jax.named_scope("health"):  # `hlo` knows by it what is gathered of pairs
+    with jax.named_scope("health"):  # `hlo` recognises the pairs' collectives by this name
         pairs = jnp.moveaxis(pairs, 0, 1).reshape(len(health.FIELDS), -1)
     metrics = {name: x.mean() for name, x in scalars.items()}
     metrics |= health.summary(pairs, reference=setup.needs_reference, rejected=setup.needs_rejected)
@@ -117,7 +117,7 @@ def train_step(
     old = (state.params, state.opt_state, state.ema)
     params, opt_state, ema = jax.tree.map(functools.partial(jnp.where, finite), new, old)
     skipped = state.skipped + (1 - finite.astype(jnp.int32))
-    # Of what they moved by, not of `updates`: that norm would read the whole state once more.
+    # Norm of the change, not of `updates`: that would read the full state once more.
     moved = jax.tree.map(jnp.subtract, params, state.params)
     metrics |= {
         "grad_norm": grad_norm,
@@ -129,10 +129,10 @@ def train_step(
 
 
 def average(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
-    """The next moving average; None where none is kept.
+    """Returns the next moving average; None if none is kept.
 
-    Early on it forgets faster, by (1 + step) / (10 + step): it would hold the start for
-    thousands of steps otherwise. Source: huggingface/diffusers, training_utils.EMAModel.
+    Early on its decay is at most (1 + step) / (10 + step); otherwise it would keep the initial
+    values for thousands of steps. Source: huggingface/diffusers, training_utils.EMAModel.
     """
     if ema is None:
         return None
@@ -141,9 +141,9 @@ def average(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
 
 
 def pair_loss(params, reference, part, setup: Setup):
-    """(mean loss, (scalars, `health.by_pair`)) of some noised pairs; differentiable in params.
+    """Returns (mean loss, (scalars, `health.by_pair`)) of noised pairs; differentiable in params.
 
-    part: noised pairs, preference, condition and, for dropout alone, a key.
+    part: noised pairs, preference, condition and, for dropout only, a key.
     """
     noised, preference, condition, *keys = part
     policy, frozen = predict_both(params, reference, noised, condition, setup, *keys)
@@ -158,15 +158,15 @@ def pair_loss(params, reference, part, setup: Setup):
 
 
 def pair_losses(policy, reference, noised: Noised, preference: PerPair, setup: Setup) -> PerPair:
-    """The objective of each pair, weighed by its timestep."""
+    """Returns the objective of each pair, weighted by its timestep."""
     losses = setup.objective(policy, reference, noised.target, preference)
     return losses if noised.weights is None else losses * noised.weights
 
 
 def predict_both(params, reference, noised, condition, setup: Setup, dropout_key=None):
-    """(the policy's predictions, the reference's or None)."""
+    """Returns (the policy's predictions, the reference's or None)."""
     frozen = reference
-    if setup.adapters:  # on the same frozen parameters, switched off for the reference
+    if setup.adapters:  # the reference: the same frozen parameters, adapters switched off
         frozen = {**reference, **lora.switched_off(jax.lax.stop_gradient(params))}
         if dropout_key is not None:
             params = lora.drop(dropout_key, params, setup.dropout)
@@ -176,7 +176,7 @@ def predict_both(params, reference, noised, condition, setup: Setup, dropout_key
         reference_prediction = jax.lax.stop_gradient(
             predict_pairs(setup.predict, frozen, noised, condition)
         )
-        # The policy waits: what the reference's forward keeps is gone before a backward's is.
+        # The policy waits, so that the reference's activations are freed before its own are kept.
         reference_prediction, latents = jax.lax.optimization_barrier(
             (reference_prediction, noised.latents)
         )
@@ -185,7 +185,7 @@ def predict_both(params, reference, noised, condition, setup: Setup, dropout_key
 
 
 def noise_batch(key: Key[Array, ""], batch: PairBatch, setup: Setup) -> Noised:
-    """Latents drawn from the moments and noised, over the global batch."""
+    """Draws latents from the moments and noises them, over the global batch."""
     latent_key, noise_key = jax.random.split(key)
     moments = batch.moments if setup.needs_rejected else batch.moments[:, :1]
     latents = sample_latents(
@@ -200,7 +200,7 @@ def noise_batch(key: Key[Array, ""], batch: PairBatch, setup: Setup) -> Noised:
 
 
 def predict_pairs(predict, params, noised: Noised, condition: Condition):
-    """The model over pairs: flattened B-major, so that a device keeps its rows."""
+    """Applies the model to pairs, flattened B-major so that a device keeps its rows."""
     b, n = noised.latents.shape[:2]
     latents = noised.latents.reshape(b * n, *noised.latents.shape[2:])
     times = jnp.broadcast_to(noised.times[:, None], (b, n)).reshape(b * n)
@@ -209,16 +209,16 @@ def predict_pairs(predict, params, noised: Noised, condition: Condition):
 
 
 def microbatches(tree: Any, count: int) -> Any:
-    """[B, ...] -> [A, B/A, ...], cut so that each device keeps its rows.
+    """Reshapes [B, ...] to [A, B/A, ...] such that each device keeps its rows.
 
     Row b goes to microbatch b % A: the reshape to (B/A, A) splits no device's block,
-    where (A, B/A) would gather the batch.
+    whereas (A, B/A) would gather the batch.
     """
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
 
 
 def accumulate(gradient: Callable, parts: Any, count: int) -> tuple[Any, Any]:
-    """The mean gradient over microbatches, one at a time, and what each had beside it, stacked."""
+    """Returns the mean gradient over microbatches, one at a time, and their stacked aux values."""
     if count == 1:
         grads, beside = gradient(jax.tree.map(lambda x: x[0], parts))
         return grads, jax.tree.map(lambda x: x[None], beside)
@@ -236,7 +236,7 @@ def accumulate(gradient: Callable, parts: Any, count: int) -> tuple[Any, Any]:
 def validate_batch(
     params, reference, batch: PairBatch, weights: PerPair, key: Key[Array, ""], *, setup: Setup
 ) -> dict[str, jax.Array]:
-    """Weighted sums over pairs: `loss`, `implicit_accuracy` and `weight`."""
+    """Returns weighted sums over pairs: `loss`, `implicit_accuracy` and `weight`."""
     setup = setup._replace(needs_rejected=True)  # accuracy compares the two images
     noised = noise_batch(key, batch, setup)
     predictions = predict_both(params, reference, noised, batch.condition, setup)
@@ -251,20 +251,20 @@ def validate_batch(
 
 
 def on_mesh(setup: Setup, mesh: Mesh | None) -> Setup:
-    """The same, each device predicting its own rows."""
+    """Returns the setup with each device predicting its own rows."""
     return setup._replace(predict=placement.over_rows(setup.predict, mesh))
 
 
 def jit_train_step(setup: Setup, shardings: Any = None):
-    """`train_step` compiled for the mesh of `shardings`, those of the state, which is donated.
+    """Returns `train_step` jitted for the state's shardings and their mesh; the state is donated.
 
-    Without shardings, for wherever its arguments lie.
+    Without shardings, it runs wherever its arguments are.
     """
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
     return jax.jit(
         functools.partial(train_step, setup=on_mesh(setup, mesh)),
         donate_argnums=0,
-        # Of the metrics too: every process reads them whole.
+        # Metrics are replicated: every process reads them in full.
         out_shardings=None if mesh is None else (shardings, meshes.replicated(mesh)),
         compiler_options=COMPILER_OPTIONS,
     )

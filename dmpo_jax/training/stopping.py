@@ -1,4 +1,4 @@
-"""How training is stopped from outside, and how it ends itself where it hangs."""
+"""Stops training on a signal, and ends the process if training hangs."""
 
 import faulthandler
 import logging
@@ -17,12 +17,12 @@ LOG = logging.getLogger(__name__)
 
 
 class Stopping:
-    """SIGTERM and Ctrl-C ask every process to save after the same update and leave.
+    """Makes SIGTERM and Ctrl-C stop every process after the same update, once it has saved.
 
-    With one process by handlers of our own, and a second Ctrl-C does not wait. With many a
-    signal to any one of them is enough: JAX, which catches SIGTERM from joining on, agrees
-    with the others on an update that none has begun. A context manager, entered and left by
-    the main thread.
+    A single process uses its own handlers; a second Ctrl-C does not wait. With several, a signal
+    to any one of them is enough: JAX, which catches SIGTERM once the processes have joined,
+    agrees with the others on an update that none has begun. A context manager, entered and left
+    by the main thread.
     """
 
     def __init__(self):
@@ -43,13 +43,13 @@ class Stopping:
             signal.signal(number, handler)
 
     def asked(self, number: int) -> bool:
-        """Whether to save after update `number` and leave. Asked once an update, by all."""
+        """True if the run must end after saving update `number`; asked once an update, by all."""
         if self._many:
             return multihost_utils.reached_preemption_sync_point(number)
         return self._signal is not None
 
     def leave(self, number: int) -> NoReturn:
-        """Ends the process with the status that shells give to a signal."""
+        """Ends the process with the exit status of shells for a signal."""
         if jax.process_index() == 0:
             words = f"stopped at step {number}, saved; run the same command again to go on"
             print(words, flush=True)
@@ -57,7 +57,7 @@ class Stopping:
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._many:
-            os.kill(os.getpid(), signal.SIGTERM)  # what JAX has its ear on
+            os.kill(os.getpid(), signal.SIGTERM)  # the signal that JAX handles
             return
         if self._signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -66,16 +66,16 @@ class Stopping:
 
 
 class Watchdog:
-    """Ends the process with processes.RESTART where no update was begun for `limit` seconds.
+    """Ends the process with processes.RESTART if no update begins for `limit` seconds.
 
-    For what no error tells of: a collective that a dead or stuck process never joins, a disk
-    that does not answer. It prints where every thread stands. A context manager.
+    Catches hangs that raise no error: a collective that a dead or stuck process never joins, or
+    a disk that does not answer. Prints the stack of every thread. A context manager.
 
     Args:
         limit: seconds; 0 never ends anything.
     """
 
-    SLOW = 3  # limits for what may have to compile first, or writes much
+    SLOW = 3  # limits for work that may compile first, or writes much
 
     def __init__(self, limit: float | int):
         self._limit = limit
@@ -91,9 +91,9 @@ class Watchdog:
         self._done.set()
 
     def alive(self, doing: str, *, slow: bool = False) -> None:
-        """Starts the clock anew. doing: what is begun, for the message."""
+        """Restarts the clock. doing: what begins now, for the message."""
         allowed = self._limit * (self.SLOW if slow else 1)
-        self._now = doing, allowed, time.monotonic() + allowed  # one assignment: threads
+        self._now = doing, allowed, time.monotonic() + allowed  # one assignment: read by a thread
 
     def _watch(self) -> None:
         while True:

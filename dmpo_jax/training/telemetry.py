@@ -1,4 +1,4 @@
-"""What a run tells of its own pace: pairs and FLOPs a second, where the time goes, memory."""
+"""Telemetry of a run: throughput in pairs and FLOPs, time by activity, memory."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from dmpo_jax.training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
 
-# Keys of metrics.jsonl that clock and machine decide; all others the config and the step.
+# Keys of metrics.jsonl that depend on clock and machine; all others on config and step.
 MEASURED = frozenset(
     "pairs_per_second pairs_per_second_per_chip tflops_per_second_per_chip mfu seconds_input "
     "seconds_step seconds_checkpoint seconds_validation seconds_sampling seconds_profile "
@@ -27,14 +27,14 @@ _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
 class NonFiniteError(RuntimeError):
-    """More updates than `train.skip_limit` had a loss or gradient that is not finite."""
+    """More updates than `train.skip_limit` had a non-finite loss or gradient."""
 
 
 class Cost(NamedTuple):
-    """What pairs a second are turned into FLOP/s with.
+    """Factors that convert pairs per second to FLOP/s and MFU.
 
-    pair_flops: that one pair needs, recomputation apart.
-    chips: of the mesh. peak_flops: of one in bfloat16, a second; None where not known.
+    pair_flops: of one pair, recomputation excluded.
+    chips: of the mesh. peak_flops: bfloat16 FLOP/s of one chip; None if unknown.
     """
 
     pair_flops: int
@@ -43,15 +43,15 @@ class Cost(NamedTuple):
 
 
 class Watch:
-    """Turns a step's metrics into a line, a bar and, where it went wrong, an end.
+    """Reports a step's metrics as a line and in the bar; raises if too many are not finite.
 
-    It never waits for the device by itself. The metrics of a step are read once the next one
-    is dispatched, as `report` is called, and the moment they are there is the step's end.
+    It never waits for the device by itself. The metrics of a step are read once the next step
+    is dispatched, when `report` is called; the moment they are available is the step's end.
 
     Args:
-        start: the update that the run goes on from. total: the last one.
-        batch_size: pairs an update. every: updates between two lines of metrics.
-        skip_limit: updates that may have a loss or gradient that is not finite.
+        start: the update that the run resumes from. total: the last one.
+        batch_size: pairs per update. every: updates between two lines of metrics.
+        skip_limit: updates that may have a non-finite loss or gradient.
         learning_rate: by step. cost: of a pair. curves: of the run's objective.
         clock: seconds, for tests.
     """
@@ -75,16 +75,16 @@ class Watch:
         self._clock = clock
         self._last: int | None = start
         self._since = clock()
-        self._input = (0, 0.0)  # batches taken since then, seconds that took
-        self._once: dict[str, float] = {}  # what the next line has beside a step's own
+        self._input = (0, 0.0)  # batches taken since then, seconds it took
+        self._once: dict[str, float] = {}  # further values for the next line
         self._finished_any = False
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Counts the seconds of the block as `what`.
+        """Adds the seconds of the block to the time of `what`.
 
-        "input" is a part of every step. All else is a pause: it is left out of the speed, and
-        its seconds stand in the next line. Steps in flight must be reported before it.
+        "input" is a part of every step. Everything else is a pause: it is excluded from
+        throughput, and its seconds are in the next line. Report steps in flight before a pause.
         """
         began = self._clock()
         try:
@@ -99,7 +99,7 @@ class Watch:
                 self._restart()
 
     def compile(self, jitted: Any, *arguments: Any) -> Any:
-        """`jitted` compiled for its arguments, ahead of its first call; says how long it took."""
+        """Compiles `jitted` for its arguments ahead of its first call; logs the time it took."""
         hits: list[str] = []
 
         def listen(event: str, **details: Any) -> None:
@@ -125,7 +125,7 @@ class Watch:
         writer: MetricsWriter,
         progress: Progress,
     ) -> None:
-        """Reads the metrics of update `number`; NonFiniteError past the limit."""
+        """Reads the metrics of update `number`; raises NonFiniteError past the limit."""
         fetched = dict(jax.device_get(metrics))
         pairs = fetched.pop("pairs")
         values = {name: float(x) for name, x in fetched.items()}
@@ -153,7 +153,7 @@ class Watch:
         progress.advance(1, **shown)
 
     def _restart(self) -> None:
-        """Leaves what happened up to now out of the speed."""
+        """Excludes the time up to now from throughput."""
         self._since, self._last, self._input = self._clock(), None, (0, 0.0)
 
     def _note_first_step(self) -> None:
@@ -166,10 +166,10 @@ class Watch:
             LOG.info("the first step ended %.1f s after the process began", seconds)
 
     def _pace(self, steps: int, now: float) -> dict[str, float]:
-        """What the steps since the last line, or pause, come to: rates, and seconds a step."""
+        """Returns throughput and seconds per step since the last line or pause."""
         seconds = max(now - self._since, 1e-9) / steps
         batches, waited = self._input
-        # A batch is taken ahead of its step, so there may be one more of them.
+        # A batch is taken before its step, so there may be one batch more.
         waiting = min(waited / max(batches, 1), seconds)
         speed = self._batch_size / seconds
         flops = speed * self._cost.pair_flops / self._cost.chips
@@ -186,7 +186,7 @@ class Watch:
 
 
 def check_finite(number: int, values: dict[str, float], limit: int) -> None:
-    """NonFiniteError where more than `limit` updates had to be skipped by update `number`."""
+    """Raises NonFiniteError if more than `limit` updates were skipped up to update `number`."""
     skipped = int(values["skipped"])
     if skipped > limit:
         raise NonFiniteError(
@@ -198,9 +198,9 @@ def check_finite(number: int, values: dict[str, float], limit: int) -> None:
 
 
 def memory() -> dict[str, float]:
-    """GB (1e9 bytes) held now and at most so far, by the fullest of this process's devices.
+    """Returns GB (1e9 bytes) held now and at the peak, on the fullest of this process's devices.
 
-    Where the backend does not say, as on a CPU, by the process; empty where that is not known.
+    If the backend does not report it, as on a CPU, the process's own; empty if that is unknown.
     """
     stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
     if stats:
@@ -225,10 +225,10 @@ def memory() -> dict[str, float]:
 
 
 def process_seconds() -> float | None:
-    """Seconds since this process began, imports included; None where the system does not say."""
+    """Returns seconds since this process began, imports included; None if the system cannot say."""
     try:
         stat = pathlib.Path("/proc/self/stat").read_text()
     except OSError:  # not Linux
         return None
-    began = int(stat.rpartition(")")[2].split()[19])  # the name, in brackets, may hold spaces
+    began = int(stat.rpartition(")")[2].split()[19])  # the name, in brackets, may have spaces
     return time.clock_gettime(time.CLOCK_BOOTTIME) - began / os.sysconf("SC_CLK_TCK")

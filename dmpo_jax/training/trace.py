@@ -1,4 +1,4 @@
-"""A trace of some updates, by JAX's profiler, to look at in xprof or Perfetto."""
+"""Traces some updates with JAX's profiler, for xprof or Perfetto."""
 
 import logging
 import pathlib
@@ -31,7 +31,7 @@ class Trace:
             self.switch()
 
     def due(self, number: int) -> bool:
-        """Whether, with update `number` finished, the trace is to begin or to end."""
+        """True if the trace must begin or end now that update `number` is finished."""
         if self._steps is None:
             return False
         first, last = self._steps
@@ -45,7 +45,7 @@ class Trace:
             return
         with self._local as name:
             jax.profiler.stop_trace()
-            # The profiler's writer knows fewer kinds of storage than the rest of a run.
+            # The profiler's writer supports fewer kinds of storage than the rest of a run.
             for file in sorted(p for p in pathlib.Path(name).rglob("*") if p.is_file()):
                 target = self._folder / str(file.relative_to(name))
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU slices: queues for them, installs on every worker, runs the same line on
-# each, and queues anew when they are preempted. Run it on your own machine or a small VM:
+# Trains on Cloud TPU slices: queues for them, installs on every worker, runs the same command on
+# each, and requeues when they are preempted. Run it on your own machine or a small VM:
 #
 #     NAME=align ZONE=us-central1-a ACCELERATOR=v5litepod-16 RUNTIME=v2-alpha-tpuv5-lite \
 #       launch/tpu/train.sh --config=configs/sdxl_dmpo.py --workdir=gs://BUCKET/run ...
 #
-# SLICES=4 joins four such slices by Multislice (set --config.mesh for it). SPOT= (empty) asks
-# for capacity that is not preempted. The workdir, the model and the pairs must be where every
-# worker sees them: gs://, or hub ids. Interrupt this script as you like: training goes on
-# without it, and the same line watches it again. To end all:
+# SLICES=4 joins four such slices by Multislice (set --config.mesh for it). SPOT= (empty) requests
+# capacity that is not preempted. Every worker must have access to the workdir, the model and the
+# pairs: gs://, or hub ids. This script may be interrupted: training continues without it, and
+# the same command watches it again. To end everything:
 #
 #     gcloud compute tpus queued-resources delete "$NAME" --zone "$ZONE" --force
 set -euo pipefail
@@ -28,7 +28,7 @@ nodes() {
   if ((SLICES == 1)); then echo "$NAME"; else seq -f "$NAME-%g" 0 $((SLICES - 1)); fi
 }
 
-queue() { # returns when the slices are there
+queue() { # returns when the slices are active
   local shape=(--node-id "$NAME")
   ((SLICES == 1)) || shape=(--node-count "$SLICES" --node-prefix "$NAME")
   while :; do
@@ -38,9 +38,9 @@ queue() { # returns when the slices are there
         "${tpus[@]}" queued-resources create "$NAME" --zone "$ZONE" "${shape[@]}" \
           --accelerator-type "$ACCELERATOR" --runtime-version "$RUNTIME" ${SPOT:+"$SPOT"}
         ;;
-      SUSPENDED | FAILED) # preempted: it does not come back by itself
+      SUSPENDED | FAILED) # preempted: it is not restored by itself
         "${tpus[@]}" queued-resources delete "$NAME" --zone "$ZONE" --force --quiet ||
-          true # it may be going already
+          true # it may already be being deleted
         ;;
     esac
     sleep "$POLL"
