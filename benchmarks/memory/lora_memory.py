@@ -28,10 +28,11 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
 
     from dmpo_jax.families import PUBLISHED
     from dmpo_jax.models import parameters
+    from dmpo_jax.models.lora import Adapters
     from dmpo_jax.objectives import OBJECTIVES
     from dmpo_jax.parallel import mesh
     from dmpo_jax.planning.step import of_published
-    from dmpo_jax.training.build import Lora, Rate, StepSettings, build
+    from dmpo_jax.training.build import Rate, StepSettings, build
 
     published = PUBLISHED["sd15"]
     planned = of_published(published, "sd15", resolution=8 * latents, moments_dtype="float32")
@@ -40,7 +41,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
         hyperparameters={"beta": 2000.0, "alpha": 0.01},
         batch_size=1,
         compute_dtype=dtype,
-        lora=Lora(rank) if kind == "lora" else None,
+        lora=Adapters(rank) if kind == "lora" else None,
         rate=Rate(peak=1e-5),
     )
     model = parameters.initialise(published.family.model, dict(published.model), 0, dtype=dtype)

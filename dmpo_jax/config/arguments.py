@@ -7,7 +7,8 @@ from etils import epath
 from dmpo_jax.config.leaves import Config, identity
 from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.export.model_card import Card
-from dmpo_jax.export.pipeline import Adapters, Trained
+from dmpo_jax.export.pipeline import Trained
+from dmpo_jax.models.lora import Adapters
 
 
 def pipeline(config: Config) -> dict[str, Any]:
@@ -56,10 +57,20 @@ def encoding(config: Config, source: str = "") -> Settings:
 
 def trained(config: Config) -> Trained:
     """The pipeline and adapters that a run trains, for `export.pipeline`."""
-    adapters = None
-    if rank := config.lora.rank:
-        adapters = Adapters(rank, config.lora.alpha or rank, tuple(config.lora.targets))
-    return Trained(config.model.folder, config.model.variant or None, adapters)
+    return Trained(config.model.folder, config.model.variant or None, adapters(config))
+
+
+def adapters(config: Config) -> Adapters | None:
+    """The adapters that a config trains; None if it trains every parameter."""
+    if not config.lora.rank:
+        return None
+    return Adapters(
+        rank=config.lora.rank,
+        targets=tuple(config.lora.targets),
+        alpha=config.lora.alpha,
+        dropout=config.lora.dropout,
+        seed=config.seed,
+    )
 
 
 def card(config: Config, workdir: epath.PathLike) -> Card:

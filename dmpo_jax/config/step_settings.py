@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from dmpo_jax.config import checks
+from dmpo_jax.config import arguments, checks
 from dmpo_jax.config.leaves import Config
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.training.build import Lora, Rate, StepSettings
+from dmpo_jax.training.build import Rate, StepSettings
 from dmpo_jax.training.loop import LoopSettings
 
 OPTIMIZER = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
@@ -22,7 +22,7 @@ def read_step(config: Config) -> StepSettings:
         accumulation=config.train.accumulation,
         compute_dtype=config.model.compute_dtype,
         execution=Execution(config.model.attention, config.model.remat, config.model.scan),
-        lora=read_lora(config),
+        lora=arguments.adapters(config),
         ema_decay=config.train.ema_decay,
         rate=Rate(
             peak=optimizer.learning_rate,
@@ -33,19 +33,6 @@ def read_step(config: Config) -> StepSettings:
         optimizer={name: optimizer[name] for name in OPTIMIZER},
         timesteps=config.timesteps.to_dict(),
         safeguard=config.safeguard.mu,
-    )
-
-
-def read_lora(config: Config) -> Lora | None:
-    """Returns the settings of a config's adapters; None if it trains every parameter."""
-    if not config.lora.rank:
-        return None
-    return Lora(
-        rank=config.lora.rank,
-        targets=tuple(config.lora.targets),
-        alpha=config.lora.alpha,
-        dropout=config.lora.dropout,
-        seed=config.seed,
     )
 
 

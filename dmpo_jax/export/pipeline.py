@@ -15,22 +15,6 @@ from dmpo_jax.parallel import mesh
 Params = dict[str, jax.Array]
 
 
-class Adapters(NamedTuple):
-    """LoRA adapters of width `rank`, on the layers whose paths end with one of `targets`."""
-
-    rank: int
-    alpha: float | int
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def attach(self, model: Any, *, seed: int) -> Any:
-        """Attaches the adapters to a model. seed: of their initial values."""
-        return lora.attach(model, rank=self.rank, alpha=self.alpha, targets=self.targets, seed=seed)
-
-
 class Trained(NamedTuple):
     """The model that a run trained. adapters: None if every parameter was trained.
 
@@ -39,7 +23,7 @@ class Trained(NamedTuple):
 
     folder: str
     variant: str | None
-    adapters: Adapters | None
+    adapters: lora.Adapters | None
 
     def load(self, **kw: Any) -> Any:
         """Loads the model as it was before training."""
@@ -50,7 +34,7 @@ def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of a checkpoint's parameters, sharded over all devices."""
     model = trained.load(abstract=True)
     if trained.adapters:
-        _, shapes = lora.partition(parameters.shapes(trained.adapters.attach(model, seed=0)))
+        _, shapes = lora.partition(parameters.shapes(trained.adapters.attach(model)))
     else:
         shapes, _ = parameters.partition(model, parameters.shapes(model))
     shardings = mesh.parameter_sharding(mesh.make_mesh(fsdp=-1, data=1), shapes)

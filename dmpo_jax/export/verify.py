@@ -1,5 +1,6 @@
 """Verifies an export: PyTorch's predictions against ours on the same inputs."""
 
+import dataclasses
 import gc
 import importlib
 import logging
@@ -12,10 +13,11 @@ from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.errors import UserError
-from dmpo_jax.export.pipeline import Adapters, Trained
+from dmpo_jax.export.pipeline import Trained
 from dmpo_jax.extras import install_hint
 from dmpo_jax.families import Family
 from dmpo_jax.models import parameters
+from dmpo_jax.models.lora import Adapters
 from dmpo_jax.types import Condition
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +64,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
 
 def with_adapters(model: Any, folder: epath.Path, adapters: Adapters, component: str) -> Any:
     """Returns the model with the adapters of `folder`, whose weights include the scale."""
-    adapted = adapters._replace(alpha=adapters.rank).attach(model, seed=0)
+    adapted = dataclasses.replace(adapters, alpha=adapters.rank).attach(model)
     structure, params = parameters.split(adapted)
     found = diffusers_io.load_lora(folder, component=component)
     loaded = {path: jnp.asarray(x) for path, x in found.items()}

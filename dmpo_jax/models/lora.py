@@ -7,6 +7,7 @@ adapters off, the model is the base itself, so a reference costs no second copy.
 Source: LoRA, arXiv 2106.09685; huggingface/peft, tuners/lora/layer.py.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,29 @@ from jaxtyping import Array, Key
 from dmpo_jax.errors import UserError
 from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.parameters import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters of a model: arguments of `attach`, and dropout.
+
+    alpha: None is rank. dropout: of the adapters' input, in training. seed: of initial values.
+    """
+
+    rank: int
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    alpha: float | int | None = None
+    dropout: float | int = 0.0
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        return (self.alpha or self.rank) / self.rank
+
+    def attach(self, model: nnx.Module) -> Any:
+        """Returns the model with these adapters. Raises as `attach`."""
+        alpha = self.alpha or self.rank
+        return attach(model, rank=self.rank, alpha=alpha, targets=self.targets, seed=self.seed)
 
 
 def attach(

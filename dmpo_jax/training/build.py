@@ -22,6 +22,7 @@ from dmpo_jax.families.family import Facts, Family
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
+from dmpo_jax.models.lora import Adapters
 from dmpo_jax.objectives.registry import Objective
 from dmpo_jax.parallel import mesh as meshes
 from dmpo_jax.training import health, optim, step
@@ -30,24 +31,6 @@ from dmpo_jax.types import PairBatch
 Params = dict[str, Any]
 AUTO = "auto"  # of Execution.attention: the best kernel for the mesh's devices
 BEST = Execution(attention=AUTO)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """Settings of low-rank adapters, for `lora.attach`.
-
-    alpha: None is rank. seed: of the adapters' initial values.
-    """
-
-    rank: int
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    alpha: float | int | None = None
-    dropout: float | int = 0.0
-    seed: int = 0
-
-    @property
-    def scale(self) -> float:
-        return (self.alpha or self.rank) / self.rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +64,7 @@ class StepSettings:
     accumulation: int = 1
     compute_dtype: Any = "float32"
     execution: Execution = BEST
-    lora: Lora | None = None
+    lora: Adapters | None = None
     ema_decay: float | int = 0.0
     rate: Rate = NO_RATE
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -198,7 +181,8 @@ def build(
     check_splits(facts, mesh.shape["tensor"])
     model.execution = make_execution(settings.execution, mesh)
     abstract = _is_abstract(model)
-    model = attach_adapters(model, settings.lora)
+    if settings.lora is not None:
+        model = settings.lora.attach(model)
     if abstract:  # adapters have arrays even in a model of shapes
         model = parameters.without_arrays(model)
     structure, params = parameters.split(model)
@@ -209,19 +193,6 @@ def build(
     setup = make_setup(family, structure, noise, meta, tx or described, settings)
     built = TrainingStep(settings, family, meta, mesh, model, reference, setup, learning_rate)
     return built, params
-
-
-def attach_adapters(model: Any, settings: Lora | None) -> Any:
-    """Returns the model to train, with adapters if `settings` is not None."""
-    if settings is None:
-        return model
-    return lora.attach(
-        model,
-        rank=settings.rank,
-        alpha=settings.alpha or settings.rank,
-        targets=settings.targets,
-        seed=settings.seed,
-    )
 
 
 def make_reference(
@@ -348,29 +319,16 @@ def check_fits(family: Family, facts: Facts, meta: EncodedMeta) -> None:
 
 
 def make_batches(
-    built: TrainingStep,
-    pairs: Any,
-    *,
-    seed: int,
-    start: int = 0,
-    prompt_dropout: float | int = 0.0,
-    flip: bool = False,
-    num_threads: int = 4,
-    prefetch: int = 4,
+    built: TrainingStep, pairs: Any, *, seed: int, start: int = 0, **reading: Any
 ) -> Iterator[PairBatch]:
-    """Returns an endless iterator of this process's rows of the batches from update `start` on."""
+    """Returns this process's rows of the training batches from update `start` on, without end.
+
+    reading: further arguments of `data.batches.make_batches`.
+    """
     size = built.settings.batch_size
+    rows = meshes.local_rows(built.batch_sharding(), size)
     return pipeline.make_batches(
-        pairs,
-        "train",
-        global_batch=size,
-        rows=meshes.local_rows(built.batch_sharding(), size),
-        seed=seed,
-        start_step=start,
-        prompt_dropout=prompt_dropout,
-        flip=flip,
-        num_threads=num_threads,
-        prefetch=prefetch,
+        pairs, "train", global_batch=size, rows=rows, seed=seed, start_step=start, **reading
     )
 
 

@@ -70,7 +70,7 @@ def make_batch(pairs, size=16):
 
 
 def make_setup(merge, **changes):
-    given = steps.settings(lora=build.Lora(rank=4))
+    given = steps.settings(lora=lora.Adapters(rank=4))
     (structure,) = merge.args
     setup = build.make_setup(SD, structure, steps.SCHEDULE, steps.META, optax.adamw(1e-2), given)
     return setup._replace(**changes)
