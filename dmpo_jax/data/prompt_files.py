@@ -1,4 +1,4 @@
-"""Files of prompts: lines of text, JSON, or tables."""
+"""Readers of prompt files: lines of text, JSON, JSON lines and tables."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +11,15 @@ from etils import epath
 from dmpo_jax.data import tables
 from dmpo_jax.errors import UserError
 
-COLUMNS = ("prompt", "caption")  # the text's, in any case; the first that is there
+COLUMNS = ("prompt", "caption")  # of the prompt, in any case; the first one present
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 class Prompt(NamedTuple):
-    """What one image is to be drawn from; what is None is the run's to say.
+    """One sampling request; None falls back to the run's setting.
 
-    image, mask: files; the source of an editing or inpainting model, and where to paint
-    (white).
+    image, mask: paths of the source image of an editing or inpainting model, and of the mask,
+    white where the image is repainted.
     """
 
     text: str
@@ -30,16 +30,16 @@ class Prompt(NamedTuple):
 
 
 def load_prompts(path: epath.PathLike) -> list[Prompt]:
-    """The prompts of a file, in order.
+    """Returns the prompts of a file, in order.
 
-    A text file has one a line. JSON is a list, JSON lines are lines, of texts or of objects
-    with `prompt` and, if need be, `negative_prompt`, `seed`, `image` and `mask`; CSV, TSV and
-    parquet have columns of these names (`caption` will do for `prompt`). Files are relative
-    to this one. Other keys and columns, and blank lines of text, are left out.
+    A text file has one prompt a line. JSON is a list and JSON lines are lines of texts or of
+    objects with `prompt` and, optionally, `negative_prompt`, `seed`, `image` and `mask`. CSV, TSV
+    and parquet have columns of these names. `caption` is accepted for `prompt`. Paths are relative
+    to this file's folder. Other keys and columns, and blank lines, are ignored.
 
     Raises:
-        ValueError: the file is missing, holds no prompt or is not what its name says; names
-            the row, counted from 1, and what columns were found.
+        ValueError: the file is missing, holds no prompt, or does not match its suffix. The message
+            names the row, counted from 1, or the columns found.
     """
     file = epath.Path(path)
     if not file.exists():
@@ -63,7 +63,7 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
 
 
 def load_texts(path: epath.PathLike) -> list[str]:
-    """The texts alone of `load_prompts`."""
+    """Returns only the texts of `load_prompts`."""
     return [prompt.text for prompt in load_prompts(path)]
 
 
@@ -76,13 +76,13 @@ def _read_parquet(content: bytes) -> Iterator[Any]:
     source = pa.BufferReader(content)
     names = pyarrow.parquet.read_schema(source).names
     source.seek(0)
-    # A set of images with captions is read for its captions alone.
+    # Images stored beside the captions are not read.
     yield from pyarrow.parquet.read_table(source, columns=_wanted(names)).to_pylist()
 
 
 def _read_delimited(content: bytes, delimiter: str) -> Iterator[Any]:
     for row in tables.read_delimited(content, delimiter, columns=_wanted).to_pylist():
-        yield {key: value or None for key, value in row.items()}  # an empty cell says nothing
+        yield {key: value or None for key, value in row.items()}  # an empty cell is None
 
 
 _READERS = {
@@ -95,7 +95,7 @@ _READERS = {
 
 
 def _wanted(names: Sequence[str]) -> list[str]:
-    """The columns that are read, of all."""
+    """Returns the names of the columns to read."""
     column = _text_key(names)
     return [name for name in names if name == column or name in Prompt._fields[1:]]
 

@@ -107,7 +107,7 @@ def finish(work: Work, table: Table) -> None:
 
 
 def sum_tallies(work: Work, sidecars: Iterable[Any]) -> Tally:
-    """What the parts counted, together; TooManyBadError if that is too much already."""
+    """Adds up the tallies of the parts; raises TooManyBadError above the limit of bad records."""
     tally = make_tally(work)
     for sidecar in sidecars:
         tally.merge(Tally.from_json(sidecar["tally"]))
@@ -116,12 +116,12 @@ def sum_tallies(work: Work, sidecars: Iterable[Any]) -> Tally:
 
 
 def make_tally(work: Work) -> Tally:
-    """An empty one, of a part or of the whole."""
+    """Returns an empty tally, for a part or for the complete encode."""
     return Tally(limit=work.max_bad, total=sum(part.rows for part in work.parts))
 
 
 class _Batch(NamedTuple):
-    """Rows of one part. last: whether none of the part's come after them."""
+    """Rows of one part. last: True for the last batch of the part."""
 
     part: Part
     pixels: list[Pixels]

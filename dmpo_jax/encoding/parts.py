@@ -1,4 +1,4 @@
-"""What an encode is cut into, which parts of it are done, and the store of its prompts."""
+"""The parts of an encode, their sidecars once complete, and the store of prompts."""
 
 import dataclasses
 import itertools
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every process knows of the job. about: what goes into encoded.json.
+    """An encode as every process knows it. about: the content of encoded.json.
 
     devices: of this process. batch_size: a multiple of their number.
     """
@@ -144,7 +144,7 @@ def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[Pro
 
 
 def whole_sidecars(work: Work, kind: str, numbers: Iterable[int]) -> dict[int, Any]:
-    """What the sidecars say, of those that are whole with the files that they speak of."""
+    """Returns {number: sidecar} of the complete parts: their files exist in the recorded sizes."""
     whole, present = {}, storage.list_names(work.out)
     for number in numbers:
         found = storage.find_json(work.sidecar(kind, number))

@@ -1,4 +1,4 @@
-"""What is encoded with what, and whether a folder holds it: all that a second run compares."""
+"""Settings and identity of an encode: what must match for a second run to resume the first."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ CHOICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is encoded, with what, and how.
+    """Settings of an encode.
 
     source: raw pairs, KIND:PATH. model: the pipeline folder whose VAE and text encoders encode;
         vae: another VAE's folder in its place, or "". variant: of the weight files.
@@ -79,7 +79,7 @@ class Settings:
 
 
 def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, Any]:
-    """What encoded.json says of how the pairs were made.
+    """Returns the provenance of the pairs, as encoded.json records it.
 
     Raises:
         ValueError: the model does not take this VAE's latents.
@@ -109,7 +109,7 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
 
 
 def make_plan(work: Work, settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to go on with another's parts."""
+    """Returns the settings that must match for a run to resume with the parts of another."""
     units = hashlib.sha256(repr([list(map(tuple, part.units)) for part in work.parts]).encode())
     return {
         **work.about,
@@ -145,7 +145,7 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
 
 
 def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this encoding, whole; ValueError where it holds another."""
+    """True if `out` holds this encoding, complete; raises ValueError if it holds another."""
     if not (out / records.MARKER).exists():
         return False
     try:

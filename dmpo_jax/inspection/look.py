@@ -85,7 +85,7 @@ def inspect_source(
 
 
 class _Look:
-    """What is remembered of the rows read; thumbnails are written as they come."""
+    """Collects statistics of the rows read, and writes thumbnails as rows arrive."""
 
     def __init__(self, out: epath.Path, *, stride: int, samples: int):
         self._out, self._stride, self._wanted = out, stride, samples

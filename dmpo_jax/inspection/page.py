@@ -41,7 +41,7 @@ class Repeat(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What was found.
+    """Results of an inspection.
 
     rows: of the source, at most. read: rows looked at. parts: (looked into, of the source).
     images: distinct ones; images_again: those of them that are in several pairs.

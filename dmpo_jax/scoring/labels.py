@@ -9,7 +9,7 @@ LABELS = ("drawn", "probability")
 def win_probability(
     scores: Float[np.ndarray, "N 2"], temperature: float | int
 ) -> Float[np.ndarray, " N"]:
-    """That image 0 wins: sigmoid((s_0 - s_1) / temperature), Bradley-Terry."""
+    """Bradley-Terry probability that image 0 wins: sigmoid((s_0 - s_1) / temperature)."""
     scores = scores.astype(np.float64)
     with np.errstate(over="ignore"):  # 1 / (1 + inf) is 0
         return 1 / (1 + np.exp((scores[:, 1] - scores[:, 0]) / temperature))
@@ -61,7 +61,7 @@ class Labeller:
         return found
 
     def described(self) -> str:
-        """How noisy the labels so far are, and how good the images."""
+        """Describes the labels so far: ties, agreement with the scores, and the mean score."""
         scores, preferences = np.concatenate(self._scores), np.concatenate(self._preferences)
         decided = (preferences != 0.5) & (scores[:, 0] != scores[:, 1])
         agree = ((preferences > 0.5) == (scores[:, 0] > scores[:, 1]))[decided]

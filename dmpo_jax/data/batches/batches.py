@@ -1,8 +1,8 @@
-"""From encoded pairs to this process's share of every batch.
+"""Batches of encoded pairs: this process's share of every global batch.
 
-Element i of the endless shuffled data is a function of (seed, i), and row r of global
-batch s is element s * B + r, whichever process holds it. So the position in the data is
-the step, resuming is O(1), and the batches do not depend on how many processes read them.
+Element i of the endless shuffled data is a function of (seed, i). Row r of global batch s is
+element s * B + r, on any process. The step is therefore the position in the data: resuming is
+O(1), and the batches do not depend on the number of processes.
 """
 
 import concurrent.futures
@@ -21,31 +21,32 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.types import PairBatch
 
 CACHED_PROMPTS = 512  # 160 MB at SDXL's [77, 2048] in float16
-LAST_STEP = 2**40  # stands for "endless" where Grain wants a length
+LAST_STEP = 2**40  # stands for "endless", as Grain requires a length
 
 
 class Batches:
-    """Batch s of the endless data, as a function of s alone: `batches[s]`.
+    """Random access to the batches of the endless data: `batches[s]` is a function of s alone.
 
     Args:
-        pairs: what `records.open_pairs` returns, or several of them in a `Mixture`: each
-            set then has its share of the elements, and epochs of its own.
+        pairs: from `open_pairs`, or several of them in a `Mixture`: each set then has its share
+            of the elements, and its own epochs.
         split: name of the split.
         global_batch: B, rows over all processes.
         rows: the global rows that this process holds, in this order (`mesh.local_rows`).
         seed: of order, dropout and flips, in [0, 2**32).
-        prompt_dropout: the probability that a pair is given the empty prompt, prompt 0. Where
-            the pairs have images to edit, it is the image's too: half of each come together,
-            so that p = prompt_dropout / 2 of the pairs lose the prompt alone, p the image
-            alone and p both, as InstructPix2Pix does with p = 0.05 (arXiv 2211.09800). A
-            dropped image is zeros. What is to be inpainted is never dropped.
-        shuffle: a fresh order each epoch; otherwise the stored order, again and again.
+        prompt_dropout: the probability that a pair gets the empty prompt, prompt 0. Images to
+            edit are dropped with the same probability, half of the time together with the prompt.
+            With p = prompt_dropout / 2, p of the pairs lose the prompt alone, p the image alone
+            and p both, as in InstructPix2Pix with p = 0.05 (arXiv 2211.09800). A dropped image is
+            zeros. Images to inpaint are never dropped.
+        shuffle: a fresh order each epoch; otherwise the stored order, repeated.
         flip: half of the elements are the pair flipped horizontally, both images or neither.
-        num_threads: that read rows; 0 reads in the caller's thread.
+        num_threads: threads that read rows; 0 reads in the caller's thread.
 
     Raises:
-        ValueError: if rows are repeated or outside [0, B), or the dropout outside [0, 1] (with
-            images to edit, above 2/3); if flips are asked for that were not stored.
+        ValueError: rows are repeated or outside [0, B); the dropout is outside [0, 1] (with
+            images to edit, above 2/3); the seed is outside [0, 2**32); or flips are requested
+            but not stored.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Batches:
         )
 
     def __getitem__(self, step: int) -> PairBatch:
-        """This process's rows of batch `step`, in the order of `rows`."""
+        """Returns this process's rows of batch `step`, in the order of `rows`."""
         numbers = [step * self._global_batch + r for r in self._rows]
         return self._reader.batch([Element(*self._order[i], *self._draws(i)) for i in numbers])
 
@@ -103,17 +104,17 @@ def make_batches(
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Iterator[PairBatch]:
-    """`Batches` from start_step on, without end, read ahead in threads.
+    """Returns an endless iterator over `Batches` from start_step on, read ahead in threads.
 
     Args:
         start_step: the first batch, reached in O(1).
-        num_threads: that read rows; 0 reads in the caller's thread, and not ahead.
-        prefetch: batches held ready.
+        num_threads: threads that read rows; 0 reads in the caller's thread, without read-ahead.
+        prefetch: number of batches held ready.
         others: see `Batches`.
 
     Returns:
-        An iterator of numpy PairBatches, dtypes as stored: moments `[len(rows), 2, h, w, 2C]`,
-        or C where only means are stored; of the condition, what `EncodedMeta.map_batch` says.
+        An iterator of NumPy PairBatches, dtypes as stored. Moments are `[len(rows), 2, h, w, 2C]`,
+        or C if only means are stored; the condition's arrays are those of `EncodedMeta.map_batch`.
     """
     batches = Batches(
         pairs,
@@ -127,7 +128,7 @@ def make_batches(
         num_threads=num_threads,
     )
     steps = grain.MapDataset.range(start_step, LAST_STEP).map(batches.__getitem__)
-    # Rows are read by the pool's threads; Grain's keep it busy from one batch to the next.
+    # The pool's threads read rows; Grain's threads keep the pool busy between batches.
     ahead = min(2, prefetch) if num_threads else 0
     return iter(steps.to_iter_dataset(grain.ReadOptions(ahead, prefetch if ahead else 0)))
 
@@ -139,14 +140,14 @@ def make_epoch(
     global_batch: int,
     rows: Sequence[int] | np.ndarray,
 ) -> Iterator[tuple[PairBatch, Float[np.ndarray, " B"]]]:
-    """One pass in stored order, each pair once, for validation.
+    """Returns one pass in stored order, each pair once, for validation.
 
-    A mixture's sets come one after the other, whatever their weights, those without the
-    split left out.
+    The sets of a mixture follow one another, whatever their weights; sets without the split are
+    ignored.
 
     Yields:
-        (batch, weights): weights float32, 1 for a pair and 0 for the padding that fills
-        the last batch, so that every process makes the same number of equal steps.
+        (batch, weights): weights float32, 1 for a pair and 0 for padding. Padding fills the last
+        batch, so that every process runs the same number of equal steps.
     """
     rows = _checked_rows(rows, global_batch)
     sets = _sets(pairs)
@@ -166,12 +167,12 @@ def make_epoch(
 
 
 class _Reader:
-    """Fills batches with the pairs and prompts of some data sets of one shape."""
+    """Fills batches with the pairs and prompts of data sets of equal shapes."""
 
     def __init__(self, sets: Sequence[EncodedPairs], split: str, num_threads: int = 0):
         self._sources = [pairs.split(split) for pairs in sets]
         self.lengths = [len(source) for source in self._sources]
-        # Prompts recur (the empty one above all): a bounded cache, shared by the threads.
+        # Prompts recur, the empty one most of all: a bounded cache, shared by the threads.
         cached = functools.lru_cache(maxsize=max(CACHED_PROMPTS // len(sets), 1))
         self._prompts = [cached(pairs.prompts.__getitem__) for pairs in sets]
         self._empty = sets[0].meta.empty
@@ -179,7 +180,7 @@ class _Reader:
         self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
 
     def batch(self, elements: Sequence[Element]) -> PairBatch:
-        """The elements in the order given."""
+        """Returns a batch of the elements, in the order given."""
         batch = self._empty(len(elements))
 
         def fill(numbers: range) -> None:
@@ -191,12 +192,12 @@ class _Reader:
             fill(everything)
         else:
             for _ in self._pool.map(fill, [everything[part::parts] for part in range(parts)]):
-                pass  # an error comes up here
+                pass  # raises the threads' errors
         return batch
 
     def _fill(self, batch: PairBatch, row: int, element: Element) -> None:
-        # Each record is copied and let go before the next is read: its memory is then used
-        # again, still in the cache, where a batch of them would be cleared by the kernel.
+        # Each record is copied and freed before the next is read. Its memory is then reused while
+        # still in the CPU cache; the kernel would have to clear memory for a batch of records.
         pair = self._sources[element.source][element.record]
         if element.flips:
             pair = pair.flip()

@@ -1,4 +1,4 @@
-"""Several folders of encoded pairs, trained on together by weight."""
+"""Several folders of encoded pairs, mixed by weight for training."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore, open_pairs
 from dmpo_jax.data.encoded.meta import EncodedMeta, differences
 from dmpo_jax.errors import UserError
 
-# What the step takes for granted of every pair: keys of encoded.json.
+# Keys of encoded.json that must be equal in all sets, since the training step assumes them.
 SAME = (
     "model",
     "vae",
@@ -25,15 +25,15 @@ SAME_ARRAYS = ("moments", "context", "pooled", "length", "image")
 
 
 class Mixture:
-    """Opened folders that one model can be trained on.
+    """Open folders that one model can be trained on.
 
-    sets: the folders. weights: of the elements, in any unit; in proportion to the sets'
-    sizes, every pair equally often, where none are given. meta: the first's, with all
-    sets' counts added up. prompts: the first's.
+    sets: the folders. weights: of the elements, in any unit; by default the sets' sizes, so that
+    every pair occurs equally often. meta: of the first set, with the counts of all sets summed.
+    prompts: of the first set.
 
     Raises:
-        ValueError: there is no set; a weight is missing, or not above 0; or the sets were
-            encoded for different models, or differ in shapes, naming what differs.
+        ValueError: there is no set; a weight is missing, or not above 0; or the sets were encoded
+            for different models or in different shapes; names the differences.
     """
 
     def __init__(self, sets: Sequence[EncodedPairs], weights: Sequence[float | int] | None = None):
@@ -43,7 +43,7 @@ class Mixture:
             weights = [pairs.meta.counts["train"] for pairs in sets]
         if len(weights) != len(sets):
             raise UserError(f"{len(sets)} folders need as many weights, but got {list(weights)}")
-        whole_parts(weights)  # refuses what is no weight
+        whole_parts(weights)  # raises on an invalid weight
         for number, pairs in enumerate(sets[1:], start=1):
             _check_alike(sets[0].meta, pairs.meta, number)
         self.sets, self.weights = tuple(sets), tuple(weights)
@@ -57,12 +57,12 @@ class Mixture:
         return self.sets[0].prompts
 
     def first_texts(self, count: int) -> list[str]:
-        """The first prompts of the first set, as of `EncodedPairs.first_texts`."""
+        """Returns the first prompts of the first set (`EncodedPairs.first_texts`)."""
         return self.sets[0].first_texts(count)
 
 
 def open_mixture(parts: Sequence[tuple[str, float]]) -> Mixture:
-    """A mixture of (folder, weight) each; raises as `open_pairs` and `Mixture`."""
+    """Opens a mixture of (folder, weight) each; raises as `open_pairs` and `Mixture`."""
     folders, weights = zip(*parts, strict=True)
     return Mixture([open_pairs(folder) for folder in folders], weights)
 

@@ -1,6 +1,6 @@
-"""What each element of the endless shuffled data is: a function of (seed, element) alone.
+"""Order and random draws of the endless shuffled data, as functions of (seed, element).
 
-Nothing here counts or remembers, so element 10**12 costs what element 0 does.
+Nothing here is stateful, so element 10**12 costs as much as element 0.
 """
 
 import fractions
@@ -14,11 +14,11 @@ import numpy as np
 
 from dmpo_jax.errors import UserError
 
-BLOCK = 1024  # elements of a mixture that are shuffled among each other
+BLOCK = 1024  # elements of a mixture that are shuffled together
 
 
 class Element(NamedTuple):
-    """A record (number `record` of data set `source`) and what becomes of it."""
+    """A record (number `record` of data set `source`), with its dropout and flip."""
 
     source: int
     record: int
@@ -28,18 +28,18 @@ class Element(NamedTuple):
 
 
 class Order:
-    """Element i of some data sets mixed by weight: `order[i]` -> (source, record).
+    """Order of data sets mixed by weight: `order[i]` -> (source, record) of element i.
 
     Of the first n elements each set has its share, exact to a few whenever n is a multiple of
-    1,024, within which the sets come at random. Each set has epochs of its own: all of its
-    pairs come once before any of them comes again.
+    1,024. Within 1,024 elements the sets are in random order. Each set has its own epochs: all of
+    its pairs occur once before any of them recurs.
 
     Args:
         lengths: records of each set.
         weights: shares of the elements, in any unit; above 0. One for each set.
         seed: in [0, 2**32).
-        shuffle: a fresh order each epoch, and the sets shuffled among each other; otherwise
-            the stored order, again and again, and the sets in turns.
+        shuffle: a fresh order each epoch, with the sets shuffled together; otherwise the stored
+            order, repeated, with the sets interleaved.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Order:
         sets = []
         for number, length in enumerate(lengths):
             records = grain.MapDataset.range(length).seed(_seed_of(seed, number))
-            # Record numbers are shuffled, not records: Grain then knows no file.
+            # Grain shuffles record numbers, not records, and needs no file.
             sets.append((records.shuffle() if shuffle else records).repeat())
         self._sets = sets
         self._block = functools.lru_cache(maxsize=64)(self._make_block)  # a few batches' worth
@@ -64,7 +64,7 @@ class Order:
         return source, self._sets[source][int(places[within])]
 
     def _make_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of a block's elements: their sources, and their places among the source's own."""
+        """Returns the sources of a block's elements, and their positions in their sources."""
         before, after = (counts_of(n * BLOCK, self._parts) for n in (number, number + 1))
         held = [b - a for a, b in zip(before, after, strict=True)]
         if self._seed is None:
@@ -79,11 +79,11 @@ class Order:
 
 
 def counts_of(n: int, parts: Sequence[int]) -> list[int]:
-    """How many of the first n elements are each source's, shared out in proportions `parts`.
+    """Returns how many of the first n elements belong to each source, in proportions `parts`.
 
-    The first source has its exact share, rounded up, the next its share of what is left, and
-    so on: so no count ever falls as n grows. The rule of Grain's `mix`, whose weights are
-    rounded too.
+    The first source gets its exact share, rounded up, the next its share of the remainder, and so
+    on. No count therefore falls as n grows. Grain's `mix` has the same rule, but also rounds its
+    weights.
     """
     counts, rest = [], sum(parts)
     for part in parts:
@@ -94,14 +94,14 @@ def counts_of(n: int, parts: Sequence[int]) -> list[int]:
 
 
 def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
-    """The smallest whole numbers in the weights' proportions, taken as they are written.
+    """Returns the smallest integers in the weights' proportions, read as decimal fractions.
 
     Raises:
-        ValueError: at a weight that is not above 0 and finite.
+        ValueError: a weight is not above 0 and finite.
     """
     if not all(0 < w < math.inf for w in weights):
         raise UserError(f"weights must be above 0 and finite, but got {list(weights)}")
-    exact = [fractions.Fraction(str(w)) for w in weights]  # 0.1 is a tenth here
+    exact = [fractions.Fraction(str(w)) for w in weights]  # 0.1 is exactly a tenth
     unit = math.lcm(*(x.denominator for x in exact))
     parts = [int(x * unit) for x in exact]
     divisor = math.gcd(*parts)
@@ -109,13 +109,13 @@ def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
 
 
 class Draws:
-    """What is drawn for an element: `draws(i)` -> (drops_prompt, drops_image, flips).
+    """Random draws of an element: `draws(i)` -> (drops_prompt, drops_image, flips).
 
     Args:
         prompt_dropout: the share of elements that lose their prompt.
-        drops_images: whether images are dropped too: half of each come together, so that
-            p = prompt_dropout / 2 lose the prompt alone, p the image alone and p both.
-        flip: whether half of the elements are flipped.
+        drops_images: drops images too. With p = prompt_dropout / 2, p of the elements lose the
+            prompt alone, p the image alone and p both.
+        flip: flips half of the elements.
     """
 
     def __init__(self, *, seed: int, prompt_dropout: float, drops_images: bool, flip: bool):
@@ -127,7 +127,7 @@ class Draws:
         drawn = stream.random()
         # One draw for both: prompt alone below p, both below 2p, image alone below 3p.
         p = self._dropout / 2
-        # Drawn second, and whether or not it is asked for: the first stays what it was.
+        # Drawn second, and even if unused, so that `flip` does not change the first draw.
         flips = stream.random() < 0.5
         return (
             drawn < self._dropout,
@@ -142,7 +142,7 @@ def _stream(seed: int, number: int) -> np.random.Generator:
 
 
 def _seed_of(seed: int, number: int) -> int:
-    """Of stream `number`; that of a set alone is the seed itself."""
+    """Returns the seed of stream `number`; stream 0 has the seed itself."""
     if number == 0:
         return seed
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

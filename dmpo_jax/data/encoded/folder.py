@@ -6,11 +6,10 @@ A folder holds
                             features.json: a TFDS dataset, so that
                             `tfds.builder_from_directory(folder)` opens it too
     prompts.array_record-NNNNN  the embeddings of each prompt (`prompt_store`)
-    encoded.json            what was encoded, with which model, every file's size
+    encoded.json            the encode's settings and model, and every file's size
 
-`encoded.json` is written last. Without it, or with a file missing or cut short, the
-folder is not whole and is not opened: a cut ArrayRecord file reads as an empty one,
-without an error.
+`encoded.json` is written last. If it or another file is missing or truncated, the folder is
+incomplete and is not opened: ArrayRecord reads a truncated file as empty, without an error.
 """
 
 import itertools
@@ -58,11 +57,11 @@ OURS = re.compile(
 
 
 class NotWholeError(UserError):
-    """The folder's encoding did not finish, or its copy did not."""
+    """An incomplete folder: the encode, or the copy of the folder, did not finish."""
 
 
 def shard_name(split: str, k: int) -> str:
-    """The name of a split's k-th file."""
+    """Returns the name of a split's k-th file."""
     return f"{NAME}-{split}.array_record-{k:05d}"
 
 
@@ -73,12 +72,12 @@ def finish(
     prompts: Sequence[Shard],
     shapes: Mapping[str, Any],
 ) -> None:
-    """Writes the TFDS metadata of files that are there, and, last, encoded.json.
+    """Writes the TFDS metadata of existing files and, last, encoded.json.
 
     Args:
-        meta: goes into encoded.json: at least `model` (its identity) and `scaling_factor`
-            (of the VAE); `image_kind`, where the pairs have images; `moments`, "mean" where
-            they are means alone; anything JSON can hold. Counts, shapes and dtypes are added.
+        meta: for encoded.json, JSON-serialisable. Requires `model` (its identity) and
+            `scaling_factor` (of the VAE). Set `image_kind` if the pairs have images, and `moments`
+            to "mean" if only means are stored. Counts, shapes and dtypes are added.
         splits: the files of each split, `shard_name(split, k)` for k from 0 on.
         prompts: the files of the prompt store.
         shapes: of the pairs' arrays, and of the prompts' `context` and `pooled`.
@@ -104,13 +103,13 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         raise UserError(f"meta needs {REQUIRED}, but {sorted(missing)} is missing")
     if reserved := WRITTEN_META & set(meta):
         raise UserError(f"meta may not set {sorted(reserved)}: the writer adds them")
-    json.dumps(dict(meta))  # fails here rather than after hours of encoding
+    json.dumps(dict(meta))  # raises if it is not JSON-serialisable
 
 
 def _write_info(
     folder: epath.Path, splits: Mapping[str, Sequence[Shard]], shapes: Mapping[str, Any]
 ) -> None:
-    """dataset_info.json and features.json."""
+    """Writes dataset_info.json and features.json."""
     with storage.local_folder(folder) as local:
         identity = DatasetIdentity(
             name=NAME,
@@ -147,7 +146,11 @@ def _write_info(
 
 
 def clear(folder: epath.Path) -> None:
-    """Makes the folder, removes what an unfinished write left, keeps what is not ours."""
+    """Makes the folder, or deletes the files of an unfinished write; keeps files that are not ours.
+
+    Raises:
+        ValueError: the folder holds complete encoded pairs, or pairs of another format.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         load_meta(folder)
@@ -164,15 +167,15 @@ def clear(folder: epath.Path) -> None:
 
 
 def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
-    """Opens a folder of encoded pairs; reads nothing but the metadata.
+    """Opens a folder of encoded pairs; reads only the metadata.
 
-    Local and gs:// folders are read in place; others, which ArrayRecord cannot open, are
-    first copied to the machine's temporary folder, once.
+    Local and gs:// folders are read in place. Others, which ArrayRecord cannot open, are first
+    copied to the machine's temporary folder, once.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        NotWholeError: if the folder is not whole.
-        ValueError: if it has another format version.
+        FileNotFoundError: the folder does not exist.
+        NotWholeError: the folder is incomplete.
+        ValueError: the folder has another format version.
     """
     folder = epath.Path(folder)
     meta = load_meta(folder)
@@ -182,7 +185,7 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
 
 
 def load_meta(folder: epath.PathLike) -> EncodedMeta:
-    """encoded.json of a complete folder; raises as `open_pairs`."""
+    """Returns the metadata of a complete folder; raises as `open_pairs`."""
     folder = epath.Path(folder)
     if not folder.exists():
         raise MissingFileError(f"no encoded pairs at {folder}: run encode first")
@@ -196,7 +199,10 @@ def load_meta(folder: epath.PathLike) -> EncodedMeta:
 
 
 class EncodedPairs:
-    """An opened folder. `meta`: what it holds. `prompts`: the store, `[j]` -> PromptEmbedding."""
+    """An open folder of encoded pairs.
+
+    meta: its metadata. prompts: the store, `[j]` -> PromptEmbedding.
+    """
 
     def __init__(self, folder: epath.Path, meta: EncodedMeta):
         self.meta = meta
@@ -206,14 +212,14 @@ class EncodedPairs:
         self._builder: Any = tfds.builder_from_directory(folder)
 
     def first_texts(self, count: int) -> list[str]:
-        """At most so many prompts, from the first after the empty one on."""
+        """Returns at most `count` prompts, from the first after the empty one on."""
         return [self.prompts[i].text for i in range(1, min(count + 1, len(self.prompts)))]
 
     def split(self, name: str) -> "PairSource":
-        """The pairs of a split, by random access: len and `[i]` -> EncodedPair.
+        """Returns random access to the pairs of a split: len and `[i]` -> EncodedPair.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: there is no such split.
         """
         if name not in self._builder.info.splits:
             names = sorted(self._builder.info.splits)
@@ -227,7 +233,7 @@ class PairSource:
     """Random access to the pairs of one split; nothing is kept in memory."""
 
     def __init__(self, source: Any, arrays: Arrays):
-        """source: of records as bytes. arrays: that they hold."""
+        """source: records as bytes. arrays: specs of the arrays that they hold."""
         self._source, self._arrays = source, arrays._asdict()
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""`encoded.json`: what a folder of encoded pairs holds and what made it, as one typed record."""
+"""The typed record of `encoded.json`: the content of a folder of encoded pairs and its origin."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 from etils import epath
 
@@ -18,8 +18,8 @@ from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.families.family import Facts
 from dmpo_jax.types import Condition, PairBatch
 
-# Format 3 says how latents are packed, whether sizes and lengths are told, and the content that
-# the pairs were made from. Folders of format 2 open, with the values they could only have had.
+# Format 3 adds how latents are packed, whether sizes and lengths are stored, and content hashes.
+# Folders of format 2 are readable: the new keys get the only values possible in format 2.
 FORMAT, READABLE = 3, (2, 3)
 MARKER = "encoded.json"
 MOMENTS = ("sample", "mean")
@@ -37,10 +37,10 @@ class ArraySpec(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """The arrays of a pair and of its prompt; None for what they do not have.
+    """Specs of the arrays of a pair and of its prompt; None for absent arrays.
 
-    moments: `[2, h, w, M]`. context: `[S, D]`. pooled: `[P]`. length: a scalar, how many
-    positions of the context are text. image: `[h, w, E]`. flipped, flipped_image: moments and
+    moments: `[2, h, w, M]`. context: `[S, D]`. pooled: `[P]`. length: a scalar, the number of
+    context positions that are text. image: `[h, w, E]`. flipped, flipped_image: moments and
     image of the mirrored pair.
     """
 
@@ -55,19 +55,19 @@ class Arrays(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedMeta:
-    """What encoded pairs are. Field names are the keys of encoded.json, `arrays` as "shapes".
+    """Metadata of encoded pairs. Field names are the keys of encoded.json, `arrays` as "shapes".
 
-    model, vae: folders or hub ids of what encoded them; vae is "" for the model's own.
+    model, vae: folders or hub ids of the encoding models; vae is "" for the model's own.
     scaling_factor, shift_factor: `(latent - shift) * scale`; a number, or one a channel.
     moments: "sample" (mean and log-variance) or "mean".
     image_kind: `Given.kind` of the image beside the prompt, or "".
     pack: latents are packed pack x pack before they are scaled and noised.
-    told_sizes: whether the model is told the images' sizes (`Condition.sizes`).
-    content: part of the pipeline -> hash of its weights; empty where it is not known.
-    source, resolution, validation_fraction, crop, ties: as `encode` was asked.
-    skipped: reason -> records left out. tied_pairs, split_by: of the pairs and their splits.
+    told_sizes: True if the model is conditioned on the images' sizes (`Condition.sizes`).
+    content: part of the pipeline -> hash of its weights; empty if unknown.
+    source, resolution, validation_fraction, crop, ties: settings of `encode`.
+    skipped: reason -> skipped records. tied_pairs: number of ties. split_by: unit of the splits.
     counts: split -> pairs, and "prompts". prompt_shards: prompts in each file of the store.
-    files: name -> bytes. other: further keys, kept as they are.
+    files: name -> bytes. other: further keys, kept unchanged.
     """
 
     model: str
@@ -96,7 +96,7 @@ class EncodedMeta:
 
     @property
     def mean_only(self) -> bool:
-        """Whether the moments are means without log-variances."""
+        """True if the moments are means without log-variances."""
         return self.moments == "mean"
 
     @property
@@ -105,7 +105,7 @@ class EncodedMeta:
 
     @property
     def flipped(self) -> bool:
-        """Whether each pair is stored mirrored too."""
+        """True if each pair is also stored mirrored."""
         return self.arrays.flipped is not None
 
     @property
@@ -115,19 +115,19 @@ class EncodedMeta:
 
     @property
     def latents(self) -> tuple[int, int, int]:
-        """Height, width and channels of the latents that the model is given."""
+        """Height, width and channels of the packed latents, the model's input."""
         _, height, width, _ = self.arrays.moments.shape
         channels = self.latent_channels * self.pack**2
         return height // self.pack, width // self.pack, channels
 
     @property
     def image_optional(self) -> bool:
-        """Whether training drops the image as it drops prompts: `Given.optional`."""
+        """True if training drops the image as it drops prompts (`Given.optional`)."""
         kinds = {f.given.kind: f.given for f in FAMILIES.values() if f.given is not None}
         return bool(self.image_kind) and kinds[self.image_kind].optional
 
     def map_batch(self, make: Callable[[tuple[int, ...], str], Any]) -> PairBatch:
-        """What a batch looks like: its arrays are `make(shape of one pair's, dtype)`."""
+        """Returns a PairBatch of `make(shape of one pair's array, dtype)`."""
 
         def array(spec: ArraySpec | None) -> Any:
             return None if spec is None else make(spec.shape, spec.dtype)
@@ -144,15 +144,15 @@ class EncodedMeta:
         return PairBatch(array(arrays.moments), preference, condition)
 
     def empty(self, rows: int) -> PairBatch:
-        """A NumPy batch of so many rows, not filled."""
+        """Returns a NumPy batch of `rows` pairs, uninitialised."""
         return self.map_batch(lambda shape, dtype: np.empty((rows, *shape), np.dtype(dtype)))
 
     def zeros(self, rows: int) -> PairBatch:
-        """A NumPy batch of so many rows of zeros."""
+        """Returns a NumPy batch of `rows` pairs, all zeros."""
         return self.map_batch(lambda shape, dtype: np.zeros((rows, *shape), np.dtype(dtype)))
 
     def abstract_batch(self, rows: int, sharding: Any = None) -> PairBatch:
-        """Shapes of a batch, as `mesh.shard_batch` lays it out."""
+        """Returns ShapeDtypeStructs of a batch, as laid out by `mesh.shard_batch`."""
 
         def array(shape: tuple[int, ...], dtype: str) -> Any:
             return jax.ShapeDtypeStruct((rows, *shape), np.dtype(dtype), sharding=sharding)
@@ -160,7 +160,7 @@ class EncodedMeta:
         return self.map_batch(array)
 
     def to_json(self) -> dict[str, Any]:
-        """As encoded.json holds it; what is not known is left out."""
+        """Returns the content of encoded.json, without unknown (None) values."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         specs = values.pop("arrays")._asdict()
         shapes = {name: spec and spec.to_json() for name, spec in specs.items()}
@@ -171,10 +171,10 @@ class EncodedMeta:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "EncodedMeta":
-        """Inverse of `to_json`; also takes what format 2 wrote.
+        """Inverse of `to_json`; also reads format 2.
 
         Raises:
-            ValueError: a key is missing, or its value is of another kind, naming it.
+            ValueError: a key is missing, or its value has another type; names the key.
         """
         values = dict(values)
         arrays = _read_arrays(values.pop("shapes", None))
@@ -190,10 +190,10 @@ class EncodedMeta:
 
     @classmethod
     def load(cls, folder: epath.PathLike) -> "EncodedMeta | None":
-        """encoded.json of a folder; None where it is absent or cut short.
+        """Reads encoded.json of a folder; None if it is missing or truncated.
 
         Raises:
-            ValueError: it has another format, or is damaged, naming the folder and the key.
+            ValueError: it has another format, or is damaged; names the folder and the key.
         """
         path = epath.Path(folder) / MARKER
         values = storage.find_json(path)
@@ -211,7 +211,7 @@ class EncodedMeta:
             raise UserError(f"{path}: {error}: run encode again") from error
 
     def save(self, folder: epath.PathLike) -> None:
-        """Writes encoded.json."""
+        """Writes encoded.json atomically."""
         storage.write_json(epath.Path(folder) / MARKER, self.to_json())
 
     @classmethod
@@ -228,7 +228,7 @@ class EncodedMeta:
         moments: str = "sample",
         moments_dtype: str = "bfloat16",
     ) -> "EncodedMeta":
-        """What encode would say of pairs for a model of this family.
+        """Returns the metadata that encode would write of pairs for a model of this family.
 
         Args:
             size: height and width of the VAE's latents. tokens: of a prompt.
@@ -294,7 +294,7 @@ def _read(name: str, value: Any) -> Any:
 
 
 def _read_arrays(shapes: Any) -> Arrays:
-    """`shapes` of encoded.json, typed; ValueError in words where it is damaged."""
+    """Parses `shapes` of encoded.json; raises ValueError if it is damaged."""
 
     def spec(name: str) -> Any:
         if name not in ("moments", "context") and shapes.get(name) is None:
@@ -323,10 +323,10 @@ def _read_arrays(shapes: Any) -> Arrays:
 
 
 def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: (had, wanted)} of what is wanted otherwise, by the keys of encoded.json.
+    """Returns {name: (have, want)} of the wanted values that differ, by the keys of encoded.json.
 
-    Pairs made from the same content are the same whatever its folder is called; where either
-    does not know its content, the names have to do.
+    If both contents are known and equal, the names of model and VAE are ignored. If either content
+    is unknown, only the names are compared.
     """
     contents = have.get("content"), want.get("content")
     left_out: tuple[str, ...] = ()
@@ -339,7 +339,7 @@ def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, t
 
 
 def hash_files(files: Iterable[epath.PathLike]) -> str:
-    """sha256 over the bytes of files, in the order given: the content that weights are."""
+    """Returns the sha256 over the bytes of files, in the order given, to identify weights."""
     digest = hashlib.sha256()
     for file in files:
         with epath.Path(file).open("rb") as stream:
@@ -349,5 +349,5 @@ def hash_files(files: Iterable[epath.PathLike]) -> str:
 
 
 def check_json(meta: Mapping[str, Any]) -> None:
-    """Fails before hours of encoding rather than after them, at what JSON cannot hold."""
+    """Raises if `meta` is not JSON-serialisable: before hours of encoding, not after."""
     json.dumps(dict(meta))

@@ -1,9 +1,9 @@
-"""One encoded pair: what it holds, how it is mirrored, checked and made a record of."""
+"""One encoded pair: its fields, mirroring, checks and serialisation."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (numpy learns of bfloat16 from it)
+import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Int
@@ -18,14 +18,13 @@ ARRAYS = ("moments", "image", "flipped", "flipped_image")
 class EncodedPair(NamedTuple):
     """One record.
 
-    id: where the pair came from. prompt: index into the prompt store. preference: the
-    probability that image 0 is preferred. moments: of the VAE, unscaled: mean, then
-    log-variance, on the last axis (M = 2C), or the mean alone (M = C) where the folder's
-    `meta.moments` is "mean"; bfloat16, float16 or float32. sizes: original height and
-    width, crop top and left, target height and width, in pixels. image: what the model sees of
-    a given image (`Condition.image`), of all pairs of a folder or of none. flipped,
-    flipped_image: moments and image of the same pair mirrored left to right, each of all
-    pairs of a folder or of none.
+    id: of the raw pair. prompt: index into the prompt store. preference: the probability that
+    image 0 is preferred. moments: of the VAE, unscaled; bfloat16, float16 or float32. Their last
+    axis holds the mean, then the log-variance (M = 2C), or the mean alone (M = C) if the folder's
+    `meta.moments` is "mean". sizes: original height and width, crop top and left, target height
+    and width, in pixels. image: channels of a given image (`Condition.image`). flipped,
+    flipped_image: moments and image of the pair mirrored left to right. Each of image, flipped and
+    flipped_image is present in all pairs of a folder or in none.
     """
 
     id: str
@@ -38,10 +37,10 @@ class EncodedPair(NamedTuple):
     flipped_image: Float[np.ndarray, "h w E"] | None = None
 
     def flip(self) -> "EncodedPair":
-        """The pair mirrored: both images, what goes beside them, and SDXL's crop with them.
+        """Returns the mirrored pair: both images, the given image, and SDXL's crop.
 
         Raises:
-            ValueError: if the mirrored variant was not stored.
+            ValueError: the mirrored variant was not stored.
         """
         if self.flipped is None:
             raise UserError(
@@ -57,14 +56,14 @@ class EncodedPair(NamedTuple):
 
 
 def chosen_first(pair: EncodedPair) -> EncodedPair:
-    """The same pair, swapped where need be so that index 0 is the preferred image.
+    """Returns the pair, swapped if needed so that index 0 is the preferred image.
 
-    Its preference is then in [0.5, 1]; a tie keeps its order.
+    The preference is then in [0.5, 1]; a tie keeps its order.
 
     Raises:
-        ValueError: the preference is no probability, naming the pair.
+        ValueError: the preference is not a probability; names the pair.
     """
-    if not 0 <= pair.preference <= 1:  # also refuses nan
+    if not 0 <= pair.preference <= 1:  # also rejects NaN
         raise UserError(
             f"pair {pair.id!r}: preference must lie in [0, 1], but got {pair.preference}"
         )
@@ -79,10 +78,10 @@ def chosen_first(pair: EncodedPair) -> EncodedPair:
 
 
 def flip_sizes(sizes: Int[np.ndarray, "*n 6"]) -> Int[np.ndarray, "*n 6"]:
-    """SDXL's sizes, in pixels, of the same crop seen in the mirrored image.
+    """Returns SDXL's sizes, in pixels, of the same crop in the mirrored image.
 
-    As diffusers' SDXL training does: the image is mirrored first and cropped then, so that
-    the crop's left edge is counted from what was the right one. Its own inverse.
+    As in diffusers' SDXL training, the image is mirrored before it is cropped, so the crop's left
+    edge is measured from the original right edge. The function is its own inverse.
     """
     sizes = np.array(sizes)
     _, width = np.moveaxis(resized_size(sizes[..., :2], sizes[..., 4:]), -1, 0)
@@ -93,22 +92,22 @@ def flip_sizes(sizes: Int[np.ndarray, "*n 6"]) -> Int[np.ndarray, "*n 6"]:
 def resized_size(
     original: Int[np.ndarray, "*n 2"], target: Int[np.ndarray, "*n 2"]
 ) -> Int[np.ndarray, "*n 2"]:
-    """Height and width after resizing so that the shorter side is the (square) target's."""
+    """Returns height and width after resizing the shorter side to the (square) target's side."""
     scale = target[..., :1] / original.min(-1, keepdims=True)
     return np.maximum(np.round(original * scale).astype(np.int64), target)
 
 
 class PairSerializer:
-    """Checks pairs, index 0 chosen (`chosen_first`), and makes records of them.
+    """Checks pairs, index 0 chosen (`chosen_first`), and serialises them as records.
 
     Args:
-        first: a pair that all others must be like in shapes and dtypes.
-        prompts: how many there are.
-        imaged: whether every pair must have an image, or none may.
+        first: a pair whose shapes and dtypes all others must match.
+        prompts: number of prompts.
+        imaged: True if every pair must have an image, False if none may.
         moments: "sample" (mean and log-variance) or "mean".
 
     Raises (when called):
-        ValueError: naming the pair that is malformed, not finite or unlike the first.
+        ValueError: a pair is malformed, not finite or unlike the first; names the pair.
     """
 
     def __init__(self, first: EncodedPair, *, prompts: int, imaged: bool, moments: str = "sample"):
@@ -119,18 +118,18 @@ class PairSerializer:
 
     def __call__(self, pair: EncodedPair) -> bytes:
         pair = self._checked(pair)
-        if self._features is None:  # only now are the shapes known to be legal
+        if self._features is None:  # the shapes are checked only now
             self._features = make_features(self.shapes)
             self._serializer = ExampleSerializer(self._features.get_serialized_info())
         given = {name: value for name, value in pair._asdict().items() if value is not None}
         example = self._serializer.get_tf_example(self._features.encode_example(given))
-        # A plain SerializeToString puts the fields in another order in every process.
+        # A plain SerializeToString orders the fields differently in every process.
         return example.SerializeToString(deterministic=True)
 
     def _checked(self, pair: EncodedPair) -> EncodedPair:
-        """The pair in the stored dtypes, or a ValueError naming it."""
+        """Returns the pair in the stored dtypes; raises ValueError, naming an invalid pair."""
         what = f"pair {pair.id!r}"
-        if not 0.5 <= pair.preference <= 1:  # also refuses nan
+        if not 0.5 <= pair.preference <= 1:  # also rejects NaN
             raise ValueError(
                 f"{what}: preference must lie in [0.5, 1], index 0 preferred, but got "
                 f"{pair.preference}: swap it first (chosen_first)"
@@ -170,7 +169,7 @@ class PairSerializer:
                 )
             check_floats(f"{what}: image", pair.image)
         for name, like in (("flipped", "moments"), ("flipped_image", "image")):
-            # What the first pair has every pair has, of the shape of what it mirrors.
+            # Every pair has the arrays of the first, in the shape of the array that each mirrors.
             wanted = shapes[like] if shapes["flipped"] else None
             if got[name] != wanted:
                 raise ValueError(f"{what}: {name} should be {wanted}, but got {got[name]}")
@@ -179,13 +178,13 @@ class PairSerializer:
 
 
 def _shapes(pair: EncodedPair) -> dict[str, Any]:
-    """Shape and dtype of the pair's arrays; None for one that it does not have."""
+    """Returns shape and dtype of the pair's arrays; None for an absent array."""
     arrays = {name: getattr(pair, name) for name in ARRAYS}
     return {name: None if x is None else described(x) for name, x in arrays.items()}
 
 
 def make_features(shapes: Mapping[str, Any]) -> tfds.features.FeaturesDict:
-    """What TFDS calls the schema: of a record with arrays of these shapes and dtypes."""
+    """Returns the TFDS features (the schema) of a record with arrays of these shapes and dtypes."""
     return tfds.features.FeaturesDict(
         {
             "id": tfds.features.Text(),
@@ -193,7 +192,7 @@ def make_features(shapes: Mapping[str, Any]) -> tfds.features.FeaturesDict:
             "preference": tfds.features.Scalar(np.float32),
             "sizes": tfds.features.Tensor(shape=(2, 6), dtype=np.int32),
         }
-        # As bytes: tf.Example has no 16-bit floats, and its float lists are slow to parse.
+        # Stored as bytes: tf.Example has no 16-bit floats, and its float lists are slow to parse.
         | {
             name: tfds.features.Tensor(
                 shape=tuple(shapes[name]["shape"]),

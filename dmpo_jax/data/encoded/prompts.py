@@ -1,6 +1,6 @@
-"""The store of prompt embeddings: each distinct prompt once, by random access.
+"""Store of prompt embeddings: each distinct prompt once, with random access.
 
-Prompt j is record j of the files `prompts.array_record-NNNNN` in their order; prompt 0 is the
+Prompt j is record j of the files `prompts.array_record-NNNNN` in their order. Prompt 0 is the
 empty prompt.
 """
 
@@ -28,9 +28,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 class PromptEmbedding(NamedTuple):
-    """A prompt and what the text encoders made of it; bfloat16, float16 or float32.
+    """A prompt and its text embeddings; bfloat16, float16 or float32.
 
-    length: how many positions of the context are text, where the model is told so; int32.
+    length: number of context positions that are text, int32; None if the model does not use it.
     """
 
     text: str
@@ -43,9 +43,9 @@ class PromptStore:
     """Random access to prompt embeddings; nothing is kept in memory."""
 
     def __init__(self, folder: epath.Path, counts: Sequence[int], *, total: int, arrays: Arrays):
-        """counts: records of each file, so that none is opened before it is read.
+        """counts: records of each file, so that no file is opened before it is read.
 
-        arrays: that the records hold.
+        arrays: specs of the arrays that the records hold.
         """
         self._arrays = {name: getattr(arrays, name) for name in ARRAYS}
         names = [os.fspath(folder / shard_name(k)) for k in range(len(counts))]
@@ -65,7 +65,7 @@ class PromptStore:
 
 
 class _Whole(NamedTuple):
-    """array_record's FileInstruction: a whole file."""
+    """array_record's FileInstruction for a complete file."""
 
     filename: str
     skip: int
@@ -74,7 +74,7 @@ class _Whole(NamedTuple):
 
 
 def shard_name(k: int) -> str:
-    """The name of the store's k-th file."""
+    """Returns the name of the store's k-th file."""
     return f"{PROMPTS}-{k:05d}"
 
 
@@ -87,8 +87,8 @@ def write_prompts(
         The file, and the shapes and dtypes of ARRAYS.
 
     Raises:
-        ValueError: if there is no prompt, or one is malformed, not finite or unlike the
-            first, naming it. The file is then absent.
+        ValueError: there is no prompt, or one is malformed, not finite or unlike the first; names
+            the prompt. The file is then absent.
     """
     first = None
     with ShardWriter(folder, shard_name(shard)) as writer:
@@ -107,12 +107,12 @@ def write_prompts(
 
 
 def described(array: np.ndarray) -> dict[str, Any]:
-    """Shape and dtype, as JSON holds them."""
+    """Returns shape and dtype, JSON-serialisable."""
     return {"shape": list(array.shape), "dtype": array.dtype.name}
 
 
 def check_floats(what: str, array: np.ndarray, dtypes: Sequence[str] = DTYPES) -> None:
-    """ValueError, beginning with `what`, at another dtype or a value that is not finite."""
+    """Raises ValueError, starting with `what`, for another dtype or a value that is not finite."""
     if array.dtype.name not in dtypes:
         raise UserError(f"{what} should be one of {dtypes}, but got {array.dtype.name}")
     if not np.isfinite(array).all():
@@ -120,7 +120,7 @@ def check_floats(what: str, array: np.ndarray, dtypes: Sequence[str] = DTYPES) -
 
 
 def checked_index(i: int, length: int) -> int:
-    """i as an int; IndexError, which ends a for loop over a source, outside [0, length)."""
+    """Returns i as an int; raises IndexError, which ends a for loop, outside [0, length)."""
     i = operator.index(i)
     if not 0 <= i < length:
         raise IndexError(f"index {i} is outside [0, {length})")

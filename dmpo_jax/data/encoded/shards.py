@@ -1,6 +1,6 @@
-"""ArrayRecord files, written atomically to local and remote folders.
+"""Writer of ArrayRecord files, atomic in local and remote folders.
 
-ArrayRecord writes local files only: a remote one is written locally and copied.
+ArrayRecord writes only local files, so a remote file is written locally and copied.
 """
 
 import contextlib
@@ -15,14 +15,14 @@ from etils import epath
 
 from dmpo_jax import storage
 
-# group_size 1: reading one record must not decompress its neighbours. zstd's first level is a
+# group_size 1: reading one record must not decompress its neighbours. zstd's level 1 takes a
 # ninth of the default's time for 2 % more bytes, measured on latents.
 OPTIONS = "group_size:1,zstd:1"
 READ_AT_ONCE = 2**22
 
 
 class Shard(NamedTuple):
-    """A file that was written: records in it, their bytes in all, the file's size and sha256."""
+    """A written file: its records, their total bytes, and the file's size in bytes and sha256."""
 
     name: str
     records: int
@@ -34,8 +34,8 @@ class Shard(NamedTuple):
 class ShardWriter:
     """Writes one ArrayRecord file, which appears in `folder` at `close`.
 
-    A context manager: leaving it without `close` (an error, say) leaves nothing behind. The
-    next writer of the name overwrites what a killed process left (`storage.temporary`).
+    A context manager: leaving it without `close`, as on an error, leaves no file behind. The next
+    writer of the name overwrites the remains of a killed process (`storage.temporary`).
     """
 
     def __init__(self, folder: epath.PathLike, name: str):
@@ -69,11 +69,11 @@ class ShardWriter:
         self._record_bytes += len(record)
 
     def close(self) -> Shard:
-        """Completes the file, which then appears."""
+        """Completes the file, which then appears in `folder`."""
         self._writer.close()
         self._done = True
         with open(self._part, "rb+") as file:
-            os.fsync(file.fileno())  # renamed only once it is on the disk
+            os.fsync(file.fileno())  # must be on disk before the rename
             digest = hashlib.sha256()
             while block := file.read(READ_AT_ONCE):
                 digest.update(block)

@@ -1,6 +1,6 @@
-"""Raw pairs from where people keep them: every source yields `RawPair`.
+"""Sources of raw pairs. Every source yields `RawPair`.
 
-Add a source: a class of `Source`, and a line in SOURCES.
+To add one, write a subclass of `Source` and add a line to SOURCES.
 """
 
 from collections.abc import Callable
@@ -55,10 +55,10 @@ def open_source(spec: str, ties: str = "keep", **options: Any) -> Source:
 
     Args:
         ties: "keep", with a preference of 0.5, or "drop".
-        options: the kind's own.
+        options: of the kind of source.
 
     Raises:
-        ValueError: if the kind is unknown or the path missing, naming the known kinds.
+        ValueError: the kind is unknown or the path missing; lists the known kinds.
     """
     kind, _, path = spec.partition(":")
     if kind not in SOURCES or not path:

@@ -1,4 +1,4 @@
-"""Bad records: found, counted, logged, and endured up to a stated share."""
+"""Detects, counts and logs bad records, and tolerates an allowed share of them."""
 
 import collections
 import logging
@@ -14,18 +14,18 @@ from dmpo_jax.data.raw.source import RawPair, Skipped
 from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
-HANDFUL = 3  # so many bad records never stop a job, however small the set
+HANDFUL = 3  # bad records that never stop a job, however small the set
 MAX_LOGGED = 100  # of each reason; all are counted
 
 
 class TooManyBadError(ValueError):
-    """More of a source is bad than the job may leave out."""
+    """More records of a source are bad than the job allows."""
 
 
 class Decoded(NamedTuple):
     """A raw pair with its images decoded, RGB in [0, 255], each of its own size.
 
-    source, mask: where needed; the mask is 1 where the source is repainted.
+    source, mask: None unless required; the mask is 1 where the source is repainted.
     """
 
     pair: RawPair
@@ -35,11 +35,11 @@ class Decoded(NamedTuple):
 
 
 def decode_pair(pair: RawPair, needs: frozenset[str] = frozenset()) -> Decoded | Skipped:
-    """Decodes a pair, or says why it is bad.
+    """Decodes a pair, or returns the reason why it is bad.
 
-    Bad are a preference that is NaN or outside [0, 1], an image that is missing, cut short,
-    undecodable or absurdly large, two images of the same pixels, and a missing image of
-    `needs`, which is some of "source" and "mask".
+    A pair is bad if its preference is NaN or outside [0, 1], or if both images have the same
+    pixels. It is also bad if an image is missing, truncated, undecodable or absurdly large. The
+    same holds for the images in `needs`, a subset of "source" and "mask".
     """
     if not (math.isfinite(pair.preference) and 0 <= pair.preference <= 1):
         return Skipped(pair.id, "bad label", f"should lie in [0, 1], but is {pair.preference}")
@@ -69,9 +69,9 @@ class Tally:
 
     Args:
         limit: the share of `total` that may be bad.
-        total: pairs of the whole source, as by `len`; every part of a job has the same.
+        total: pairs of the entire source, as by `len`; the same in every part of a job.
 
-    What a rule leaves out (`Skipped.bad` is False) is counted, but never too much.
+    Records skipped by rule (`Skipped.bad` is False) are counted, but not against the limit.
     """
 
     def __init__(self, limit: float | int = 0.01, total: int = 0):
@@ -82,7 +82,7 @@ class Tally:
         self.counts: collections.Counter[str] = collections.Counter()  # skipped, by reason
 
     def ok(self, preference: float | int | None = None) -> None:
-        """A pair that was used; its preference, if given, so that ties are counted."""
+        """Counts a used pair; a given preference of 0.5 also counts as a tie."""
         self.good += 1
         self.ties += preference == 0.5
 
@@ -90,7 +90,7 @@ class Tally:
         """Counts and logs a skipped record.
 
         Raises:
-            TooManyBadError: more than `limit` of all are bad, and more than a handful.
+            TooManyBadError: the bad records are more than `limit` of all, and more than HANDFUL.
         """
         self.counts[skipped.reason] += 1
         self.bad += skipped.bad
@@ -101,7 +101,7 @@ class Tally:
         self.check(f"; the last is {skipped.id}: {skipped.reason}{detail}" if skipped.bad else "")
 
     def check(self, last: str = "") -> None:
-        """Raises TooManyBadError past the limit; for sums of tallies."""
+        """Raises TooManyBadError above the limit; needed after `merge`."""
         if self.bad > max(self.limit * self.total, HANDFUL):
             counts = ", ".join(f"{n} {reason}" for reason, n in self.counts.most_common())
             raise TooManyBadError(
@@ -110,7 +110,7 @@ class Tally:
             )
 
     def merge(self, other: "Tally") -> "Tally":
-        """Adds what another part of the job counted, in place. Does not check."""
+        """Adds the counts of another part of the job, in place, without checking the limit."""
         self.good += other.good
         self.bad += other.bad
         self.ties += other.ties
@@ -118,7 +118,7 @@ class Tally:
         return self
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` takes; keys of `counts` sorted, so that equal tallies are equal text."""
+        """Returns the input of `from_json`; `counts` is sorted: equal tallies, equal text."""
         counts = dict(sorted(self.counts.items()))
         own = ("limit", "total", "good", "bad", "ties")
         return {name: getattr(self, name) for name in own} | {"counts": counts}

@@ -1,4 +1,4 @@
-"""Pairs of a TFDS dataset that dmpo_jax.data.tfds built."""
+"""Pairs of a TFDS dataset built by dmpo_jax.data.tfds."""
 
 import json
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ FEATURES = ("id", "prompt", "image_0", "image_1", "preference", "source", "mask"
 
 
 class BuiltSource(Source):
-    """Pairs of all splits, train first, in the order in which they are stored.
+    """Pairs of all splits, train first, in stored order.
 
     Args:
         path: the folder of the build, with dataset_info.json; local or gs://, as ArrayRecord
             reads no other.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no TFDS dataset, or one of other features.
+        FileNotFoundError: the folder has no dataset_info.json.
+        ValueError: the dataset lacks a feature.
     """
 
     def __init__(self, path: epath.PathLike, ties: str = "keep"):
@@ -42,13 +42,13 @@ class BuiltSource(Source):
                 f"{self._folder} holds no pairs: it needs the features {list(FEATURES)}, lacks "
                 f"{missing} and has {found}"
             )
-        # Both are features of every build: what its source had is written beside.
+        # Every build has both features; STATISTICS names those that the source had.
         self.given = frozenset(json.loads((self._folder / STATISTICS).read_text())["given"])
         self._splits = {name: builder.as_data_source(name) for name in sorted(builder.info.splits)}
 
     def units(self) -> list[Unit]:
         return [
-            unit._replace(file=name)  # of the split: a unit may span several files
+            unit._replace(file=name)  # name of the split: a unit may span several files
             for name, split in self._splits.items()
             for unit in cut(name, self._folder, len(split))
         ]

@@ -1,4 +1,4 @@
-"""What the columns of a row mean: which hold the images, and which say what is preferred."""
+"""Interpretation of a row's columns: the images, and the preference between them."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from dmpo_jax.data.raw.source import RawPair, SkipError, Skipped
 from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
-# Ours -> what else it may be called; the first that is there.
+# Our name -> accepted column names; the first one present is read.
 NAMES = {
     "prompt": ("prompt", "caption"),
     "chosen": ("chosen",),
@@ -29,8 +29,8 @@ NAMES = {
     "source": ("source", "jpg_source"),
     "mask": ("mask",),
 }
-MAX_IMAGES = 100  # of one prompt; K images make K (K - 1) / 2 pairs
-# (images, what says which is preferred): the first whose columns are all there.
+MAX_IMAGES = 100  # of a prompt; K images make K (K - 1) / 2 pairs
+# (images, preference): the first form whose columns are all present.
 FORMS = (
     (("chosen", "rejected"), ()),
     (("image_0", "image_1"), ("label_0",)),
@@ -50,11 +50,11 @@ class Preference(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Which columns of a table are read, and what they mean.
+    """Columns of a table that are read, and their meaning.
 
-    images: two columns, or one that holds a list. values: none (the first image is chosen),
-    or the columns that say what is preferred; by their names in NAMES, `columns` has theirs
-    in the table.
+    images: two columns, or one that holds a list. values: the columns that state the preference;
+    empty if the first image is chosen. Both use the names in NAMES; `columns` maps these to the
+    table's own.
     """
 
     images: tuple[str, ...]
@@ -66,7 +66,7 @@ class Layout(NamedTuple):
         return frozenset(self.columns) & {"source", "mask"}
 
     def wanted(self, *, images: bool) -> list[str]:
-        """The table's columns to read, with those of images or without."""
+        """Returns the table's columns to read, with or without those of images."""
         heavy = {*self.images, "source", "mask"}
         return [column for name, column in self.columns.items() if images or name not in heavy]
 
@@ -79,10 +79,10 @@ class Layout(NamedTuple):
         return prompt
 
     def preferences(self, row: Mapping[str, Any]) -> list[Preference]:
-        """Every two images of a row, compared.
+        """Returns the preference between every two images of a row.
 
         Raises:
-            SkipError: there is no label, or none that says what is preferred.
+            SkipError: the label is missing or invalid.
         """
         values = [row.get(self.columns[name]) for name in self.values]
         if any(value is None for value in values):
@@ -104,7 +104,7 @@ class Layout(NamedTuple):
     def pairs(
         self, name: str, row: Mapping[str, Any], load: Callable[[Any], bytes], ties: str
     ) -> Iterator[RawPair | Skipped]:
-        """The pairs of a row; load: a cell -> its encoded image, or raises SkipError."""
+        """Yields the pairs of a row; load: a cell -> its encoded image, or raises SkipError."""
         try:
             prompt, preferences = self.prompt(row), self.preferences(row)
             cells = self._cells(row, 1 + max(p.second for p in preferences))
@@ -114,7 +114,7 @@ class Layout(NamedTuple):
         wanted = [p for p in preferences if ties == "keep" or p.value != 0.5]
         needed = {i for p in wanted for i in (p.first, p.second)}
         images = [_try(load, cell) if i in needed else None for i, cell in enumerate(cells)]
-        # An image that only some models are given: its absence is theirs to judge.
+        # Only some models require these images, so a missing one is not an error here.
         given = {
             field: image if isinstance(image, bytes) else None
             for field in self.given
@@ -132,7 +132,7 @@ class Layout(NamedTuple):
                 yield next(image.at(own) for image in (a, b) if isinstance(image, SkipError))
 
     def prompts(self, row: Mapping[str, Any], ties: str) -> Iterator[str]:
-        """The prompt of a row that labels admit, read without its images."""
+        """Yields the prompt of a row if its labels admit a pair, without reading images."""
         try:
             prompt, preferences = self.prompt(row), self.preferences(row)
         except SkipError:
@@ -141,7 +141,7 @@ class Layout(NamedTuple):
             yield prompt
 
     def most_pairs(self, row: Mapping[str, Any]) -> int:
-        """An upper bound of the pairs of a row."""
+        """Returns an upper bound on the pairs of a row."""
         if len(self.images) == 2:
             return 1
         values = row.get(self.columns[self.values[0]])
@@ -163,10 +163,10 @@ class Layout(NamedTuple):
 
 
 def find_layout(names: Sequence[str], where: str) -> Layout:
-    """What the columns of a table mean.
+    """Returns the layout of a table's columns.
 
     Raises:
-        ValueError: they hold no pairs that are known; names the columns found and expected.
+        ValueError: the columns hold no known form of pairs, or one occurs twice; names the columns.
     """
     found = {}
     for name, others in NAMES.items():
@@ -192,7 +192,7 @@ def find_layout(names: Sequence[str], where: str) -> Layout:
 
 
 def _number(value: Any) -> float:
-    """A finite number, out of a CSV's cell too."""
+    """Returns the value, or a CSV cell's text, as a finite number."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -230,7 +230,7 @@ def _compare_all(values: Any, *, lower_is_better: bool) -> list[Preference]:
 
 
 def _as_list(value: Any) -> Sequence[Any]:
-    """A list, or the JSON of one in a CSV's cell."""
+    """Returns a list, parsed from JSON if it is a CSV's cell."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -1,4 +1,4 @@
-"""What raw pairs are like, counted as they pass; parts counted apart add up."""
+"""Statistics of raw pairs, counted one by one; the counts of parts add up."""
 
 import collections
 import hashlib
@@ -9,7 +9,7 @@ TIE = 0.5
 
 
 class PairCounts:
-    """Pairs, ties, distinct prompts, the images' resolutions and the pairs' preferences.
+    """Counts of pairs, ties, distinct prompts, image resolutions and preferences.
 
     prompts: 64-bit digests, not texts: a million of them fit in memory and in a file.
     resolutions: images by "WIDTHxHEIGHT" in pixels. preferences: pairs by preference for
@@ -33,7 +33,7 @@ class PairCounts:
             self.resolutions[f"{width}x{height}"] += 1
 
     def merge(self, other: "PairCounts") -> None:
-        """Adds what another counted."""
+        """Adds the counts of another instance."""
         self.pairs += other.pairs
         self.ties += other.ties
         self.prompts |= other.prompts
@@ -41,7 +41,7 @@ class PairCounts:
         self.preferences += other.preferences
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, so that `from_json` gives it back."""
+        """Returns all counts, as `from_json` reads them."""
         return {
             "pairs": self.pairs,
             "ties": self.ties,
@@ -52,7 +52,7 @@ class PairCounts:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "PairCounts":
-        """The inverse of `to_json`."""
+        """Inverse of `to_json`."""
         counts = cls()
         counts.pairs, counts.ties = stored["pairs"], stored["ties"]
         counts.prompts = set(stored["prompts"])
@@ -61,13 +61,13 @@ class PairCounts:
         return counts
 
     def summary(self) -> dict[str, Any]:
-        """For people: prompts as their number, resolutions by how often, labels in order."""
+        """Returns a summary to read: prompts, resolutions by frequency, labels in order."""
         return {
             "pairs": self.pairs,
             "ties": self.ties,
             "prompts": len(self.prompts),
             "resolutions": dict(
-                # Equally often: by name, so that the order does not tell who counted first.
+                # Equal counts by name, so that the order does not depend on which part came first.
                 sorted(self.resolutions.items(), key=lambda item: (-item[1], item[0]))
             ),
             "preferences": dict(sorted(self.preferences.items())),

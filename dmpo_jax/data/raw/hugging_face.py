@@ -15,15 +15,15 @@ ROWS_AT_ONCE = 64
 
 
 class HuggingFaceSource(Source):
-    """Pairs of `dataset.save_to_disk(path)`, by the columns of `FORMS`.
+    """Pairs of `dataset.save_to_disk(path)`, in the columns of `FORMS`.
 
-    Image columns are read as they are stored, undecoded. Needs the `data` extra.
+    Image columns are read as stored, undecoded. Requires the `data` extra.
 
     Raises:
         ImportError: `datasets` is not installed.
-        FileNotFoundError: there is no such folder.
-        ValueError: it was not written by `save_to_disk`, holds several splits, or its columns
-            are not what was expected, before any image is read.
+        FileNotFoundError: the folder does not exist.
+        ValueError: `save_to_disk` did not write the folder, it holds several splits, or it lacks
+            columns. Raised before any image is read.
     """
 
     def __init__(self, path: epath.PathLike, ties: str = "keep"):
@@ -60,13 +60,13 @@ class HuggingFaceSource(Source):
         return sum(self.layout.most_pairs(row) for u in every for _, row in self._rows(u, names))
 
     def _rows(self, unit: Unit, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        # As Arrow: an image stays the struct of bytes and path that it is stored as.
+        # In Arrow format an image stays a struct of bytes and path, as stored.
         data = self._data.select_columns(names).with_format("arrow")
         for start in range(unit.start, unit.stop, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, unit.stop)
             try:
                 table = data[start:stop]
-                table.validate(full=True)  # Arrow trusts the file's offsets otherwise
+                table.validate(full=True)  # otherwise Arrow trusts the file's offsets
                 rows = table.to_pylist()
             except (pa.ArrowException, UnicodeDecodeError) as error:
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Encoded images <-> arrays, with every way in which an image can be bad named."""
+"""Encodes and decodes images; every kind of bad image has a named reason."""
 
 import io
 
@@ -8,12 +8,12 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 8192 * 8192
 MAX_BYTES = 256 * 2**20  # of one encoded image
-# No format that Pillow hands to another program (EPS) or that nobody keeps pairs in.
+# Excludes formats that Pillow passes to another program (EPS), and those unused for pairs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 
 class BadImageError(ValueError):
-    """An image that cannot be used. reason: a few words, the same for every such image."""
+    """An unusable image. reason: a few words, the same for every image of that kind."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
@@ -21,13 +21,13 @@ class BadImageError(ValueError):
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 3"]:
-    """An encoded image -> RGB in [0, 255]; other modes are converted, alpha is dropped.
+    """Decodes an image to RGB in [0, 255]; other modes are converted, alpha is dropped.
 
     Raises:
-        BadImageError: if the bytes are no whole image of one of FORMATS, or it has more than
-            max_pixels (so that a small file cannot fill the memory).
+        BadImageError: the bytes are not a complete image of one of FORMATS, or it has no pixels or
+            more than max_pixels (so that a small file cannot fill the memory).
     """
-    # Pillow raises whatever its format plugins do, OverflowError and SyntaxError among it.
+    # Pillow raises any error of its format plugins, OverflowError and SyntaxError included.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
@@ -36,7 +36,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("absurd size", f"{error}, over the limit of {max_pixels}") from error
     except Exception as error:
-        # Pillow's words for what it does not know hold a memory address, another in every run.
+        # Pillow's message for an unknown format holds a memory address, different in every run.
         unknown = isinstance(error, UnidentifiedImageError)
         said = f"not one of {', '.join(FORMATS)}" if unknown else error
         raise BadImageError(
@@ -49,7 +49,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits as 8, which `convert` would cut off at 255 instead of scaling."""
+    """Scales 16-bit greys to 8 bits; `convert` would clip them at 255 instead."""
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -58,7 +58,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarray, "H W 1"]:
-    """An encoded mask -> 1 where it is nearer to white than to black, else 0.
+    """Decodes a mask to 1 where it is nearer to white than to black, else 0.
 
     Raises:
         BadImageError: as `decode_image`.
@@ -68,7 +68,7 @@ def decode_mask(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarra
 
 
 def encode_image(image: UInt8[np.ndarray, "H W 3"], *, quality: int = 95) -> bytes:
-    """The inverse of `decode_image`: a JPEG of full colour resolution."""
+    """Encodes an image as a JPEG of full colour resolution, for `decode_image`."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

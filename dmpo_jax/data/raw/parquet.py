@@ -27,18 +27,18 @@ ROWS_AT_ONCE = 64  # of about 200 kB each; row groups may hold gigabytes
 
 
 class ParquetSource(Source):
-    """Pairs in a parquet file, a folder of them, or a pattern, by the columns of `FORMS`.
+    """Pairs in a parquet file, a folder of them, or a pattern, in the columns of `FORMS`.
 
-    A unit is of whole row groups, up to about UNIT_PAIRS rows, or a part of a larger one
-    (whose earlier rows are then read too, and dropped: write row groups of about 100 rows).
+    A unit holds complete row groups, up to about UNIT_PAIRS rows, or a part of a larger group.
+    Reading such a part also reads the group's earlier rows and drops them: write row groups of
+    about 100 rows.
 
     Raises:
-        FileNotFoundError: if there is no parquet file.
-        ValueError: if a file is not whole, or its columns are not what was expected, before
-            any image is read.
+        FileNotFoundError: there is no parquet file.
+        ValueError: a file is damaged, or lacks columns; raised before any image is read.
     """
 
-    flags: tuple[str, ...] = ()  # further columns, for `_admit`
+    flags: tuple[str, ...] = ()  # further columns to read, for `_admit`
 
     def __init__(self, path: epath.PathLike, ties: str = "keep"):
         super().__init__(ties)
@@ -64,7 +64,7 @@ class ParquetSource(Source):
         self.given = frozenset().union(*(layout.given for layout in layouts))
 
     def units(self) -> list[Unit]:
-        # A ranked list makes several pairs; not more than of ten images, in general.
+        # A ranked list makes several pairs: rarely more than 45, of ten images.
         size = UNIT_PAIRS if len(self.layout.images) == 2 else UNIT_PAIRS // 45
         return [
             make_unit(epath.Path(file).name, file, start, stop)
@@ -101,12 +101,12 @@ class ParquetSource(Source):
         return columns.find_layout(schema.names, where)
 
     def _admit(self, row: Mapping[str, Any]) -> None:
-        """Raises SkipError where other columns say so."""
+        """Raises SkipError if other columns exclude the row."""
 
     def _rows(
         self, unit: Unit, wanted: Iterable[str]
     ) -> Iterator[tuple[str, dict[str, Any] | Skipped]]:
-        """(id, row or why there is none), a few rows in memory."""
+        """Yields (id, row or Skipped), with only a few rows in memory."""
         file = epath.Path(unit.file)
         for number, row in _read_rows(file, unit, (*wanted, *self.flags), self._groups[unit.file]):
             name = f"{file.name}:{number}"
@@ -121,14 +121,14 @@ class ParquetSource(Source):
 
 
 def _ranges(groups: list[int], size: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of about `size`: whole row groups, or equal parts of a large one."""
+    """Yields row ranges of about `size`: complete row groups, or equal parts of a large one."""
     start = stop = 0
     for rows in groups:
         if stop > start and stop - start + rows > size:
             yield start, stop
             start = stop
         stop += rows
-        if rows > size:  # it stands alone, since what was before it is out
+        if rows > size:  # alone: the groups before it are already yielded
             parts = max(rows // size, 1)
             edges = [start + rows * i // parts for i in range(parts + 1)]
             yield from itertools.pairwise(edges)
@@ -139,7 +139,7 @@ def _ranges(groups: list[int], size: int) -> Iterator[tuple[int, int]]:
 
 @contextlib.contextmanager
 def _opened(file: epath.Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file; ValueError where it, or what is read from it, is damaged."""
+    """Opens a parquet file; raises ValueError if the file, or data read from it, is damaged."""
     with file.open("rb") as stream:
         try:
             yield pq.ParquetFile(stream, page_checksum_verification=True)
@@ -150,7 +150,7 @@ def _opened(file: epath.Path) -> Iterator[pq.ParquetFile]:
 def _read_rows(
     file: epath.Path, unit: Unit, wanted: Iterable[str], groups: list[int]
 ) -> Iterator[tuple[int, dict[str, Any] | SkipError]]:
-    """(row number, row) of a unit; the columns that the file has of those wanted."""
+    """Yields (row number, row) of a unit, with those of the wanted columns that the file has."""
     start, chosen, first = 0, [], None
     for i, rows in enumerate(groups):
         if start < unit.stop and start + rows > unit.start:
@@ -179,7 +179,7 @@ def _read_rows(
 def _to_rows(batch: pa.RecordBatch) -> list[Any]:
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:  # a text of damaged bytes: find whose
+    except UnicodeDecodeError:  # a text is not UTF-8: find its row
         rows = []
         for i in range(batch.num_rows):
             try:

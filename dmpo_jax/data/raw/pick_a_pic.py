@@ -1,4 +1,4 @@
-"""Pick-a-Pic's parquet schema: read and written."""
+"""Reader and writer of Pick-a-Pic's parquet schema."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -32,7 +32,7 @@ PICK_A_PIC = pa.schema(
         "model_1": pa.string(),
         "has_label": pa.bool_(),
         "are_different": pa.bool_(),
-        # Ours, null where a model is given no image.
+        # Our additions; null where a model is given no image.
         "jpg_source": pa.binary(),
         "mask": pa.binary(),
     }
@@ -42,10 +42,10 @@ PICK_A_PIC = pa.schema(
 class PickAPic(ParquetSource):
     """Pairs in the parquet schema of the hub's Pick-a-Pic datasets.
 
-    Columns: caption, jpg_0, jpg_1 and label_0 (1: image 0 preferred, 0: image 1, 0.5: a
-    tie); where has_label and are_different are present, rows with either false are left
-    out, and where label_1 is, it should be 1 - label_0. For editing models also jpg_source,
-    for inpainting models jpg_source and mask.
+    Columns: caption, jpg_0, jpg_1 and label_0 (1: image 0 preferred, 0: image 1, 0.5: a tie).
+    Optional: has_label and are_different, where rows with either false are skipped, and label_1,
+    which should be 1 - label_0. Editing models also need jpg_source, inpainting models jpg_source
+    and mask.
 
     Args:
         path: a parquet file, a folder of them, or a pattern (`data/train-*.parquet`: the
@@ -53,8 +53,8 @@ class PickAPic(ParquetSource):
         ties: "keep", with a preference of 0.5, or "drop".
 
     Raises:
-        FileNotFoundError: if there is no parquet file.
-        ValueError: if a file lacks a column, has one of another type or is not parquet,
+        FileNotFoundError: there is no parquet file.
+        ValueError: a file lacks a column, has one of another type or is not parquet; raised
             before any image is read.
     """
 
@@ -90,7 +90,7 @@ class PickAPic(ParquetSource):
             raise SkipError("bad label", f"label_0 is {first}, but label_1 is {second}")
 
 
-# (columns, Arrow types, in words)
+# (columns, checks of their Arrow type, description)
 _TYPES = (
     (("caption",), (pa.types.is_string, pa.types.is_large_string), "a text"),
     (
@@ -109,19 +109,19 @@ _TYPES = (
 
 
 def write_pick_a_pic(path: epath.PathLike, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Writes rows in the hub's schema, so that `PickAPic(path)` reads them.
+    """Writes rows in the hub's schema, as `PickAPic(path)` reads it.
 
     Args:
         path: the parquet file; written atomically.
-        rows: with caption, jpg_0, jpg_1, label_0 and any other column of PICK_A_PIC; what
-            is left out is derived from these.
+        rows: with caption, jpg_0, jpg_1, label_0 and any other column of PICK_A_PIC. label_1, the
+            uids, has_label and are_different are derived from these if absent.
 
     Returns:
         The number of rows written.
 
     Raises:
-        ValueError: if a row lacks a required column, has an unknown one, or its label lies
-            outside [0, 1].
+        ValueError: a row lacks a required column, has an unknown one, or its label lies outside
+            [0, 1].
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every source yields, and what every source is."""
+"""`Source`, the base class of all sources of raw pairs, and the records that they yield."""
 
 import abc
 import errno
@@ -11,8 +11,8 @@ from dmpo_jax import storage
 from dmpo_jax.data.raw.images import MAX_BYTES
 from dmpo_jax.errors import MissingFileError, UserError
 
-UNIT_PAIRS = 1000  # about so many pairs are read together
-# The table names a file that is not there; any other error of the storage stops the job.
+UNIT_PAIRS = 1000  # approximate pairs of a unit
+# Errors of a path that names no file: the row is skipped. Other storage errors stop the job.
 _NO_SUCH_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
 
 
@@ -21,7 +21,7 @@ class RawPair(NamedTuple):
 
     preference: the probability, in [0, 1], that image 0 is preferred; 0.5 is a tie.
     source: the encoded image that both images edit or repaint. mask: an encoded image of the
-    source's shape, white where it is repainted.
+    source's shape, white where the source is repainted.
     """
 
     id: str
@@ -33,10 +33,10 @@ class RawPair(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A row, or one pair of a row, that gives no pair.
+    """A row, or one pair of a row, that yields no pair.
 
-    reason: a few words, the same for every such row. bad: whether it is a bad record;
-    otherwise it is left out by rule (no label, a tie where ties are dropped).
+    reason: a few words, the same for every such row. bad: True for a bad record, False for a
+    record skipped by rule (no label, a tie where ties are dropped).
     """
 
     id: str
@@ -46,7 +46,7 @@ class Skipped(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A part of a source that is read alone: rows `start` to `stop` of a file."""
+    """A part of a source that can be read alone: rows `start` to `stop` of a file."""
 
     name: str
     file: str
@@ -55,7 +55,7 @@ class Unit(NamedTuple):
 
 
 class SkipError(Exception):
-    """Raised inside a source where a row must be skipped; becomes a `Skipped`."""
+    """Signals, inside a source, that a row must be skipped; becomes a `Skipped`."""
 
     def __init__(self, reason: str, detail: str = "", *, bad: bool = True):
         super().__init__(reason, detail, bad)
@@ -66,9 +66,9 @@ class SkipError(Exception):
 
 
 class Source(abc.ABC):
-    """Pairs in parts, in a fixed order.
+    """Pairs in units, in a fixed order.
 
-    given: which of "source" and "mask" it has.
+    given: the fields, of "source" and "mask", that its pairs may have.
     """
 
     given: frozenset[str] = frozenset()
@@ -80,27 +80,27 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def units(self) -> list[Unit]:
-        """The parts, in order; together every row once."""
+        """Returns the units, in order; together they hold every row once."""
 
     @abc.abstractmethod
     def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
-        """The pairs of a unit, the same at every reading.
+        """Yields the pairs of a unit, the same at every read.
 
         Raises:
-            ValueError: the file is damaged where it cannot be told which rows are.
+            ValueError: the file is damaged, and the damaged rows cannot be identified.
         """
 
     @abc.abstractmethod
     def prompts(self, unit: Unit) -> Iterator[str]:
-        """The prompt of each row that labels admit; images are not read where they need not be."""
+        """Yields the prompt of each row that labels admit; avoids reading images where possible."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """An upper bound of the pairs."""
+        """Returns an upper bound on the pairs."""
 
 
 def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
-    """The files that a path, a folder or a pattern stands for, sorted.
+    """Returns the files of a path, a folder or a pattern, sorted.
 
     Raises:
         FileNotFoundError: there is none.
@@ -117,7 +117,7 @@ def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
 
 
 def cut(name: str, file: epath.PathLike, rows: int, size: int = UNIT_PAIRS) -> list[Unit]:
-    """Units of at most `size` rows of a file."""
+    """Returns units of at most `size` rows of a file."""
     starts = range(0, rows, max(size, 1))
     return [make_unit(name, file, i, min(i + starts.step, rows)) for i in starts]
 
@@ -127,12 +127,12 @@ def make_unit(name: str, file: epath.PathLike, start: int, stop: int) -> Unit:
 
 
 def load_bytes(cell: Any, folder: epath.Path) -> bytes:
-    """The encoded image of a table's cell: bytes, a path, or a `datasets` image of either.
+    """Returns the encoded image of a table's cell: bytes, a path, or a `datasets` image of either.
 
     Paths are relative to the folder.
 
     Raises:
-        SkipError: there is none, or it is absurdly large.
+        SkipError: there is no image, or it is absurdly large.
     """
     if isinstance(cell, Mapping):  # datasets' Image, as stored
         cell = cell.get("bytes") or cell.get("path")

@@ -1,4 +1,4 @@
-"""Pairs in a table of texts, the images in files beside it: JSON lines, JSON, CSV, TSV."""
+"""Pairs in a table of texts (JSON lines, JSON, CSV, TSV), with the images in files."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 def open_table(path: epath.PathLike, ties: str = "keep") -> Source:
-    """Pairs of a table of any of FORMATS, by its ending; a folder is one of parquet files.
+    """Opens a table of any of FORMATS, by its suffix; a folder is one of parquet files.
 
     Raises:
         ValueError, FileNotFoundError: as `TableSource` and `ParquetSource`.
@@ -40,15 +40,14 @@ def open_table(path: epath.PathLike, ties: str = "keep") -> Source:
 
 
 class TableSource(Source):
-    """Pairs of a table that fits in memory, the images in files, by the columns of `FORMS`.
+    """Pairs of a table that fits in memory, in the columns of `FORMS`, with images in files.
 
-    JSON lines hold an object each, JSON a list of them. Rows are counted from 0, without
-    blank lines. Images are paths relative to the table's folder, absolute, or with a scheme.
+    JSON lines hold an object each, JSON a list of them. Rows are counted from 0, without blank
+    lines. Image paths are relative to the table's folder, absolute, or with a scheme.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: its columns are not what was expected, or it cannot be read at all,
-            before any image is read.
+        FileNotFoundError: the file does not exist.
+        ValueError: the table lacks columns, or cannot be read; raised before any image is read.
     """
 
     def __init__(self, path: epath.PathLike, ties: str = "keep"):
@@ -64,7 +63,7 @@ class TableSource(Source):
                 f"{self._file} cannot be read as {self._file.suffix}: {error}"
             ) from error
         names = next((list(row) for row in self._rows if isinstance(row, Mapping)), [])
-        # JSON's objects may leave keys out: all count that are in one of the first.
+        # JSON's objects may omit keys: a column counts if one of the first 100 rows has it.
         for row in self._rows[:100]:
             names += [name for name in row if name not in names] if isinstance(row, dict) else []
         self.layout = columns.find_layout(names, str(self._file))
@@ -99,7 +98,7 @@ class TableSource(Source):
 
 
 class _Cells(Sequence):
-    """The rows of an Arrow table of texts, made when asked for; an empty cell says nothing."""
+    """Rows of an Arrow table of strings, created on access; an empty cell is None."""
 
     def __init__(self, table: pa.Table):
         self._table = table.combine_chunks()

@@ -1,4 +1,4 @@
-"""Pairs in tar shards, as WebDataset keeps them."""
+"""Pairs in tar shards in WebDataset's layout."""
 
 import concurrent.futures
 import contextlib
@@ -39,7 +39,10 @@ _BLOCK = 512  # bytes of a tar header
 
 
 class Sample(NamedTuple):
-    """The members of one key. texts: json, txt, ...; images by role: 0, 1, chosen, ..."""
+    """The members of one key in a shard.
+
+    texts: by kind (json, txt, ...). images: by role (0, 1, chosen, ...). twice: roles that recur.
+    """
 
     key: str
     texts: dict[str, tarfile.TarInfo]
@@ -48,18 +51,18 @@ class Sample(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """An upper bound of its pairs."""
+        """Upper bound on the sample's pairs."""
         return max(math.comb(sum(map(str.isdigit, self.images)), 2), 1)
 
 
 class WebDatasetSource(Source):
-    """Pairs in WebDataset's tar shards: members `KEY.WHAT` that stand together are a sample.
+    """Pairs in WebDataset's tar shards: consecutive members `KEY.WHAT` of one key are a sample.
 
-    WHAT is `jpg_0` and `jpg_1` (or `0.jpg`, `image_0.jpg`; also jpeg, png, webp), or
-    `chosen.jpg` and `rejected.jpg`, or `jpg_0` ... `jpg_K` of a ranked list; `jpg_source` and
-    `png_mask` (or `mask.png`); `json`, an object with the prompt and the other columns of
-    `FORMS`; `txt` instead of its prompt. Shards are read with the standard library's
-    tarfile, not compressed.
+    Images are `jpg_0` and `jpg_1` (or `0.jpg`, `image_0.jpg`; also jpeg, png, webp), or
+    `chosen.jpg` and `rejected.jpg`, or `jpg_0` ... `jpg_K` of a ranked list. `jpg_source` and
+    `png_mask` (or `mask.png`) are source and mask. `json` is an object with the prompt and the
+    other columns of `FORMS`; `txt` may hold the prompt instead. Shards are read with the standard
+    library's tarfile and must be uncompressed.
 
     Args:
         path: a tar file, a folder of them, or a pattern.
@@ -67,8 +70,8 @@ class WebDatasetSource(Source):
 
     Raises:
         FileNotFoundError: there is no tar file.
-        ValueError: the first sample is not what was expected. At the first use of `units` or
-            `len`, which read every shard's headers: a shard is not whole.
+        ValueError: the first sample is invalid. Also raised at the first use of `units` or `len`,
+            which read every shard's headers, if a shard is damaged.
     """
 
     def __init__(self, path: epath.PathLike, ties: str = "keep"):
@@ -118,14 +121,14 @@ class WebDatasetSource(Source):
         return max(pairs, default=1) if len(self.layout.images) == 1 else 1
 
     def _index(self) -> list[list[int]]:
-        """Of each file, the pairs of each sample at most; headers alone are read."""
+        """Returns, by file, an upper bound on each sample's pairs; reads only headers."""
         if self._indices is None:
             with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
                 self._indices = list(pool.map(_count_pairs, self._files))
         return self._indices
 
     def _samples_of(self, unit: Unit) -> Iterator[tuple[tarfile.TarFile, str, Sample]]:
-        """(shard, id, sample) of a unit."""
+        """Yields (shard, id, sample) of a unit."""
         file, number = epath.Path(unit.file), 0
         with _opened(file) as tar:
             for number, sample in enumerate(_samples(tar, file), 1):
@@ -143,7 +146,7 @@ def _count_pairs(file: epath.Path) -> list[int]:
 
 @contextlib.contextmanager
 def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
-    """A shard; ValueError where it, or what is read from it, is damaged."""
+    """Opens a shard; raises ValueError if the shard, or data read from it, is damaged."""
     with file.open("rb") as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
@@ -153,7 +156,7 @@ def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
 
 
 def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
-    """The samples of a shard, in order."""
+    """Yields the samples of a shard, in order."""
     sample, keys = None, set()
     for info in _members(tar, file):
         match = _KEY.fullmatch(info.name)
@@ -179,13 +182,13 @@ def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
 
 
 def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo]:
-    """The files in a shard. ValueError where it ends otherwise than a tar file does.
+    """Yields the files in a shard; raises ValueError if a header is damaged or the end is missing.
 
     tarfile takes a damaged header for the end.
     """
     last = -1
     for info in tar:
-        if info.offset <= last or info.size < 0:  # it would go round for ever
+        if info.offset <= last or info.size < 0:  # would loop forever
             raise UserError(f"{file} is not a whole tar file: bad header of {info.name!r:.80}")
         last = info.offset
         if info.isreg():
@@ -203,7 +206,7 @@ def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo
 
 
 def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
-    """A sample as a table's row, its images as members to be read."""
+    """Returns a sample as a table's row, its images as unread tar members."""
     if sample.twice:
         raise SkipError("twice the same", f"members {sample.twice}")
     row: dict[str, Any] = {}

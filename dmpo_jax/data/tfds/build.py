@@ -1,7 +1,7 @@
-"""Parts of a source -> shards of a TFDS dataset: what one worker does, and what is made of it.
+"""Writes parts of a source as shards of a TFDS dataset, and merges the workers' reports.
 
-Everything here is a function of its arguments and the source, so that one process, or any
-number of Beam workers, write the same bytes.
+Every function depends only on its arguments and the source. One process and any number of
+Beam workers therefore write the same bytes.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ SPLITS = ("train", "validation")
 
 
 class Job(NamedTuple):
-    """What every worker is told: a source, how it is split and where shards go.
+    """Settings that every worker receives: the source, its split and the output.
 
-    validation_fraction: of the prompts. max_bad: which share of the rows may be bad records.
-    folder: any path that all workers reach.
+    validation_fraction: of the prompts. max_bad: largest share of the rows that may be bad.
+    folder: for the shards; any path that all workers reach.
     """
 
     source: str
@@ -48,7 +48,10 @@ class Shard(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What became of a shard: by split, pairs counted and bytes of records; the bad rows."""
+    """Result of writing a shard.
+
+    counts: pairs by split. sizes: bytes of records by split. tally: good and bad rows.
+    """
 
     counts: dict[str, PairCounts]
     sizes: dict[str, int]
@@ -56,8 +59,11 @@ class Report(NamedTuple):
 
 
 def make_features() -> tfds.features.FeaturesDict:
-    """Images as bytes, not `tfds.features.Image`, which without TensorFlow decodes to whatever
-    mode the file has (palette, CMYK); `sources.decode_image` makes RGB of any."""
+    """Returns the TFDS features of a pair, with images as bytes.
+
+    `tfds.features.Image` without TensorFlow decodes to the file's own mode (palette, CMYK).
+    `sources.decode_image` converts every mode to RGB.
+    """
 
     def encoded(doc: str, *, optional: bool = False) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(), dtype=np.object_, doc=doc, optional=optional)
@@ -78,7 +84,7 @@ def make_features() -> tfds.features.FeaturesDict:
 
 
 def to_example(pair: sources.RawPair) -> dict[str, Any]:
-    """The features of a pair."""
+    """Returns the features of a pair."""
     image_0, image_1 = pair.images
     return {
         "id": pair.id,
@@ -92,9 +98,9 @@ def to_example(pair: sources.RawPair) -> dict[str, Any]:
 
 
 def serialize(pair: sources.RawPair) -> bytes:
-    """A record: always the same bytes for the same pair.
+    """Returns a pair's record, always the same bytes for the same pair.
 
-    `features.serialize_example` leaves the order of a record's fields to the process's seed.
+    The order of the fields in `features.serialize_example` depends on the process's seed.
     """
     features, serializer = _serializer()
     example = serializer.get_tf_example(features.encode_example(to_example(pair)))
@@ -102,15 +108,17 @@ def serialize(pair: sources.RawPair) -> bytes:
 
 
 def count_rows(job: Job) -> int:
-    """Of the job's source; an upper bound of its pairs."""
+    """Returns an upper bound on the pairs of the job's source."""
     return len(_opened(job.source, job.ties))
 
 
 def plan_shards(units: Sequence[sources.Unit], shard_pairs: int) -> list[list[sources.Unit]]:
-    """Neighbouring units of a source, about `shard_pairs` rows together; none is cut.
+    """Groups consecutive units into shards of up to `shard_pairs` rows.
+
+    No unit is split; a larger unit is a shard of its own.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: there is no unit, or `shard_pairs` is below 1.
     """
     if not units or shard_pairs < 1:
         raise ValueError(
@@ -129,12 +137,12 @@ def plan_shards(units: Sequence[sources.Unit], shard_pairs: int) -> list[list[so
 
 
 def write_shard(job: Job, shard: Shard) -> None:
-    """Writes a shard's files, each whole or not at all, and then its report beside them.
+    """Writes each file of a shard atomically, then its report beside them.
 
-    A split without a pair gets no file. Done twice, it writes the same.
+    A split without pairs gets no file. Idempotent: a second call writes the same bytes.
 
     Raises:
-        TooManyBadError: if this shard alone has more bad rows than the whole source may.
+        TooManyBadError: this shard alone has more bad rows than the entire source may have.
     """
     source = _opened(job.source, job.ties)
     tally = Tally(job.max_bad, total=count_rows(job))
@@ -158,7 +166,7 @@ def write_shard(job: Job, shard: Shard) -> None:
 
 
 def take_report(job: Job, shard: Shard) -> Report:
-    """Reads and removes what `write_shard` reported."""
+    """Reads and deletes the report of `write_shard`."""
     path = _report_path(job, shard)
     stored = json.loads(path.read_text())
     path.unlink()
@@ -170,11 +178,11 @@ def take_report(job: Job, shard: Shard) -> Report:
 
 
 def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
-    """What statistics.json holds, of all shards together.
+    """Returns the content of statistics.json, merged over all shards.
 
     Raises:
-        TooManyBadError: if more of the rows are bad than may be.
-        ValueError: if there is nothing to train on.
+        TooManyBadError: more rows are bad than `max_bad` allows.
+        ValueError: there is no pair to train on.
     """
     tally = Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
@@ -207,13 +215,13 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
 def _good_pairs(
     source: sources.Source, units: Sequence[sources.Unit], tally: Tally
 ) -> Iterator[tuple[sources.RawPair, list[tuple[int, int]]]]:
-    """The pairs that decode, each with its images' heights and widths."""
+    """Yields each pair that decodes, with its images' (height, width); tallies every row."""
     for unit in units:
         for pair in source.read(unit):
             if isinstance(pair, sources.Skipped):
                 tally.skip(pair)
                 continue
-            # A source or mask that is there must be readable; who needs one says so later.
+            # A source or mask that is present must decode. A missing one is reported later.
             needs = frozenset(f for f in ("source", "mask") if getattr(pair, f) is not None)
             decoded = decode_pair(pair, needs)
             if isinstance(decoded, sources.Skipped):
@@ -226,7 +234,7 @@ def _good_pairs(
 
 @functools.lru_cache(maxsize=1)
 def _opened(source: str, ties: str) -> sources.Source:
-    """Once a process: opening lists files, and may read their schemas."""
+    """Opens the source once a process: opening lists files and may read their schemas."""
     return sources.open_source(source, ties=ties)
 
 

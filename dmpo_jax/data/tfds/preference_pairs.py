@@ -1,17 +1,17 @@
-"""The TFDS builder: any source of raw pairs -> ArrayRecord splits, on one machine or with Beam.
+"""TFDS builder: any source of raw pairs -> ArrayRecord splits, on one machine or with Beam.
 
     python -m dmpo_jax.data.tfds --config=pickapic --manual_dir=FOLDER --data_dir=OUT
 
-which is `tfds build preference_pairs --imports=dmpo_jax.data.tfds ...`, but needs no TensorFlow.
+This runs `tfds build preference_pairs --imports=dmpo_jax.data.tfds ...` without TensorFlow.
 
-`--config` is a kind of source and `--manual_dir` its path; any other setting of PairsConfig
-goes in as JSON, under a name of your own:
+`--config` is a kind of source and `--manual_dir` its path. Other settings of PairsConfig are
+given as JSON, under a name of your own:
 
     --config='{"name": "mine", "source": "table:gs://BUCKET/pairs.jsonl", "ties": "drop"}'
 
-With `--beam_pipeline_options=runner=DirectRunner,direct_num_workers=8,...` the same files are
-written by a Beam pipeline (`pip install '.[beam]'`): the same records in the same shards in
-the same order, byte for byte. The source `tfds:OUT/preference_pairs/NAME/1.0.0` reads them.
+With `--beam_pipeline_options=runner=DirectRunner,direct_num_workers=8,...` a Beam pipeline
+writes the shards (`pip install '.[beam]'`); the output is byte-identical. The source
+`tfds:OUT/preference_pairs/NAME/1.0.0` reads them.
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ statistics.json. Train and validation share no prompt. Stored in the source's or
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class PairsConfig(tfds.core.BuilderConfig):
-    """What is built.
+    """Settings of a build.
 
-    source: KIND:PATH; without a path it is the manual folder. ties: "keep" or "drop".
-    validation_fraction: of the prompts. max_bad: which share of the rows may be bad records.
-    shard_pairs: rows a shard, about, since a part of the source is never cut.
+    source: KIND:PATH; an empty PATH stands for the manual folder. ties: "keep" or "drop".
+    validation_fraction: of the prompts. max_bad: largest share of the rows that may be bad.
+    shard_pairs: approximate rows a shard, since units of the source are not split.
     """
 
     source: str = ""
@@ -54,16 +54,16 @@ class PairsConfig(tfds.core.BuilderConfig):
 
 
 class PreferencePairs(FileReaderBuilder):
-    """Shard by shard rather than TFDS's GeneratorBasedBuilder.
+    """TFDS builder that writes shard by shard, unlike TFDS's GeneratorBasedBuilder.
 
-    That one sends every image through a shuffle, on disk or in Beam, and reads the source
-    once for each split; its shards depend on whether Beam cut them. Here a source is read
-    once, nothing is moved, and a shard is a function of its part of the source alone.
+    GeneratorBasedBuilder sends every image through a shuffle, on disk or in Beam, and reads the
+    source once for each split. Its shards depend on whether Beam cut them. This builder reads the
+    source once and shuffles nothing. A shard depends only on its part of the source.
     """
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = "The folder that holds the source, given as --manual_dir."
-    BUILDER_CONFIGS = [  # noqa: RUF012 - TFDS says so
+    BUILDER_CONFIGS = [  # noqa: RUF012 - as TFDS expects
         PairsConfig(name=kind, source=f"{kind}:") for kind in sources.SOURCES
     ]
 
@@ -95,7 +95,7 @@ class PreferencePairs(FileReaderBuilder):
                 [
                     tfds.core.SplitInfo(
                         name=split,
-                        # A shard may have no pair of a split: 0, and no file.
+                        # A shard without a pair of a split has length 0 and no file.
                         shard_lengths=[report.counts[split].pairs for report in reports],
                         num_bytes=sum(report.sizes[split] for report in reports),
                         filename_template=self._get_filename_template(split),
@@ -110,7 +110,7 @@ class PreferencePairs(FileReaderBuilder):
         config: Any = self.builder_config
         kind, _, path = config.source.partition(":")
         job = build.Job(
-            # The manual folder is only asked for where it is needed: TFDS checks it.
+            # TFDS checks the manual folder when it is read, so read it only if it is needed.
             source=f"{kind}:{path or dl_manager.manual_dir}",
             ties=config.ties,
             validation_fraction=config.validation_fraction,
@@ -133,7 +133,7 @@ class PreferencePairs(FileReaderBuilder):
 def _write_all(
     job: build.Job, shards: list[build.Shard], download_config: Any
 ) -> list[build.Report]:
-    """Every shard, here and in turn, or by a Beam pipeline where one is asked for."""
+    """Writes every shard, in turn in this process or, if requested, in a Beam pipeline."""
     runner, options = download_config.beam_runner, download_config.beam_options
     reports: list[build.Report] = []
     if runner is None and options is None:
@@ -143,7 +143,7 @@ def _write_all(
                 build.write_shard(job, shard)
                 reports.append(build.take_report(job, shard))
                 tally.merge(reports[-1].tally)
-                tally.check()  # now rather than at the end
+                tally.check()  # fails now rather than at the end
                 progress.advance()
         return reports
     try:
@@ -154,6 +154,6 @@ def _write_all(
         ) from error
     with beam.Pipeline(runner=runner, options=options) as pipeline:
         write = beam.Map(functools.partial(build.write_shard, job))
-        # Reshuffled, or a runner may fuse the steps and leave all shards to one worker.
+        # Without Reshuffle a runner may fuse the steps and leave all shards to one worker.
         _ = pipeline | beam.Create(shards) | beam.Reshuffle() | write
     return [build.take_report(job, shard) for shard in shards]
