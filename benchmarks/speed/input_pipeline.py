@@ -261,7 +261,7 @@ def elements(pairs: Any) -> Iterator[tuple[int, bool]]:
     """Yields (record, true if its prompt is dropped), in training's order."""
     from dmpo_jax.data.batches.order import Draws, Order
 
-    order = Order([len(pairs.split("train"))], [1], seed=SEED, shuffle=True)
+    order = Order([len(pairs.split("train"))], [1], seed=SEED)
     draws = Draws(seed=SEED, prompt_dropout=DROPOUT, drops_images=False, flip=False)
     for i in range(2**62):
         yield order[i][1], draws(i)[0]

@@ -142,5 +142,5 @@ def test_flips_must_have_been_stored(tmp_path, sets):
     with pytest.raises(ValueError, match="the folder of encoded pairs does not hold them: encode"):
         make(without, range(BATCH))
     with pytest.raises(ValueError, match="folder 1 of the mixture of encoded pairs"):
-        make(Mixture([sets[0], without]), range(BATCH))
-    next(make(Mixture([sets[0], without]), range(BATCH), flip=False))
+        make(Mixture([sets[0], without], [1, 1]), range(BATCH))
+    next(make(Mixture([sets[0], without], [1, 1]), range(BATCH), flip=False))

@@ -177,9 +177,9 @@ def test_a_mixture_of_one_content_under_two_names(tmp_path):
         meta = {**META, "model": name, "content": {"vae": content}}
         write(tmp_path / name, {"train": [make_pair(0)]}, meta=meta)
     a, b, c = (records.open_pairs(tmp_path / name) for name in "abc")
-    assert Mixture([a, b]).meta.counts["train"] == 2
+    assert Mixture([a, b], [1, 1]).meta.counts["train"] == 2
     with pytest.raises(ValueError, match=r"content: \{'vae': '0'\} and \{'vae': '1'\}"):
-        Mixture([a, c])
+        Mixture([a, c], [1, 1])
 
 
 def test_hash_of_files(tmp_path):

@@ -69,8 +69,8 @@ def test_pairs_come_by_weight_with_prompts_of_their_own_set(sets):
     )
 
 
-def test_without_weights_every_pair_is_as_frequent(sets):
-    mixture = Mixture(sets)
+def test_weighted_by_size_every_pair_is_as_frequent(sets):
+    mixture = Mixture(sets, [pairs.meta.counts["train"] for pairs in sets])
     assert mixture.weights == (10, 5, 21)
     seen = np.unique(ids(take(mixture, 128)), return_counts=True)[1]
     assert len(seen) == 36
@@ -113,12 +113,12 @@ def test_validation_is_that_of_every_set_once(sets):
 )
 def test_refuses_sets_that_differ(sets, tmp_path, change, match):
     with pytest.raises(ValueError, match=rf"differ \(.*{match}|folders {match}"):
-        Mixture([sets[0], write(tmp_path, 400, 2, **change)])
+        Mixture([sets[0], write(tmp_path, 400, 2, **change)], [1, 1])
 
 
 def test_what_need_not_agree(sets, tmp_path):
     other = write(tmp_path, 400, 2, meta={**META, "source": "elsewhere", "shift_factor": 0.0})
-    assert Mixture([sets[0], other]).prompts is sets[0].prompts
+    assert Mixture([sets[0], other], [1, 1]).prompts is sets[0].prompts
 
 
 def test_refuses_wrong_weights(sets):
@@ -127,4 +127,4 @@ def test_refuses_wrong_weights(sets):
     with pytest.raises(ValueError, match="above 0"):
         Mixture(sets, [1, 2, 0])
     with pytest.raises(ValueError, match="at least one folder"):
-        Mixture([])
+        Mixture([], [])

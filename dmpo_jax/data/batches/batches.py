@@ -39,7 +39,6 @@ class Batches:
             With p = prompt_dropout / 2, p of the pairs lose the prompt alone, p the image alone
             and p both, as in InstructPix2Pix with p = 0.05 (arXiv 2211.09800). A dropped image is
             zeros. Images to inpaint are never dropped.
-        shuffle: a fresh order each epoch; otherwise the stored order, repeated.
         flip: half of the elements are the pair flipped horizontally, both images or neither.
         num_threads: threads that read rows; 0 reads in the caller's thread.
 
@@ -58,7 +57,6 @@ class Batches:
         rows: Sequence[int] | np.ndarray,
         seed: int,
         prompt_dropout: float = 0.0,
-        shuffle: bool = True,
         flip: bool = False,
         num_threads: int = 0,
     ):
@@ -79,7 +77,7 @@ class Batches:
         self._global_batch = global_batch
         self._reader = _Reader(sets, split, num_threads)
         weights = pairs.weights if isinstance(pairs, Mixture) else [1]
-        self._order = Order(self._reader.lengths, weights, seed=seed, shuffle=shuffle)
+        self._order = Order(self._reader.lengths, weights, seed=seed)
         self._draws = Draws(
             seed=seed, prompt_dropout=prompt_dropout, drops_images=drops_images, flip=flip
         )
@@ -94,15 +92,10 @@ def make_batches(
     pairs: EncodedPairs | Mixture,
     split: str,
     *,
-    global_batch: int,
-    rows: Sequence[int] | np.ndarray,
-    seed: int,
     start_step: int = 0,
-    prompt_dropout: float = 0.0,
-    shuffle: bool = True,
-    flip: bool = False,
     num_threads: int = 4,
     prefetch: int = 4,
+    **order: Any,
 ) -> Iterator[PairBatch]:
     """Returns an endless iterator over `Batches` from start_step on, read ahead in threads.
 
@@ -110,23 +103,13 @@ def make_batches(
         start_step: the first batch, reached in O(1).
         num_threads: threads that read rows; 0 reads in the caller's thread, without read-ahead.
         prefetch: number of batches held ready.
-        others: see `Batches`.
+        order: the other arguments of `Batches`.
 
     Returns:
         An iterator of NumPy PairBatches, dtypes as stored. Moments are `[len(rows), 2, h, w, 2C]`,
         or C if only means are stored; the condition's arrays are those of `EncodedMeta.map_batch`.
     """
-    batches = Batches(
-        pairs,
-        split,
-        global_batch=global_batch,
-        rows=rows,
-        seed=seed,
-        prompt_dropout=prompt_dropout,
-        shuffle=shuffle,
-        flip=flip,
-        num_threads=num_threads,
-    )
+    batches = Batches(pairs, split, num_threads=num_threads, **order)
     steps = grain.MapDataset.range(start_step, LAST_STEP).map(batches.__getitem__)
     # The pool's threads read rows; Grain's threads keep the pool busy between batches.
     ahead = min(2, prefetch) if num_threads else 0

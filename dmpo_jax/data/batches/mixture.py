@@ -27,20 +27,17 @@ SAME_ARRAYS = ("moments", "context", "pooled", "length", "image")
 class Mixture:
     """Open folders that one model can be trained on.
 
-    sets: the folders. weights: of the elements, in any unit; by default the sets' sizes, so that
-    every pair occurs equally often. meta: of the first set, with the counts of all sets summed.
-    prompts: of the first set.
+    sets: the folders. weights: of the elements, in any unit. meta: of the first set, with the
+    counts of all sets summed. prompts: of the first set.
 
     Raises:
         ValueError: there is no set; a weight is missing, or not above 0; or the sets were encoded
             for different models or in different shapes; names the differences.
     """
 
-    def __init__(self, sets: Sequence[EncodedPairs], weights: Sequence[float | int] | None = None):
+    def __init__(self, sets: Sequence[EncodedPairs], weights: Sequence[float | int]):
         if not sets:
             raise UserError("a mixture needs at least one folder of encoded pairs, but got none")
-        if weights is None:
-            weights = [pairs.meta.counts["train"] for pairs in sets]
         if len(weights) != len(sets):
             raise UserError(f"{len(sets)} folders need as many weights, but got {list(weights)}")
         whole_parts(weights)  # raises on an invalid weight

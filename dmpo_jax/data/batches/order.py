@@ -38,20 +38,16 @@ class Order:
         lengths: records of each set.
         weights: shares of the elements, in any unit; above 0. One for each set.
         seed: in [0, 2**32).
-        shuffle: a fresh order each epoch, with the sets shuffled together; otherwise the stored
-            order, repeated, with the sets interleaved.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], weights: Sequence[float | int], *, seed: int, shuffle: bool
-    ):
+    def __init__(self, lengths: Sequence[int], weights: Sequence[float | int], *, seed: int):
         self._parts = whole_parts(weights)
-        self._seed = _seed_of(seed, len(lengths)) if shuffle else None
+        self._seed = _seed_of(seed, len(lengths))
         sets = []
         for number, length in enumerate(lengths):
             records = grain.MapDataset.range(length).seed(_seed_of(seed, number))
             # Grain shuffles record numbers, not records, and needs no file.
-            sets.append((records.shuffle() if shuffle else records).repeat())
+            sets.append(records.shuffle().repeat())
         self._sets = sets
         self._block = functools.lru_cache(maxsize=64)(self._make_block)  # a few batches' worth
 
@@ -67,10 +63,7 @@ class Order:
         """Returns the sources of a block's elements, and their positions in their sources."""
         before, after = (counts_of(n * BLOCK, self._parts) for n in (number, number + 1))
         held = [b - a for a, b in zip(before, after, strict=True)]
-        if self._seed is None:
-            rank = np.concatenate([(np.arange(n) + 0.5) / max(n, 1) for n in held])
-        else:
-            rank = _stream(self._seed, number).random(BLOCK)
+        rank = _stream(self._seed, number).random(BLOCK)
         sources = np.repeat(np.arange(len(held)), held)[np.argsort(rank, kind="stable")]
         places = np.empty(BLOCK, np.int64)
         for source, start in enumerate(before):
