@@ -1,13 +1,13 @@
-"""Raw pairs -> encoded pairs: VAE moments of both images, and each distinct prompt once.
+"""Encodes raw pairs: VAE moments of both images, and each distinct prompt once.
 
-The source is cut into parts, and `OUT/parts` says which of them are done:
+The source is split into parts, and `OUT/parts` records the progress:
 
-    plan.json           what is being encoded, with what; another plan is refused
+    plan.json           the plan: settings and source; another plan is an error
     prompts-NNNNN.json  the distinct prompts of a part
-    store-NNNNN.json    of a file of the prompt store that is whole
-    pairs-NNNNN.json    of a part whose files are whole, and what was left out of it
+    store-NNNNN.json    marks a file of the prompt store as complete
+    pairs-NNNNN.json    marks the files of a part as complete, and counts its skipped records
 
-Each is written after the files it speaks of, so that a second run goes on from there.
+Each is written after the files that it describes, so that a second run resumes from there.
 """
 
 import logging
@@ -32,19 +32,18 @@ LOG = logging.getLogger(__name__)
 def encode(settings: Settings, pipeline: diffusers_io.Pipeline, out: epath.PathLike) -> None:
     """Encodes every pair of the source with the pipeline's VAE and text encoders.
 
-    With an editing or inpainting model also the image, and the mask, given with each pair.
-    Does nothing where `out` already holds the same encoding, complete; resumes where a run with
-    the same settings stopped, to the same files byte for byte. With several processes
-    (jax.distributed) each encodes its share on its own devices, and `out` is a folder that
-    all of them see; the files do not depend on how many there are.
+    For an editing or inpainting model, also encodes the image, and the mask, given with each pair.
+    Does nothing if `out` already holds the same complete encoding. Resumes an unfinished run of
+    the same settings; the output is byte-identical. With several processes (jax.distributed), each
+    encodes its share on its own devices, and `out` must be a shared folder. The files do not
+    depend on the number of processes.
 
     Args:
         pipeline: loaded from settings.model and .vae.
 
     Raises:
-        ValueError: `out` holds another encoding, or an unfinished one; too many records are
-            bad; the VAE does not fit the model; or the source lacks a column with what the
-            model is given.
+        ValueError: `out` holds another encoding, or an unfinished one; too many records are bad;
+            the VAE does not fit the model; or the source lacks a column that the model requires.
     """
     out = epath.Path(out)
     about = plans.describe(settings, pipeline)
@@ -89,5 +88,5 @@ def run(
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """Waits at the barrier `name` until every process has reached it."""
     processes.barrier(f"encode {name}")

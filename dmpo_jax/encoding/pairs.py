@@ -1,4 +1,4 @@
-"""The pairs of an encode: from raw pairs to the files of each part."""
+"""Encodes the raw pairs of each part and writes its files."""
 
 import collections
 import contextlib
@@ -24,15 +24,15 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.progress import Progress
 
 LOG = logging.getLogger(__name__)
-IN_FLIGHT = 2  # batches at the device or on their way to a file
+IN_FLIGHT = 2  # batches on the device or being written
 
 
 def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
-    """Writes this process's parts: the files of each split, then what they hold.
+    """Writes this process's parts: the files of each split, then the sidecar that describes them.
 
     Raises:
-        TooManyBadError: more than the share allowed of this process's records are bad.
-        ValueError: the source gave another prompt than when they were listed.
+        TooManyBadError: more than the allowed share of this process's records are bad.
+        ValueError: a prompt was not in the source when the prompts were listed.
     """
     own = work.parts[index::count]
     done = whole_sidecars(work, "pairs", [part.number for part in own])
@@ -68,11 +68,11 @@ def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
 
 
 def finish(work: Work, table: Table) -> None:
-    """Writes the metadata of what all processes wrote, and encoded.json last.
+    """Writes the metadata of all processes' files, encoded.json last.
 
     Raises:
-        TooManyBadError: more than the share allowed of all records are bad.
-        ValueError: a part is not there, or no pair is left to train on.
+        TooManyBadError: more than the allowed share of all records are bad.
+        ValueError: a part is missing, or no pair is left to train on.
     """
     whole = [found_sidecar(work, "pairs", part.number) for part in work.parts]
     tally = sum_tallies(work, whole)
@@ -130,7 +130,7 @@ class _Batch(NamedTuple):
 
 
 def _items(source: Any, parts: Iterable[Part]) -> Iterator[tuple[Part, Any]]:
-    """(part, RawPair or Skipped) of every row; (part, None) after a part's last."""
+    """Yields (part, RawPair or Skipped) for every row, and (part, None) after a part's last."""
     for part in parts:
         for pair in itertools.chain.from_iterable(map(source.read, part.units)):
             yield part, pair
@@ -145,7 +145,10 @@ def _loaded(item: tuple[Part, Any], resolution: int, given: Any, crop: Any) -> A
 
 
 def _batches(loaded: Iterable[tuple[Part, Any]], size: int) -> Iterator[_Batch]:
-    """Batches of `size` pairs, none across two parts: a part is the same whoever makes it."""
+    """Yields batches of up to `size` pairs, each of a single part.
+
+    A part's output therefore does not depend on the process that encodes it.
+    """
     pixels, skipped = [], []
     for part, row in loaded:
         if isinstance(row, Pixels):
@@ -158,9 +161,9 @@ def _batches(loaded: Iterable[tuple[Part, Any]], size: int) -> Iterator[_Batch]:
 
 
 class _Files:
-    """The files of one part at a time. `close` abandons those that are not whole.
+    """Writer of the files of one part at a time. `close` discards incomplete files.
 
-    tally: of the parts done; each part's is added to it, and checked, when it is whole.
+    tally: of the parts done. Each part's tally is added to it, and checked, on completion.
     """
 
     def __init__(self, work: Work, table: Table, tally: Tally):
@@ -176,7 +179,7 @@ class _Files:
         self._writers, self._serialize = {}, None
 
     def add(self, batch: _Batch, future: Any) -> int:
-        """Writes a batch, and after a part's last what the part holds; the rows done with."""
+        """Writes a batch, and the sidecar after a part's last; returns the number of rows done."""
         work, number = self._work, batch.part.number
         if not self._writers:
             self._tally = make_tally(work)
@@ -207,7 +210,7 @@ class _Files:
         return len(batch.pixels) + len(batch.skipped)
 
     def _pairs(self, batch: _Batch, future: Any) -> Iterator[tuple[EncodedPair, bool]]:
-        """(pair, whether it is for validation)."""
+        """Yields (pair, True if it is for validation)."""
         arrays = future.result() if future else ()
         for i, pixels in enumerate(batch.pixels):
             number = self._table.number.get(pixels.prompt)
@@ -240,7 +243,7 @@ class _Files:
 
 
 class Watch:
-    """Says what is to be done, how fast it goes after the first batches, and how it went."""
+    """Logs the remaining work, the throughput after the first batches, and device idle time."""
 
     SPEED_AFTER = 4  # batches; the first of them compiles
 
@@ -275,8 +278,8 @@ class Watch:
             LOG.info("the devices waited for images %.1f %% of the time", 100 * share)
 
     def advance(self, pairs: int) -> None:
-        """Counts the pairs of a batch, skipped ones included."""
-        if not pairs:  # a part that ended with a full batch
+        """Counts the pairs of a batch, including skipped ones."""
+        if not pairs:  # an empty last batch: the part ended with a full one
             return
         self._left -= pairs
         self._batches += 1
@@ -296,7 +299,7 @@ class Watch:
 
 
 def in_bytes(count: int) -> str:
-    """A number of bytes, for people."""
+    """Formats a number of bytes for people."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -304,7 +307,7 @@ def in_bytes(count: int) -> str:
 
 
 def _common(shapes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The one that all are; ValueError where two differ."""
+    """Returns the shapes that all files share; raises ValueError if two differ."""
     for other in shapes[1:]:
         if other != shapes[0]:
             raise ValueError(

@@ -19,11 +19,11 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.progress import Progress
 
 LOG = logging.getLogger(__name__)
-PARTS = "parts"  # folder of what says which parts are done
+PARTS = "parts"  # folder of the plan and the sidecars
 
 
 class Part(NamedTuple):
-    """Units of a source whose pairs share a file of each split."""
+    """Units of a source whose pairs share one file of each split."""
 
     number: int
     units: tuple[sources.Unit, ...]
@@ -56,9 +56,9 @@ class Work:
 
 
 class Table(NamedTuple):
-    """Every distinct prompt's number, in order, and which are for validation.
+    """Numbers of all distinct prompts, in order, and the prompts for validation.
 
-    This, some 200 bytes a prompt, is what grows with the data; nothing else does.
+    Only this table grows with the data, by some 200 bytes a prompt.
     """
 
     number: dict[str, int]
@@ -66,7 +66,7 @@ class Table(NamedTuple):
 
 
 def make_parts(units: Iterable[sources.Unit], rows: int) -> list[Part]:
-    """Neighbouring units together, up to `rows` rows; a larger unit is a part alone."""
+    """Groups consecutive units into parts of up to `rows` rows; a larger unit is a part alone."""
     groups: list[list[sources.Unit]] = []
     held = 0
     for unit in units:
@@ -88,10 +88,10 @@ def list_prompts(work: Work, index: int, count: int) -> None:
 
 
 def load_table(work: Work) -> Table:
-    """Numbers by first occurrence over the parts, the empty prompt 0.
+    """Returns the prompts numbered by first occurrence over the parts; the empty prompt is 0.
 
     Raises:
-        ValueError: a part's prompts were not written where this process looks.
+        ValueError: a part's prompts are missing in this process's `out`.
     """
     number = {"": 0}
     for part in work.parts:
@@ -102,10 +102,11 @@ def load_table(work: Work) -> Table:
 
 
 def held_out_prompts(prompts: Iterable[str], fraction: float | int) -> set[str]:
-    """The prompts of the validation split: those that `splits.is_held_out` names.
+    """Returns the prompts of the validation split: those held out by `splits.is_held_out`.
 
-    So a prompt is on the same side in every data set. But where no hash does, or all do, the
-    lowest or highest alone is on the other side, if there are two prompts but the empty one.
+    A prompt is therefore on the same side in every data set, with one exception. If the fraction
+    is above 0 and there are two non-empty prompts, neither side is empty: the prompt of lowest
+    hash is held out, and the one of highest hash is not.
     """
     shares = {prompt: hash_share(prompt) for prompt in prompts}
     held = {prompt for prompt, share in shares.items() if share < fraction}
@@ -135,7 +136,7 @@ def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
 
 
 def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[PromptEmbedding]:
-    """The texts' embeddings, in the family's dtype."""
+    """Yields the texts' embeddings, in the family's dtype."""
     dtype = np.dtype(pipeline.family.stored)
     embedded: Any = diffusers_io.embed_prompts(pipeline, texts)  # NumPy arrays
     for text, (context, pooled, length) in zip(texts, embedded, strict=True):
@@ -157,7 +158,7 @@ def whole_sidecars(work: Work, kind: str, numbers: Iterable[int]) -> dict[int, A
 
 
 def found_sidecar(work: Work, kind: str, number: int) -> Any:
-    """A sidecar; ValueError where there is none."""
+    """Reads a sidecar; raises ValueError if it is missing."""
     found = storage.find_json(work.sidecar(kind, number))
     if found is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A raw pair's images at the model's resolution: resized, cropped, with what SDXL is told."""
+"""Images of a raw pair at the model's resolution: resized and cropped, with SDXL's sizes."""
 
 import hashlib
 from collections.abc import Collection
@@ -11,11 +11,11 @@ from PIL import Image
 from dmpo_jax.data.raw import RawPair, Skipped
 from dmpo_jax.data.raw.bad_records import decode_pair
 
-Place = tuple[float, float]  # of a crop: among the rows, and columns, where it may begin; [0, 1)
+Place = tuple[float, float]  # of a crop: top and left as a share of the range possible; [0, 1)
 
 
 class Pixels(NamedTuple):
-    """A raw pair at the model's resolution R; source and mask where its family needs them."""
+    """A raw pair at the model's resolution R; source and mask only if its family requires them."""
 
     id: str
     prompt: str
@@ -29,10 +29,11 @@ class Pixels(NamedTuple):
 def load_pixels(
     pair: RawPair, given: Collection[str], resolution: int, crop: str = "center"
 ) -> Pixels | Skipped:
-    """Decodes, resizes and crops what a family needs of a pair: two images, and `given`.
+    """Decodes, resizes and crops the images that a family requires of a pair: two, and `given`.
 
-    All images of a pair are cropped at the same place, so that source and mask stay on what
-    was made of them. Skipped: what is wrong with the pair, its mask's shape included.
+    All images of a pair are cropped at the same place, so that source and mask stay aligned with
+    the images made from them. Returns Skipped, with the reason, for a bad pair or a mask of
+    another aspect ratio than its source.
     """
     decoded: Any = decode_pair(pair, frozenset(given))
     if isinstance(decoded, Skipped):
@@ -58,7 +59,7 @@ def load_pixels(
 
 
 def draw_place(name: str) -> Place:
-    """A random place for a crop: a function of the pair's id alone."""
+    """Returns a random place for a crop, a function of the pair's id alone."""
     digest = hashlib.sha256(b"crop " + name.encode()).digest()
     top, left = (int.from_bytes(digest[i : i + 4]) / 2**32 for i in (0, 4))
     return top, left
@@ -71,16 +72,17 @@ def prepare(
     *,
     place: Place | None = None,
 ) -> tuple[UInt8[np.ndarray, "R R C"], tuple[int, int, int, int, int, int]]:
-    """The image at `[R, R]`, and SDXL's six sizes in pixels; C 3 or 1.
+    """Returns the image at `[R, R]`, and SDXL's six sizes in pixels; C is 3 or 1.
 
-    The shorter side is resized to R, then cropped at `place`, by default the centre; the sizes
-    hold the original height and width, the crop's top and left after resizing, and R twice.
+    The shorter side is resized to R, then the image is cropped at `place`, by default the centre.
+    The sizes hold the original height and width, the crop's top and left after resizing, and R
+    twice.
     """
     height, width = image.shape[:2]
     scale = resolution / min(height, width)
     h, w = max(round(height * scale), resolution), max(round(width * scale), resolution)
     if (h, w) != (height, width):
-        # Pillow has no channel axis of 1.
+        # Pillow takes no channel axis of 1.
         resized = Image.fromarray(np.squeeze(image, 2) if image.shape[2] == 1 else image)
         image = np.asarray(resized.resize((w, h), resampling)).reshape(h, w, -1)
     rest = (h - resolution, w - resolution)

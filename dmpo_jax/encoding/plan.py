@@ -32,26 +32,26 @@ CHOICES = {
 class Settings:
     """Settings of an encode.
 
-    source: raw pairs, KIND:PATH. model: the pipeline folder whose VAE and text encoders encode;
-        vae: another VAE's folder in its place, or "". variant: of the weight files.
-    dtype: to compute in.
+    source: raw pairs, KIND:PATH. model: the pipeline folder with the VAE and text encoders.
+        vae: folder of a VAE used in its place, or "". variant: of the weight files.
+    dtype: for computation.
     resolution: side of the images in pixels, resized on the shorter side and cropped; None is
         the size that the model was trained at.
-    validation_fraction: of the prompts, chosen by a hash of their text, with all their pairs;
-        where it is above 0 and there are two prompts or more, at least one.
-    moments: "sample" keeps what latents are drawn from, mean and log-variance; "mean" the mean
-        alone, half as many bytes, for latents without that noise.
-    moments_dtype: "bfloat16", "float16" or "float32", as they are stored.
+    validation_fraction: of the prompts, chosen by a hash of their text, with all their pairs. At
+        least one prompt is held out if it is above 0 and there are two prompts or more.
+    moments: "sample" stores mean and log-variance, from which latents are drawn. "mean" stores
+        the mean alone: half the bytes, and latents without that noise.
+    moments_dtype: "bfloat16", "float16" or "float32", as stored.
     flip: also stores each pair mirrored left to right: images, source and mask together.
     crop: "center", or "random", at a place drawn from the pair's id.
-    ties: "keep" pairs that nobody prefers, or "drop" them.
-    max_bad: share of bad records above which encoding gives up.
+    ties: "keep" or "drop" the pairs without a preferred image.
+    max_bad: share of bad records above which encoding fails.
     batch_size: pairs at a time in each process, rounded up to a multiple of its devices.
-    num_threads: decode images ahead of the devices.
-    pairs_per_shard: about so many pairs share a file, and are lost to a kill at most.
+    num_threads: threads that decode images ahead of the devices.
+    pairs_per_shard: approximate pairs a file, and the most that a kill loses.
 
     Raises:
-        ValueError: a text that is none of CHOICES.
+        ValueError: a setting is not one of CHOICES.
     """
 
     source: str
@@ -82,7 +82,7 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
     """Returns the provenance of the pairs, as encoded.json records it.
 
     Raises:
-        ValueError: the model does not take this VAE's latents.
+        ValueError: the model does not accept this VAE's latents, or the resolution.
     """
     family, vae = pipeline.family, pipeline.vae.config
     model = diffusers_io.read_json(pipeline.folder / family.component / "config.json")
@@ -122,10 +122,10 @@ def make_plan(work: Work, settings: Settings) -> dict[str, Any]:
 
 
 def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
-    """Makes `out` ready: empty of encodings but for an unfinished one of the same plan.
+    """Prepares `out` for a new encode, or to resume an unfinished one of the same plan.
 
     Raises:
-        ValueError: an unfinished encoding of another plan is there.
+        ValueError: `out` holds complete pairs, or an unfinished encode of another plan.
     """
     found = storage.find_json(out / PARTS / PLAN)
     if found is None:
@@ -158,13 +158,13 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
 
 
 def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
-    """In words, where `want` differs from `have`; '' where it does not."""
+    """Describes the differences of `want` from `have`; '' if there are none."""
     found = differences(have, want)
     return ", ".join(f"{k}: {a!r} there, {b!r} asked" for k, (a, b) in found.items())
 
 
 def check_columns(raw: sources.Source, name: str, family: Family) -> None:
-    """ValueError where the source has not what the family is given beside the latents."""
+    """Raises ValueError if the source lacks an image that the family requires."""
     if missing := sorted(set(family.given_fields) - raw.given):
         columns = " and ".join(repr(sources.GIVEN[field]) for field in missing)
         raise UserError(

@@ -1,4 +1,4 @@
-"""A map in threads that runs ahead of its consumer."""
+"""A threaded map that runs ahead of its consumer."""
 
 import concurrent.futures
 import queue
@@ -13,10 +13,10 @@ _END = object()
 def map_ahead(
     function: Callable[[A], B], items: Iterable[A], *, threads: int, ahead: int
 ) -> Generator[B, None, None]:
-    """`map(function, items)`, in order, run in threads; at most `ahead` results are held.
+    """Yields `map(function, items)`, in order, computed in threads; holds at most `ahead` results.
 
-    Items are taken in a thread of their own. Whatever is raised there or by the function is
-    raised here, in its place.
+    A separate thread iterates over `items`. Its errors, and those of `function`, are raised here,
+    in order.
     """
     futures: queue.Queue[Any] = queue.Queue(maxsize=max(ahead, 1))
     stop = threading.Event()

@@ -1,4 +1,4 @@
-"""The VAE encoder on a mesh: batches of pixels in, moments out, one batch ahead."""
+"""The VAE encoder on a mesh: maps batches of pixels to moments, one batch ahead."""
 
 import concurrent.futures
 import time
@@ -15,16 +15,16 @@ from dmpo_jax.parallel import mesh
 
 
 class Device:
-    """The VAE on a mesh: batches of `Pixels` in, their moments out, one batch ahead.
+    """The VAE encoder on a mesh: maps batches of `Pixels` to moments, one batch ahead.
 
     Args:
         devices: of one process; `batch_size` is a multiple of their number.
         moments: "sample" keeps mean and log-variance, "mean" the mean alone.
         dtype: of the moments; images beside the latents are float16.
-        flip: also of every image mirrored left to right.
+        flip: also encodes every image mirrored left to right.
 
-    seconds, idle: since the first batch (which compiles) was done, until the last one was;
-    and how much of it the devices had nothing to do.
+    seconds: time from the end of the first batch (which compiles) to the end of the last one.
+    idle: the part of it in which the devices had no work.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Device:
         self._params = jax.device_put(params, mesh.replicated(devices))
         self._run = make_run(pipeline, moments=moments, dtype=dtype)
         self._flip = jax.jit(mirrored) if flip else None
-        # One thread that waits for results, so that the caller has the next batch ready.
+        # One thread waits for results, so that the caller can prepare the next batch.
         self._waiter = concurrent.futures.ThreadPoolExecutor(1)
         self._ready = self._first = None
         self.seconds = self.idle = 0.0
@@ -54,7 +54,7 @@ class Device:
         self._waiter.shutdown(cancel_futures=True)
 
     def shapes(self, side: int, given: Sequence[str]) -> Any:
-        """(moments, image) of one batch at `side` pixels, as ShapeDtypeStructs."""
+        """Returns ShapeDtypeStructs (moments, image) of one batch at `side` pixels."""
         pixels = jax.ShapeDtypeStruct((self._size, 2, side, side, 3), np.uint8)
         source = jax.ShapeDtypeStruct((self._size, side, side, 3), np.uint8)
         mask = jax.ShapeDtypeStruct((self._size, side, side, 1), np.uint8)
@@ -67,9 +67,9 @@ class Device:
         )
 
     def submit(self, batch: Sequence[Pixels]) -> concurrent.futures.Future:
-        """-> a future of (moments, image, flipped, flipped_image), numpy, None where absent.
+        """Returns a future of (moments, image, flipped, flipped_image) in NumPy, None if absent.
 
-        Rows beyond the batch's own are of no meaning.
+        Rows beyond the batch's own are padding.
         """
         inputs = [
             self._stacked([getattr(x, f) for x in batch]) for f in ("images", "source", "mask")
@@ -82,7 +82,7 @@ class Device:
         return self._waiter.submit(self._fetch, (*found, *mirror), time.monotonic())
 
     def _stacked(self, arrays: list[np.ndarray | None]) -> np.ndarray | None:
-        """Rows of one shape, whatever is left for the last batch: one compilation."""
+        """Stacks the rows, padded to the full batch size, so that `run` compiles once."""
         rows = [x for x in arrays if x is not None]
         return np.stack(rows + rows[:1] * (self._size - len(rows))) if rows else None
 
@@ -101,10 +101,10 @@ class Device:
 def make_run(
     pipeline: diffusers_io.Pipeline, *, moments: str = "sample", dtype: str = "float32"
 ) -> Callable[..., Any]:
-    """`run(VAE's parameters, images [B, 2, R, R, 3], source, mask) -> (moments, image)`.
+    """Returns `run(VAE's parameters, images [B, 2, R, R, 3], source, mask) -> (moments, image)`.
 
-    All in uint8 as in `Pixels`. Out: moments in `dtype`, `[B, 2, h, w, 2C]`, or
-    `[B, 2, h, w, C]` for "mean"; the image in float16, None where the family has none.
+    Inputs are uint8, as in `Pixels`. Moments are in `dtype`, `[B, 2, h, w, 2C]`, or
+    `[B, 2, h, w, C]` for "mean". The image is float16, or None if the family has none.
     """
     structure, _ = parameters.split(pipeline.vae)
     beside, (scaling, _) = pipeline.family.given, pipeline.family.factors(pipeline.vae)
@@ -133,5 +133,5 @@ def make_run(
 
 
 def mirrored(images: Any) -> Any:
-    """Images `[..., H, W, C]` of a pytree, left to right."""
+    """Mirrors images `[..., H, W, C]` of a pytree left to right."""
     return jax.tree.map(lambda x: x[..., ::-1, :], images)

@@ -17,13 +17,13 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.inspection.page import Inspection, Repeat, Sample, Thumbnail, render
 from dmpo_jax.progress import Progress
 
-PARTS = 20  # of a source larger than the limit, at least
+PARTS = 20  # least number read of a source larger than the limit
 EXAMPLES = 6  # of ties, of repeated pairs, and of each reason to skip
 THUMBNAIL = 384  # pixels of the longer side
 
 
 class _Seen(NamedTuple):
-    """A pair that may come again: its id, and the preference for the image of lower digest."""
+    """A pair that may recur: its id, and the preference for the image of lower digest."""
 
     id: str
     preference: float
@@ -39,19 +39,20 @@ def inspect_source(
 ) -> epath.Path:
     """Reads some pairs of `source` (KIND:PATH) and writes `out/index.html` about them.
 
-    The page needs no network and no script: samples side by side, histograms of labels and
-    resolutions, ties, duplicates, and what is skipped and why. Bad records never stop it.
+    The page needs no network and no script. It shows samples side by side, histograms of labels
+    and resolutions, ties, duplicates, and skipped records with their reasons. Bad records never
+    stop it.
 
     Args:
         ties: as `sources.open_source`.
-        limit: rows to read, spread over the source where it has more.
+        limit: rows to read, spread over a larger source.
         samples: pairs shown.
 
     Returns:
         The page's path.
 
     Raises:
-        ValueError: if the source cannot be opened, or limit or samples are below 1.
+        ValueError: the source cannot be opened, or limit or samples is below 1.
     """
     if limit < 1 or samples < 1:
         raise UserError(f"limit and samples must be at least 1, but got {limit} and {samples}")
@@ -101,7 +102,7 @@ class _Look:
         self.uses: collections.Counter[str] = collections.Counter()
 
     def at(self, item: sources.RawPair | sources.Skipped) -> None:
-        """Takes note of a row."""
+        """Adds a row to the statistics."""
         self.rows += 1
         if isinstance(item, sources.Skipped):
             self._skip(item)
@@ -119,7 +120,7 @@ class _Look:
         self._remember(item)
 
     def repeats(self) -> list[Repeat]:
-        """Pairs that came more than once: same prompt, same two images in either order."""
+        """Returns pairs that occur repeatedly: same prompt, same two images in either order."""
         return [
             Repeat(
                 [seen.id for seen in pairs],
@@ -147,7 +148,7 @@ class _Look:
             self._repeated[key] = self._draw(pair)
 
     def _draw(self, pair: sources.RawPair) -> Sample:
-        """Writes thumbnails of all that a pair has."""
+        """Writes thumbnails of all images of a pair."""
         self._drawn += 1
         drawn = {}
         encoded = {"0": pair.images[0], "1": pair.images[1], "source": pair.source}
@@ -156,13 +157,13 @@ class _Look:
                 continue
             try:
                 image = Image.fromarray(sources.decode_image(data))
-            except ValueError:  # a source or mask, which decode_pair was not asked to judge
+            except ValueError:  # a bad source or mask, which decode_pair did not check
                 continue
             size = f"{image.width}x{image.height}"
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=85)
-            # Numbers, not ids: an id may hold anything.
+            # Numbers, not ids: an id may hold any character.
             file = f"images/{self._drawn:04}-{name}.jpg"
             (self._out / file).write_bytes(buffer.getvalue())
             drawn[name] = Thumbnail(file, size)
@@ -170,7 +171,7 @@ class _Look:
 
 
 def _spread(source: sources.Source, limit: int) -> list[sources.Unit]:
-    """All units of a source within the limit; of a larger one enough of them, evenly."""
+    """Returns all units of a source within the limit, or evenly spread units of a larger one."""
     units = source.units()
     if len(source) <= limit or not units:
         return units
@@ -182,7 +183,7 @@ def _spread(source: sources.Source, limit: int) -> list[sources.Unit]:
 def _rows(
     source: sources.Source, units: list[sources.Unit], limit: int
 ) -> Iterator[sources.RawPair | sources.Skipped]:
-    """Up to `limit` rows, about as many of each unit."""
+    """Yields up to `limit` rows, about equally many of each unit."""
     each = limit if len(source) <= limit else -(-limit // len(units))
     rows = itertools.chain.from_iterable(
         itertools.islice(source.read(unit), each) for unit in units

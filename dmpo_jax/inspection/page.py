@@ -1,4 +1,4 @@
-"""The page that `inspect` writes: one HTML file, no script, no network, light and dark."""
+"""The HTML page of `inspect`: one file, no script, no network, light and dark."""
 
 import collections
 import pathlib
@@ -12,19 +12,22 @@ from dmpo_jax.data.raw.counts import TIE, PairCounts
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.j2")
 MOST_BARS = 12  # of a histogram; the rest are one bar
-MOST_BINS = 11  # distinct preferences before they are binned by tenths
+MOST_BINS = 11  # distinct preferences listed; more are binned by tenths
 MOST_REPEATS = 50  # listed; all are counted
 
 
 class Thumbnail(NamedTuple):
-    """A small picture's file, relative to the page, and the size of the image itself."""
+    """A thumbnail's file, relative to the page, and the size of the full image."""
 
     file: str
     size: str
 
 
 class Sample(NamedTuple):
-    """A pair to show; images: of "0", "1", and where there are any "source" and "mask"."""
+    """A pair to show.
+
+    images: of "0" and "1", and of "source" and "mask" if present.
+    """
 
     id: str
     prompt: str
@@ -33,7 +36,7 @@ class Sample(NamedTuple):
 
 
 class Repeat(NamedTuple):
-    """A prompt with the same two images, more than once; agree: they prefer the same one."""
+    """A prompt with the same two images, repeated. agree: all repeats prefer the same image."""
 
     ids: Sequence[str]
     agree: bool
@@ -43,8 +46,8 @@ class Repeat(NamedTuple):
 class Inspection(NamedTuple):
     """Results of an inspection.
 
-    rows: of the source, at most. read: rows looked at. parts: (looked into, of the source).
-    images: distinct ones; images_again: those of them that are in several pairs.
+    rows: upper bound on the source's rows. read: rows read. parts: (units read, units of the
+    source). images: number of distinct ones; images_again: number that recur.
     """
 
     source: str
@@ -62,7 +65,7 @@ class Inspection(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """An image of a pair on the page. mark: its CSS class. said: its caption."""
+    """An image of a pair on the page. mark: CSS class. said: caption."""
 
     image: Thumbnail
     mark: str
@@ -71,7 +74,7 @@ class Figure(NamedTuple):
 
 
 def render(found: Inspection) -> str:
-    """The whole page. Whatever comes from the data is escaped."""
+    """Returns the complete page. All text from the data is escaped."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -89,7 +92,7 @@ def render(found: Inspection) -> str:
 
 
 def tiles(found: Inspection) -> list[tuple[str, int, str]]:
-    """(name, number, share of the pairs or rows) of the page's head."""
+    """Returns (name, number, share of the pairs or rows) for the page's head."""
     counts, repeated = found.counts, sum(len(r.ids) - 1 for r in found.repeats)
     left_out = found.skipped.total()
     return [
@@ -105,7 +108,7 @@ _ALT = {"source": "the source", "mask": "the mask", "0": "image 0", "1": "image 
 
 
 def figures(sample: Sample) -> Iterator[Figure]:
-    """A pair's images, what is given with it first."""
+    """Yields a pair's images, those given with it first."""
     said = {"0": _verdict(sample.preference), "1": _verdict(1 - sample.preference)}
     said |= {"source": ("given", "source"), "mask": ("given", "mask")}
     for name, alt in _ALT.items():
@@ -114,7 +117,7 @@ def figures(sample: Sample) -> Iterator[Figure]:
 
 
 def _verdict(preference: float) -> tuple[str, str]:
-    """CSS class and words for the image that has this probability of being preferred."""
+    """Returns CSS class and caption of an image with this probability of being preferred."""
     if preference == TIE:
         return "tie", "tie"
     name = "chosen" if preference > TIE else "rejected"
@@ -122,7 +125,7 @@ def _verdict(preference: float) -> tuple[str, str]:
 
 
 def label_bins(preferences: Mapping[str, int]) -> list[tuple[str, int]]:
-    """Each preference by itself where there are few; else tenths, the last closed."""
+    """Returns counts by preference if there are few, else by tenths, the last closed."""
     if len(preferences) <= MOST_BINS:
         said = {"0.00": "0: image 1", "0.50": "0.5: a tie", "1.00": "1: image 0"}
         return [(said.get(name, name), preferences[name]) for name in sorted(preferences)]
@@ -133,7 +136,7 @@ def label_bins(preferences: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def most_common(counted: Mapping[str, int]) -> list[tuple[str, int]]:
-    """The most frequent by name, most frequent first; the rest as one."""
+    """Returns the most frequent names in order, and the rest as one entry."""
     ordered = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
     first, rest = ordered[:MOST_BARS], ordered[MOST_BARS:]
     other = [(f"{len(rest):,} others", sum(count for _, count in rest))] if rest else []
@@ -141,5 +144,5 @@ def most_common(counted: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage, "" of nothing."""
+    """Formats a percentage; '' if `whole` is 0."""
     return f"{part / whole:.1%}" if whole else ""

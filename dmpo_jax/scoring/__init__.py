@@ -1,4 +1,4 @@
-"""Images and their prompts -> scores. One small file a kind of scorer."""
+"""Scorers of images and their prompts. One small file for each kind of scorer."""
 
 from dmpo_jax.scoring.scorer import SCORERS, Scorer, make_scorer
 

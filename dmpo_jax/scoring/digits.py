@@ -1,4 +1,4 @@
-"""The digits' judges: classifiers that say how much an image is the digit its caption names."""
+"""Judges of the digits: classifiers that score an image for the digit that its caption names."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from dmpo_jax.toy import digits
 
 @dataclasses.dataclass(frozen=True)
 class DigitJudge:
-    """The probability, in [0, 1], that a classifier gives the digit of the caption."""
+    """Scores images by a classifier's probability, in [0, 1], of the caption's digit."""
 
     name: str
     kind: Literal["svm", "forest"]
@@ -23,11 +23,11 @@ class DigitJudge:
 
     @property
     def version(self) -> str:
-        """Of the library that fits it: the data and the seed are fixed."""
+        """Version of the library that fits the classifier; the data and the seed are fixed."""
         return f"scikit-learn {importlib.metadata.version('scikit-learn')}"
 
     def check(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first caption that does not name one digit."""
+        """Raises ValueError for the first caption that does not name one digit."""
         for prompt in prompts:
             digits.caption_digit(prompt)
 
@@ -42,7 +42,7 @@ class DigitJudge:
 
 @functools.cache
 def _fitted(kind: str) -> Any:
-    """A classifier of 8 x 8 ink, fitted on one half of the real digits; seconds."""
+    """Returns a classifier of 8 x 8 ink, fitted on one half of the real digits in seconds."""
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.ensemble import ExtraTreesClassifier
     from sklearn.svm import SVC
@@ -50,13 +50,13 @@ def _fitted(kind: str) -> Any:
     ink, labels = digits.load_digits()
     if kind == "svm":
         rows = digits.half(0)
-        # scikit-learn's hints know neither setting's full range of types.
+        # scikit-learn's type hints are too narrow for both settings.
         width: Any = 0.5
         together: Any = False
         model = CalibratedClassifierCV(SVC(C=10.0, gamma=width), ensemble=together)
     else:
         rows = digits.half(1)
         model = ExtraTreesClassifier(300, random_state=0)
-    # Fitted on what a judge will see: the large image, brought back to 8 x 8.
+    # Fitted on a judge's input: the large image, reduced to 8 x 8.
     seen = digits.to_ink(digits.to_images(ink[rows]))
     return model.fit(seen.reshape(len(rows), -1), labels[rows])

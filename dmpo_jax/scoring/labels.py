@@ -22,20 +22,20 @@ def draw_labels(
     tie_margin: float | int,
     draws: np.random.Generator,
 ) -> Float[np.ndarray, " N"]:
-    """Labels for image 0: 0, 1, or 0.5 for a tie.
+    """Draws labels for image 0: 0, 1, or 0.5 for a tie.
 
-    Image 0 wins by its `win_probability`, so labels are as noisy as the temperature is high.
-    Closer scores than tie_margin tie. One draw a pair, so that parts of the scores, one after
-    another from one generator, get the same labels as all at once.
+    Image 0 wins with its `win_probability`, so a higher temperature gives noisier labels. Scores
+    closer than tie_margin tie. Each pair takes one draw, so that scores in consecutive parts, with
+    one generator, get the same labels as all at once.
     """
     wins = draws.random(len(scores)) < win_probability(scores, temperature)
     return np.where(np.abs(scores[:, 0] - scores[:, 1]) < tie_margin, 0.5, wins.astype(float))
 
 
 class Labeller:
-    """Scores `[n, 2]` of the next pairs -> the preference for image 0 of each.
+    """Maps scores `[n, 2]` of the next pairs to the preference for image 0 of each.
 
-    labels: "drawn", by `draw_labels`, or "probability", the `win_probability` itself.
+    labels: "drawn" uses `draw_labels`, "probability" the `win_probability` itself.
     """
 
     def __init__(

@@ -12,11 +12,11 @@ from dmpo_jax.scoring.digits import DigitJudge
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores images against their prompts, higher is better; each image by itself.
+    """Scores images against their prompts, each image independently; higher is better.
 
-    name, version: of what gives the scores: only scores of the same two can be compared.
+    name, version: identify the scorer; scores are comparable only if both match.
     temperature: of Bradley-Terry, for preferences from differences of its scores.
-    uses_prompt: False where the image alone decides.
+    uses_prompt: False if the image alone decides.
     """
 
     @property
@@ -29,7 +29,7 @@ class Scorer(Protocol):
     def uses_prompt(self) -> bool: ...
 
     def check(self, prompts: Sequence[str]) -> None:
-        """ValueError for the first prompt that it cannot judge by; asked before sampling."""
+        """Raises ValueError for the first prompt that it cannot judge; called before sampling."""
         ...
 
     def __call__(
@@ -37,8 +37,8 @@ class Scorer(Protocol):
     ) -> Float32[np.ndarray, " N"]: ...
 
 
-# The digits' two judges see different halves of the digits and are of different kinds, so that
-# what pleases one by accident does not please the other.
+# The two digit judges are of different kinds and fitted on different halves of the digits, so
+# that an image that fools one does not also fool the other.
 SCORERS: dict[str, Callable[[], Scorer]] = {
     "digits_svm": lambda: DigitJudge("digits_svm", "svm"),
     "digits_forest": lambda: DigitJudge("digits_forest", "forest"),
@@ -46,10 +46,10 @@ SCORERS: dict[str, Callable[[], Scorer]] = {
 
 
 def make_scorer(name: str) -> Scorer:
-    """The scorer of that name; loads nothing before it is first called.
+    """Returns the scorer of that name; loads nothing before its first call.
 
     Raises:
-        ValueError: listing the names there are.
+        ValueError: the name is unknown; lists the known names.
     """
     if name not in SCORERS:
         raise UserError(f"scorer {name!r} is unknown; there are {', '.join(sorted(SCORERS))}")

@@ -1,7 +1,7 @@
-"""The embedded default: scikit-learn's 1,797 handwritten digits as captioned images.
+"""The embedded default data: scikit-learn's 1,797 handwritten digits as captioned images.
 
-Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, which
-scikit-learn ships; 8 x 8 pixels of 0..16, ink high.
+Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI, shipped with
+scikit-learn; 8 x 8 pixels of 0..16, ink high.
 """
 
 import functools
@@ -15,14 +15,14 @@ from dmpo_jax.errors import UserError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
-# A pipeline folder that draws them, shipped with the package.
+# A pipeline folder that generates the digits, shipped with the package.
 PIPELINE = epath.Path(__file__).parent / "pipeline"
 SIZE = 32  # pixels a side of the images that the VAE sees
 
 
 @functools.cache
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Ink `[1797, 8, 8]` float32 in [0, 1], and labels `[1797]`."""
+    """Returns ink `[1797, 8, 8]` float32 in [0, 1], and labels `[1797]`."""
     from sklearn.datasets import load_digits as load
 
     bunch: Any = load()
@@ -30,7 +30,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_images(ink: np.ndarray) -> np.ndarray:
-    """Ink `[N, 8, 8]` in [0, 1] -> uint8 `[N, 32, 32, 3]`, dark ink on white paper."""
+    """Converts ink `[N, 8, 8]` in [0, 1] to uint8 `[N, 32, 32, 3]`, dark ink on white paper."""
     paper = np.round(255 * (1 - ink)).astype(np.uint8)
     large = [
         np.asarray(Image.fromarray(p).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for p in paper
@@ -39,20 +39,20 @@ def to_images(ink: np.ndarray) -> np.ndarray:
 
 
 def to_ink(images: np.ndarray) -> np.ndarray:
-    """uint8 `[N, H, W, 3]`, H and W multiples of 8 -> ink `[N, 8, 8]` in [0, 1], by means."""
+    """Averages uint8 `[N, H, W, 3]`, H and W multiples of 8, to ink `[N, 8, 8]` in [0, 1]."""
     n, h, w, _ = images.shape
     gray = images.astype(np.float32).mean(-1).reshape(n, 8, h // 8, 8, w // 8).mean((2, 4))
     return 1 - gray / 255
 
 
 def half(index: int) -> np.ndarray:
-    """Row numbers of one half of the digits: 0 for the first judge, 1 for the second."""
+    """Returns row numbers of one half of the digits: 0 for the first judge, 1 for the second."""
     order = np.random.default_rng(0).permutation(len(load_digits()[1]))
     return np.sort(order[index::2])
 
 
 def caption_digit(caption: str) -> int:
-    """The digit that a caption names; ValueError where it names none or two."""
+    """Returns the digit that a caption names; raises ValueError if it names none or several."""
     named = [i for i, word in enumerate(WORDS) if word in caption.lower().split()]
     if len(named) != 1:
         raise UserError(f"{caption!r} names {len(named)} digits; say one of {', '.join(WORDS)}")

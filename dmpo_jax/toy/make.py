@@ -1,6 +1,6 @@
 """Makes the embedded digits pipeline: tokenizer, text encoder, VAE and an untrained UNet.
 
-The result is a folder in the layout of PyTorch diffusers, and `real_digits.parquet`, the
+The output folder has the layout of PyTorch diffusers. It also holds `real_digits.parquet`, the
 real digits as preference pairs, on which `configs/digits_base.py` trains the UNet.
 """
 
@@ -76,7 +76,7 @@ INDEX = {
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
-    # Parts that a StableDiffusionPipeline may do without.
+    # Optional parts of a StableDiffusionPipeline.
     "safety_checker": (None, None),
     "feature_extractor": (None, None),
     "image_encoder": (None, None),
@@ -84,7 +84,7 @@ INDEX = {
 
 
 def write_digits(out: epath.PathLike, *, seed: int, vae_steps: int) -> None:
-    """Writes the pipeline folder and the real digits' pairs into `out`; minutes on a CPU."""
+    """Writes the pipeline folder and the real digits' pairs into `out`; takes minutes on a CPU."""
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     vocabulary = write_tokenizer(out / "tokenizer")
@@ -107,10 +107,10 @@ SPECIAL = {"bos": "startoftext", "eos": "endoftext", "pad": "endoftext"}
 
 
 def write_tokenizer(folder: epath.Path) -> dict[str, int]:
-    """A CLIPTokenizer over the captions' words; returns its vocabulary.
+    """Writes a CLIPTokenizer over the captions' words; returns its vocabulary.
 
-    Byte-pair merges build each word from its letters, so that a known word is one token
-    and an unknown one falls to letters, as in CLIP's own.
+    Byte-pair merges build each word from its letters. As in CLIP's own, a known word is one token
+    and an unknown one falls back to letters.
     """
     words = sorted({word for caption in digits.CAPTIONS for word in caption.split()})
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -139,7 +139,7 @@ def write_tokenizer(folder: epath.Path) -> dict[str, int]:
 def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
     """Trains the small VAE on all real digits: squared error plus a light KL to the unit normal.
 
-    Sets `scaling_factor` to the inverse deviation of the latents, as Stable Diffusion did.
+    Sets `scaling_factor` to the inverse standard deviation of the latents, as in Stable Diffusion.
     """
     images = digits.to_images(digits.load_digits()[0]).astype(np.float32) / 127.5 - 1
     structure, params = parameters.split(parameters.initialise(AutoencoderKL, VAE, seed))
@@ -175,7 +175,7 @@ def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
 
 
 def real_pairs(seed: int) -> list[dict[str, Any]]:
-    """Each real digit against another one that its caption does not name."""
+    """Returns one pair for each real digit, preferred to a random one of another label."""
     ink, labels = digits.load_digits()
     jpegs = [sources.encode_image(image) for image in digits.to_images(ink)]
     rng = np.random.default_rng(seed)

@@ -19,14 +19,15 @@ from dmpo_jax.toy import make as make_digits
 
 LOG = logging.getLogger(__name__)
 SMALL_VAE = {**make_digits.VAE, "block_out_channels": [8, 8, 16]}
-# What `noise.make_ddpm_table` takes of a scheduler_config.json.
+# Keys of scheduler_config.json that `noise.make_ddpm_table` reads.
 SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, epath.Path]:
-    """(pipeline folder, parquet file of raw pairs) of the family, in `folder`, unless there.
+    """Writes the family's tiny pipeline and raw pairs into `folder`, unless present.
 
-    Every process must call it; all see `folder`.
+    Returns (pipeline folder, parquet file). Every process must call it, and all must share
+    `folder`.
     """
     kind = jax.devices()[0].platform
     LOG.info(
@@ -38,7 +39,7 @@ def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, e
     missing = not (model / "model_index.json").exists()
     processes.barrier("all have looked")
     if missing:
-        write_tiny_pipeline(model, family)  # on every process: saving is done together
+        write_tiny_pipeline(model, family)  # on every process: saving is collective
     if jax.process_index() == 0 and not pairs.exists():
         sources.write_pick_a_pic(pairs, synthetic_pairs(64, given=family.given_fields))
     processes.barrier("debug files")
@@ -46,17 +47,17 @@ def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, e
 
 
 def model_config(family: Family) -> dict[str, Any]:
-    """config.json of the family's tiny model."""
+    """Returns config.json of the family's tiny model."""
     return {**make_digits.UNET, "sample_size": 8, **family.tiny.model}
 
 
 def published(family: Family) -> Published:
-    """The shapes of the family's tiny pipeline, as of a published model's."""
+    """Returns the shapes of the family's tiny pipeline, as of a published model's."""
     scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
     return Published(
         family,
         model_config(family),
-        scaling_factor=0.18215,  # of a VAE that names none
+        scaling_factor=0.18215,  # default of a VAE that names none
         scheduler={name: scheduler[name] for name in SCHEDULE if name in scheduler},
         latent_channels=SMALL_VAE["latent_channels"],
         factor=2 ** (len(SMALL_VAE["block_out_channels"]) - 1),
@@ -65,7 +66,7 @@ def published(family: Family) -> Published:
 
 
 def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
-    """A pipeline folder of the family's own parts, a few hundred thousand random parameters."""
+    """Writes a pipeline of the family's parts, with a few hundred thousand random parameters."""
     out.mkdir(parents=True, exist_ok=True)
     tokens = make_digits.TOKENS
     index = dict(make_digits.INDEX)
@@ -103,9 +104,9 @@ def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
 
 
 def synthetic_pairs(count: int, *, given: Sequence[str] = ()) -> list[dict]:
-    """Random images with the digits' captions, labels of all three kinds.
+    """Returns pairs of random images with the digits' captions and labels of all three kinds.
 
-    given: `Family.given_fields`; each pair has a source, a mask.
+    given: `Family.given_fields`; each pair has the source and mask named there.
     """
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2 * count, 48, 40, 3), np.uint8)
@@ -131,7 +132,7 @@ def synthetic_pairs(count: int, *, given: Sequence[str] = ()) -> list[dict]:
 
 
 def _rectangle(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A white rectangle on black, RGB."""
+    """Returns a white rectangle on black, RGB."""
     mask = np.zeros((height, width, 3), np.uint8)
     top, left = rng.integers(0, (height // 2, width // 2))
     mask[top : top + height // 2, left : left + width // 2] = 255
