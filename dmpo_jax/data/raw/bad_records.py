@@ -18,7 +18,7 @@ HANDFUL = 3  # bad records that never stop a job, however small the set
 MAX_LOGGED = 100  # of each reason; all are counted
 
 
-class TooManyBadError(ValueError):
+class TooManyBadError(UserError):
     """More records of a source are bad than the job allows."""
 
 
