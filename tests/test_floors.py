@@ -58,7 +58,7 @@ def imported(source: str, here: str, known, is_package: bool = False) -> set[str
 
 
 def ours(path: pathlib.Path, name: str, known) -> set[str]:
-    """What a file of ours imports of ours."""
+    """Returns the package's own modules that a file imports."""
     names = imported(path.read_text(), name, known, path.name == "__init__.py")
     return {n for n in names if n.split(".")[0] == PACKAGE}
 

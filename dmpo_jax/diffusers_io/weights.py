@@ -146,8 +146,8 @@ def _match(
     if any(wrong.values()):
         found = "; ".join(f"{len(n)} {what}: {some(n)}" for what, n in wrong.items() if n)
         raise UserError(
-            f"weights in {folder} do not fit its config.json: {found}. Is it whole, and are both "
-            "of one model?"
+            f"weights in {folder} do not fit its config.json: {found}. "
+            "Is it complete, and are both of one model?"
         )
     return Match(names, tuple(rule.name for rule in rules), tuple(pointwise))
 

@@ -84,7 +84,7 @@ def finish(work: Work, table: Table) -> None:
     if not counts.get("train"):
         raise UserError(
             f"no pair of {work.about['source']} is left to train on; {counts.get('validation', 0)} "
-            f"are for validation, and left out were: {dict(tally.counts) or 'none'}"
+            f"are for validation, and skipped were: {dict(tally.counts) or 'none'}"
         )
     if counts.get("validation") == 0:
         for shard in splits.pop("validation"):

@@ -150,7 +150,7 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
         return False
     try:
         meta = records.load_meta(out)
-    except records.NotWholeError:
+    except records.IncompleteError:
         return False
     if said := _differences(meta.to_json(), about):
         raise UserError(f"{out} holds another encoding ({said}): choose another folder")

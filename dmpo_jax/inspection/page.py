@@ -94,13 +94,13 @@ def render(found: Inspection) -> str:
 def tiles(found: Inspection) -> list[tuple[str, int, str]]:
     """Returns (name, number, share of the pairs or rows) for the page's head."""
     counts, repeated = found.counts, sum(len(r.ids) - 1 for r in found.repeats)
-    left_out = found.skipped.total()
+    skipped = found.skipped.total()
     return [
         ("pairs", counts.pairs, ""),
         ("distinct prompts", len(counts.prompts), ""),
         ("ties", counts.ties, share(counts.ties, counts.pairs)),
         ("repeated pairs", repeated, share(repeated, counts.pairs)),
-        ("left out", left_out, share(left_out, found.read)),
+        ("skipped", skipped, share(skipped, found.read)),
     ]
 
 

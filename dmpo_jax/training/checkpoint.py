@@ -163,8 +163,8 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self._folder} "
                 f"({type(error).__name__}: {reason[-300:]}). "
                 + ("The disk is full: make room, or keep fewer with log.keep. " if full else "")
-                + f"The newest whole one is {max(whole, default='none')}: run the same "
-                "command again to go on from it"
+                + f"The newest valid one is {max(whole, default='none')}: run the same "
+                "command again to resume from it"
             ) from error
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
@@ -200,15 +200,15 @@ class Checkpoints:
             for bad in broken:
                 name = self._set_aside(bad)
                 self._warn(
-                    f"checkpoint {bad} is not whole ({broken[bad]}): it is now {name}, and "
-                    f"the run goes on from checkpoint {found}"
+                    f"checkpoint {bad} is not valid ({broken[bad]}): it is now {name}, and "
+                    f"the run resumes from checkpoint {found}"
                 )
             self._whole.add(found)
             return found, state
         if broken:
             reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
             raise UserError(
-                f"no checkpoint in {self._folder} is whole ({reasons}). Put a good copy back, "
+                f"no checkpoint in {self._folder} is valid ({reasons}). Put a good copy back, "
                 "or choose another --workdir to start afresh"
             )
         return None
@@ -244,11 +244,11 @@ class Checkpoints:
                 broken[found] = str(error)
                 continue
             for bad, reason in broken.items():
-                self._warn(f"checkpoint {bad} is not whole ({reason}): this is checkpoint {found}")
+                self._warn(f"checkpoint {bad} is not valid ({reason}): this is checkpoint {found}")
             return found, part
         reasons = "; ".join(f"{bad}: {reason}" for bad, reason in broken.items())
         raise UserError(
-            f"no checkpoint asked for in {self._folder} is whole ({reasons}): choose another of "
+            f"no checkpoint asked for in {self._folder} is valid ({reasons}): choose another of "
             f"{self.steps()}"
         )
 

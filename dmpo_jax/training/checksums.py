@@ -52,7 +52,7 @@ def check_same(step: int, saved: dict[str, dict], wanted: dict[str, dict]) -> No
     if differing:
         more = f"\n  and {len(differing) - 8} more" if len(differing) > 8 else ""
         raise UserError(
-            f"checkpoint {step} is whole, but does not match this run's state:\n  "
+            f"checkpoint {step} is valid, but does not match this run's state:\n  "
             + "\n  ".join(differing[:8])
             + f"{more}\nUse the model and optimizer it was saved with, or another --workdir."
         )

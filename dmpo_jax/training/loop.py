@@ -124,7 +124,7 @@ def start_state(built: TrainingStep, params: dict[str, Any], checkpoints: Any) -
     params.clear()
     start, state = checkpoints.restore(wanted) or (0, fresh)
     if start:
-        LOG.info("going on from step %d", start)
+        LOG.info("resuming from step %d", start)
     return state
 
 

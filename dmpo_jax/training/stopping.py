@@ -107,6 +107,6 @@ class Watchdog:
         processes.abort(
             processes.RESTART,
             f"{doing} has not come to an end within {allowed:g} s (train.hang_limit): a process "
-            "or a disk hangs, see the stacks above. Run the same command again to go on from "
+            "or a disk hangs, see the stacks above. Run the same command again to resume from "
             "the newest checkpoint",
         )

@@ -1,4 +1,4 @@
-"""What a command prints where it fails, and its exit status."""
+"""A failing command: its output and exit status."""
 
 import os
 import pathlib

@@ -107,7 +107,7 @@ def test_the_limit_stops_and_says_why(caplog):
     tally = Tally(0.01, total=1000)
     for i in range(10):
         tally.skip(bad_record(i))
-    assert "x:9 is left out: no image: no file y.png" in caplog.text
+    assert "x:9 is skipped: no image: no file y.png" in caplog.text
     for _ in range(500):
         tally.skip(sources.Skipped("x:1", "no label", bad=False))
     with pytest.raises(

@@ -107,7 +107,7 @@ def test_another_format_is_refused(tmp_path):
 
 
 def test_a_batch_is_described_once(tmp_path):
-    """What the reader fills, what a plan compiles for and zeros are alike."""
+    """The batch of the reader, of a plan and of zeros have the same shapes."""
     write(tmp_path, prompts=make_prompts(pooled=True))
     pairs = records.open_pairs(tmp_path)
     real = next(pipeline.make_batches(pairs, "train", global_batch=4, rows=range(4), seed=0))

@@ -135,7 +135,7 @@ def test_a_killed_write_leaves_nothing(tmp_path):
     assert len(sources.PickAPic(tmp_path)) == 1  # what was there before
     data = (tmp_path / "x.parquet").read_bytes()
     (tmp_path / "x.parquet").write_bytes(data[:-10])
-    with pytest.raises(ValueError, match="not a whole parquet file"):
+    with pytest.raises(ValueError, match="not a complete parquet file"):
         sources.PickAPic(tmp_path)
 
 

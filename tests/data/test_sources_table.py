@@ -268,7 +268,7 @@ def test_absurdly_large_files_are_not_read(tmp_path, monkeypatch):
         ("t.csv", "prompt,chosen,rejected\na,b\n", r"cannot be read as \.csv.*Expected 3"),
         ("t.csv", "prompt,prompt\na,b\n", r"\['prompt'\] twice"),
         ("t.tsv", b"prompt\tchosen\trejected\n\xff\tb\tc\n", r"cannot be read as \.tsv"),
-        ("t.parquet", "PAR1", "not a whole parquet file"),
+        ("t.parquet", "PAR1", "not a complete parquet file"),
         ("t.txt", "a", r"one of \.jsonl, .*t\.txt"),
     ],
 )

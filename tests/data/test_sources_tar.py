@@ -164,7 +164,7 @@ def test_a_damaged_shard_is_refused_before_work(kind, tmp_path):
     file.write_bytes(damage(file.read_bytes(), kind))
     broken = sources.open_source(f"webdataset:{file}")
     for use in (broken.units, broken.__len__):
-        with pytest.raises(ValueError, match=r"a\.tar is not a whole tar file"):
+        with pytest.raises(ValueError, match=r"a\.tar is not a complete tar file"):
             use()
     if kind != "joined":  # by another process, after the damage
         with pytest.raises(ValueError, match=r"a\.tar"):
@@ -188,7 +188,7 @@ def test_wrong_schema_names_found_and_expected(tmp_path):
     with pytest.raises(ValueError, match="hold no sample"):
         sources.open_source(f"webdataset:{tmp_path}")
     (tmp_path / "a.tar").write_bytes(b"not a tar file" * 100)
-    with pytest.raises(ValueError, match="not a whole tar file"):
+    with pytest.raises(ValueError, match="not a complete tar file"):
         sources.open_source(f"webdataset:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="no tar file at"):
         sources.open_source(f"webdataset:{tmp_path}/none")

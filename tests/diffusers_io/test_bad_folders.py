@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 def refusal(load, *args, **kw) -> str:
-    """What loading says, which must be one line of readable length."""
+    """Returns the error message of loading: one line of readable length."""
     with pytest.raises(ValueError) as error:
         load(*args, **kw)
     message = str(error.value)

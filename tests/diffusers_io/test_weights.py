@@ -217,7 +217,7 @@ def test_parameters_of_two_dtypes(tmp_path):
 
 
 def test_an_abstract_model_saves_parameters_in_the_layout_of_its_folder(tmp_path):
-    """What a run needs at its end: the structure, the old names, and its own parameters."""
+    """A run exports so: the structure, the old names, and its own parameters."""
     diffusers_io.save_text_encoder(tiny_text(1.0), tmp_path / "in")
     file = weight_file(tmp_path / "in")
     bare = {k.removeprefix("text_model."): v.clone() for k, v in load_file(file).items()}

@@ -124,7 +124,7 @@ def split(sampler, case):
 
 
 def trajectory_of_diffusers(scheduler, num_steps, combine=lambda at: at(CONTEXT)):
-    """What the model saw at each step (latents, timestep), and the result."""
+    """Returns the inputs of the model at each step (latents, timestep), and the result."""
     scheduler.set_timesteps(num_steps)
     if hasattr(scheduler, "set_begin_index"):  # else two equal timesteps first lose it a step
         scheduler.set_begin_index(0)

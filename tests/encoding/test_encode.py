@@ -225,7 +225,7 @@ def kill_and_go_on(made, out, cache, kills, draw):
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
         if killed and not (out / records.MARKER).exists():
-            with pytest.raises((records.NotWholeError, FileNotFoundError)):
+            with pytest.raises((records.IncompleteError, FileNotFoundError)):
                 records.open_pairs(out)
     process = start(made, out, cache)
     errors = process.communicate()[1]
@@ -282,7 +282,7 @@ def test_another_encoding_is_refused(made, whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="crop: 'center' there, 'random' asked"):
         encode(made, whole, crop="random")
     monkeypatch.setattr(encode_pairs, "finish", lambda *_: None)
-    with pytest.raises(records.NotWholeError):
+    with pytest.raises(records.IncompleteError):
         encode(made, tmp_path)
     with pytest.raises(ValueError, match=r"unfinished encoding .*flipped: False there, True asked"):
         encode(made, tmp_path, flip=True)

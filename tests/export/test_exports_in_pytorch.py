@@ -1,4 +1,4 @@
-"""What we export, opened by PyTorch's pipelines, draws what our own sampler draws."""
+"""Exports, opened by PyTorch's pipelines, draw the images of our own sampler."""
 
 import diffusers
 import jax

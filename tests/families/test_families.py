@@ -160,7 +160,7 @@ def take_the_mean(monkeypatch):
 
 
 def unet_call(pipeline, monkeypatch, **given) -> dict:
-    """What PyTorch's pipeline hands its UNet at the first step, for a batch of one."""
+    """Returns the arguments of PyTorch's UNet at the first step, for a batch of one."""
     seen = {}
 
     def forward(sample, timestep, **kw):

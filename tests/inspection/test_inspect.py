@@ -82,7 +82,7 @@ def test_the_page_holds_what_was_found(tmp_path):
     assert page.after("distinct prompts") == "7"
     assert page.after("ties") == "1"
     assert page.after("repeated pairs") == "3"
-    assert page.after("left out") == "2"
+    assert page.after("skipped") == "2"
     assert page.after("0: image 1") == "4 (40.0%)"
     assert page.after("0.5: a tie") == "1 (10.0%)"
     assert page.after("1: image 0") == "5 (50.0%)"

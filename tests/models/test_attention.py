@@ -128,7 +128,7 @@ def test_batch_and_heads_are_split_where_they_divide(sizes, batch, heads, spec):
 
 
 def test_each_device_has_its_rows_and_heads(short_splash, monkeypatch):
-    """What cuDNN sees too: its own implementation stood in for by XLA's."""
+    """The same arrays reach cuDNN, for which XLA's implementation stands in."""
     seen = []
 
     def kernel(query, key, value, implementation):

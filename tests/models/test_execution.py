@@ -1,4 +1,4 @@
-"""How a UNet is carried out (remat, scan, mesh) never changes what it computes."""
+"""Execution of a UNet (remat, scan, mesh) never changes its results."""
 
 import functools
 import re

@@ -54,7 +54,7 @@ def channels_last(array) -> np.ndarray:
 
 
 def outputs(kind, model, arrays) -> dict:
-    """What `full_size.compute` names, of our model, from the same inputs."""
+    """Returns our model's outputs, named as by `full_size.compute`, from the same inputs."""
     if kind == "unet":
         names = ("sample", "timesteps", "context", "pooled", "time_ids")
         return {"out": model(*(arrays[name] for name in names if name in arrays))}

@@ -43,11 +43,6 @@ def unet_inputs(model, size, seed=1):
     return theirs, [jnp.asarray(x) for x in ours]
 
 
-def compiled(fn, *args):
-    """`fn` jitted. The compiler's optimisation takes most of the time and changes no meaning."""
-    return jax.jit(fn)(*args)
-
-
 GRADIENTS = ("small", "sd15", "sdxl")  # these are checked forward as well
 
 
@@ -59,7 +54,7 @@ def test_unet_forward(name, tmp_path):
     kwargs, args = unet_inputs(theirs, torch_models.UNETS[name][1])
     with torch.no_grad():
         want = nhwc(theirs(**kwargs).sample)
-    got = compiled(lambda p, *a: parameters.merge(structure, p)(*a), params, *args)
+    got = jax.jit(lambda p, *a: parameters.merge(structure, p)(*a))(params, *args)
     assert relative_error(got, want) <= 1e-5
 
 
@@ -77,7 +72,7 @@ def test_unet_gradients(name, tmp_path):
         prediction = parameters.merge(structure, p)(*a)
         return (prediction * nhwc(weight)).sum(), prediction
 
-    got, prediction = compiled(jax.grad(weighted, has_aux=True), params, *args)
+    got, prediction = jax.jit(jax.grad(weighted, has_aux=True))(params, *args)
     assert relative_error(prediction, nhwc(out)) <= 1e-5
     want = {n: p.grad.numpy() for n, p in theirs.named_parameters()}
     assert {diffusers_io.torch_name(path) for path in got} == set(want)
@@ -105,11 +100,8 @@ def test_vae(name, tmp_path):
     with torch.no_grad():
         distribution = theirs.encode(images).latent_dist
         decoded = theirs.decode(distribution.mean).sample
-    moments, got = compiled(
-        lambda x, z: (ours.encode(x), ours.decode(z)),
-        jnp.asarray(nhwc(images)),
-        jnp.asarray(nhwc(distribution.mean)),
-    )
+    run = jax.jit(lambda x, z: (ours.encode(x), ours.decode(z)))
+    moments, got = run(jnp.asarray(nhwc(images)), jnp.asarray(nhwc(distribution.mean)))
     channels = moments.shape[-1] // 2
     assert relative_error(moments[..., :channels], nhwc(distribution.mean)) <= 1e-5
     clipped = jnp.clip(moments[..., channels:], -30, 20)
@@ -128,7 +120,7 @@ def test_text_encoder(name, tmp_path):
         ids[row, 0], ids[row, end:] = 97, 98
     with torch.no_grad():
         want = theirs(torch.tensor(ids), output_hidden_states=True)
-    got = compiled(lambda x: ours(x), jnp.asarray(ids))
+    got = jax.jit(lambda x: ours(x))(jnp.asarray(ids))
     assert relative_error(got.last_hidden_state, want.last_hidden_state) <= 1e-5
     assert len(got.hidden_states) == len(want.hidden_states)
     for a, b in zip(got.hidden_states[:-1], want.hidden_states[:-1], strict=True):

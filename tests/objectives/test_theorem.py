@@ -53,7 +53,7 @@ def float64():
 
 @functools.cache
 def counts_and_weights(candidates):
-    """How often each outcome was drawn, `[M, 5]`, and the probability of that, `[M]`."""
+    """Returns counts of each outcome `[M, 5]` and their probabilities `[M]`."""
     outcomes = len(REFERENCE)
     slots = range(candidates + outcomes - 1)
     bars = np.array(list(itertools.combinations(slots, outcomes - 1)))

@@ -124,14 +124,14 @@ def test_faults_in_turn_leave_the_run_as_if_there_were_none(made, base, uninterr
         assert status in (processes.RESTART, 128 + signal.SIGABRT), said
         assert took < 6 * HEARTBEAT  # 2 at most on a machine that is not busy
         if killed == 1:
-            assert f"going on from step {kept}" in said  # process 0 says so
+            assert f"resuming from step {kept}" in said  # process 0 says so
         assert checkpoints(workdir)[-1] > kept
         kept = checkpoints(workdir)[-1]
     damaged = damage_newest(workdir)
     before = checkpoints(workdir)[-2]
     said = run(made, workdir, 2, **leaves)
-    assert f"checkpoint {damaged} is not whole" in said[0]
-    assert f"going on from step {before}" in said[0]
+    assert f"checkpoint {damaged} is not valid" in said[0]
+    assert f"resuming from step {before}" in said[0]
     assert_same(workdir, uninterrupted[1])
 
 
@@ -145,9 +145,9 @@ def test_one_process_after_two_and_the_reverse(made, base, uninterrupted):
             job.processes[0].send_signal(signal.SIGTERM)
             ended = job.end()
         assert [status for status, _ in ended] == [143] * count, ended
-        assert not done or f"going on from step {done}" in ended[0][1]
+        assert not done or f"resuming from step {done}" in ended[0][1]
     said = run(made, workdir, 1, **LONG)
-    assert "going on from step" in said[0]
+    assert "resuming from step" in said[0]
     assert_close(workdir, uninterrupted[0])
 
 
@@ -183,7 +183,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(count, made, small_
         shutil.rmtree(workdir / "checkpoints" / str(kept[0]))  # room
         with Job(made, workdir, count=count, devices=2, environment=cache, **leaves) as job:
             ended = job.end()
-        assert f"going on from step {kept[-1]}" in ended[0][1]
+        assert f"resuming from step {kept[-1]}" in ended[0][1]
 
 
 @pytest.mark.slow

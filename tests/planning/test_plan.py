@@ -153,7 +153,7 @@ def test_every_familys_tiny_model_is_planned_by_its_name():
 
 
 def test_a_plan_leaves_the_process_as_it_is(config, tmp_path, monkeypatch):
-    """What JAX may look for is set by the command, not by the function that plans."""
+    """The command sets the platforms of JAX, not the function that plans."""
     monkeypatch.setattr("dmpo_jax.planning.plan.plan_one", lambda *a, **kw: {"topology": "x"})
     before = dict(os.environ), jax.config.values["jax_platforms"]
     plan(config, ["cpu:8"], cache=tmp_path)

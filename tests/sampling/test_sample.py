@@ -34,7 +34,7 @@ def loaded():
 
 @pytest.fixture(scope="module")
 def contexts(loaded):
-    """What the text encoder makes of each caption, and of no text."""
+    """Returns the text encoder's embedding of each caption, and of no text."""
     texts = ["", *digits.CAPTIONS]
     return dict(
         zip(texts, (e.context for e in diffusers_io.embed_prompts(loaded[0], texts)), strict=True)

@@ -34,7 +34,7 @@ def read(source) -> list:
 
 
 def skipped(source) -> collections.Counter:
-    """How many records a source leaves out, by reason."""
+    """Counts the records that a source skips, by reason."""
     found = (item for unit in source.units() for item in source.read(unit))
     return collections.Counter(item.reason for item in found if not is_pair(item))
 
@@ -70,7 +70,7 @@ class _Bucket(MemoryFileSystem):
 
 
 def make_bucket(monkeypatch) -> MemoryFileSystem:
-    """What s3:// paths then are: object storage in memory."""
+    """Makes s3:// paths object storage in memory."""
     store = _Bucket()
     monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: store)
     return store

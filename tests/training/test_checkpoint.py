@@ -308,8 +308,8 @@ def test_reading_leaves_what_is_being_written_and_passes_over_what_is_broken(fol
         step, got = checkpoints.restore_part(params)
         assert step == 1
         assert_same(got["params"], make_state(1).params)
-        assert said[0].startswith("checkpoint 2 is not whole (")
-        with pytest.raises(UserError, match=r"is whole \(2: "):
+        assert said[0].startswith("checkpoint 2 is not valid (")
+        with pytest.raises(UserError, match=r"is valid \(2: "):
             checkpoints.restore_part(params, step=2)
     assert sorted(f.relative_to(folder) for f in folder.rglob("*")) == before
     with pytest.raises(ValueError, match="there are no checkpoints in"):

@@ -148,7 +148,7 @@ def test_compiling_is_timed_and_is_no_part_of_the_first_step(make_rig, caplog, c
 
 
 def test_everything_measured_is_named(make_rig):
-    """What is not in MEASURED is held equal between runs."""
+    """All metrics outside MEASURED must be equal between runs."""
     rig = make_rig()
     for what in ("checkpoint", "validation", "sampling", "profile", "compile"):
         rig.spend(what, 1.0)

@@ -1,4 +1,4 @@
-"""What dmpo_jax.jobs.train makes of its data's config: mixtures, flips, means alone."""
+"""dmpo_jax.jobs.train by its data's config: mixtures, flips, means alone."""
 
 import json
 

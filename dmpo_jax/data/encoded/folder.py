@@ -56,7 +56,7 @@ OURS = re.compile(
 )
 
 
-class NotWholeError(UserError):
+class IncompleteError(UserError):
     """An incomplete folder: the encode, or the copy of the folder, did not finish."""
 
 
@@ -154,7 +154,7 @@ def clear(folder: epath.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         load_meta(folder)
-    except NotWholeError:
+    except IncompleteError:
         pass
     except ValueError as error:  # of another format, or not ours
         raise UserError(f"{folder} already holds encoded pairs: {error}") from error
@@ -174,7 +174,7 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        NotWholeError: the folder is incomplete.
+        IncompleteError: the folder is incomplete.
         ValueError: the folder has another format version.
     """
     folder = epath.Path(folder)
@@ -189,12 +189,12 @@ def load_meta(folder: epath.PathLike) -> EncodedMeta:
     folder = epath.Path(folder)
     if not folder.exists():
         raise MissingFileError(f"no encoded pairs at {folder}: run encode first")
-    unfinished = f"{folder} is not whole: encoding did not finish: run encode again"
+    unfinished = f"{folder} is not complete: encoding did not finish: run encode again"
     meta = EncodedMeta.load(folder)
     if meta is None:
-        raise NotWholeError(f"{unfinished} ({MARKER} is missing or cut short)")
+        raise IncompleteError(f"{unfinished} ({MARKER} is missing or cut short)")
     if name := storage.first_incomplete(folder, meta.files):
-        raise NotWholeError(f"{unfinished}, or copy it again ({name} is not all there)")
+        raise IncompleteError(f"{unfinished}, or copy it again ({name} is not all there)")
     return meta
 
 

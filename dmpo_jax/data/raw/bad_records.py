@@ -97,7 +97,7 @@ class Tally:
         detail = f": {skipped.detail}" if skipped.detail else ""
         if self.counts[skipped.reason] <= MAX_LOGGED:
             level = logging.WARNING if skipped.bad else logging.DEBUG
-            LOG.log(level, "%s is left out: %s%s", skipped.id, skipped.reason, detail)
+            LOG.log(level, "%s is skipped: %s%s", skipped.id, skipped.reason, detail)
         self.check(f"; the last is {skipped.id}: {skipped.reason}{detail}" if skipped.bad else "")
 
     def check(self, last: str = "") -> None:

@@ -50,7 +50,7 @@ class ParquetSource(Source):
                 rows = [meta.row_group(i).num_rows for i in range(meta.num_row_groups)]
                 layouts.append(self._find_layout(parquet.schema_arrow, str(file)))
             if min(rows, default=0) < 0 or sum(rows) != meta.num_rows:
-                raise UserError(f"{file} is not a whole parquet file: row groups of {rows} rows")
+                raise UserError(f"{file} is not a complete parquet file: row groups of {rows} rows")
             self._groups[str(file)] = rows
         self.layout = layouts[0]
         for file, layout in zip(self._groups, layouts, strict=True):
@@ -144,7 +144,7 @@ def _opened(file: epath.Path) -> Iterator[pq.ParquetFile]:
         try:
             yield pq.ParquetFile(stream, page_checksum_verification=True)
         except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-            raise UserError(f"{file} is not a whole parquet file: {error}") from error
+            raise UserError(f"{file} is not a complete parquet file: {error}") from error
 
 
 def _read_rows(
@@ -171,7 +171,7 @@ def _read_rows(
                 return
         if number < unit.stop:
             raise UserError(
-                f"{file} is not a whole parquet file: it should hold rows {unit.start} to "
+                f"{file} is not a complete parquet file: it should hold rows {unit.start} to "
                 f"{unit.stop}, but ends after {number}"
             )
 

@@ -152,7 +152,7 @@ def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 yield tar
         except (tarfile.TarError, EOFError, UnicodeDecodeError, OverflowError) as error:
-            raise UserError(f"{file} is not a whole tar file: {error}") from error
+            raise UserError(f"{file} is not a complete tar file: {error}") from error
 
 
 def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
@@ -189,7 +189,7 @@ def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo
     last = -1
     for info in tar:
         if info.offset <= last or info.size < 0:  # would loop forever
-            raise UserError(f"{file} is not a whole tar file: bad header of {info.name!r:.80}")
+            raise UserError(f"{file} is not a complete tar file: bad header of {info.name!r:.80}")
         last = info.offset
         if info.isreg():
             yield info
@@ -198,11 +198,11 @@ def _members(tar: tarfile.TarFile, file: epath.Path) -> Iterator[tarfile.TarInfo
     rest, found = stream.read(2**20), 0
     while rest:
         if rest.strip(b"\0"):
-            raise UserError(f"{file} is not a whole tar file: bad header at byte {tar.offset}")
+            raise UserError(f"{file} is not a complete tar file: bad header at byte {tar.offset}")
         found += len(rest)
         rest = stream.read(2**20)
     if found < _BLOCK:
-        raise UserError(f"{file} is not a whole tar file: cut at byte {tar.offset + found}")
+        raise UserError(f"{file} is not a complete tar file: cut at byte {tar.offset + found}")
 
 
 def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:

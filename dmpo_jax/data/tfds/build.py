@@ -197,7 +197,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
             f"{job.source} has no pair to train on: of its {prompts} prompts a "
             f"validation_fraction of {job.validation_fraction} holds out all: lower it"
             if prompts
-            else f"{job.source} has no pair: all its rows were left out ({dict(tally.counts)})"
+            else f"{job.source} has no pair: all its rows were skipped ({dict(tally.counts)})"
         )
     if job.validation_fraction and not counts["validation"].pairs:
         LOG.warning("no prompt of %s falls into the validation split: there is none", job.source)
