@@ -85,7 +85,7 @@ def flip_labels(work: epath.Path, share: float, seed: int) -> None:
     determines the flipped pairs, and those of a smaller share are among those of a larger.
     """
     out = encoded_folder(work, share, seed)
-    with contextlib.suppress(FileNotFoundError, records.NotWholeError):
+    with contextlib.suppress(FileNotFoundError, records.IncompleteError):
         records.load_meta(out)
         return
     pairs = records.open_pairs(work / "encoded")

@@ -290,7 +290,7 @@ def test_a_full_disk_is_told_soon_and_keeps_the_checkpoint_before(small_disk):
             checkpoints.check()
             time.sleep(0.01)
 
-    with pytest.raises(checkpoint.SaveError, match=r"The disk is full: .* whole one is 1:"):
+    with pytest.raises(checkpoint.SaveError, match=r"The disk is full: .* valid one is 1:"):
         check_for_a_minute()
     with opened(small_disk, read_only=True) as checkpoints:
         step, got = checkpoints.restore(abstract(state(0)))
