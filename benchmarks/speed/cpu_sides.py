@@ -122,7 +122,8 @@ class Ours:
 
         key = jax.random.fold_in(self.key, self.state.step)
         noise = jax.jit(lambda key, batch: step.noise_batch(key, batch, self.setup))
-        arrays = (*noise(key, self.batch)[:3], self.batch.condition.context)
+        noised, context = noise(key, self.batch), self.batch.condition.context
+        arrays = (noised.latents, noised.timesteps, noised.target, context)
         return tuple(np.asarray(x) for x in arrays)
 
     def run(self, steps: int) -> None:
