@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _COMMANDS = ("collect", "convert", "encode", "evaluate", "plan", "sample")
 _OTHERS = {
-    "defaults": ("dmpo_jax.config.leaves", "defaults"),
+    "defaults": ("dmpo_jax.config.configs", "defaults"),
     "load_config": ("dmpo_jax.config.files", "load_config"),
     "train": ("dmpo_jax.python", "train"),
 }

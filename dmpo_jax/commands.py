@@ -13,8 +13,8 @@ from absl import app
 
 from dmpo_jax.config import checks, parsing, reference
 from dmpo_jax.config.command_line import in_words, log_to_console
+from dmpo_jax.config.configs import Config
 from dmpo_jax.config.declare import Leaf, OneOf
-from dmpo_jax.config.leaves import Config
 from dmpo_jax.config.parsing import Interface
 from dmpo_jax.config.sections import DTYPES
 from dmpo_jax.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 
 from dmpo_jax.commands import COMMANDS
 from dmpo_jax.config import parsing
-from dmpo_jax.config.leaves import Config, declared
+from dmpo_jax.config.configs import Config, declared
 
 
 def python_function(name: str) -> Callable[..., Any]:

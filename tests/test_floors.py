@@ -94,9 +94,9 @@ def test_imports_are_acyclic():
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("dmpo_jax.parallel.mesh", "from dmpo_jax.training import step"),
+        ("dmpo_jax.parallel.meshes", "from dmpo_jax.training import step"),
         (
-            "dmpo_jax.parallel.mesh",
+            "dmpo_jax.parallel.meshes",
             "def f():\n    from dmpo_jax.models.unet import UNet2DConditionModel",
         ),
         ("dmpo_jax.models.unet", "import dmpo_jax.diffusers_io.weights as w"),

@@ -141,19 +141,21 @@ def measure(folder: pathlib.Path, case: Case) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", case.devices)
     from dmpo_jax import diffusers_io
     from dmpo_jax.models import parameters
-    from dmpo_jax.parallel import mesh
+    from dmpo_jax.parallel import meshes
 
     def mixed(path: str) -> Any:
         return jnp.bfloat16 if path.endswith(".kernel") else jnp.float32
 
-    devices = mesh.make_mesh(data=1, fsdp=case.devices)
+    devices = meshes.make_mesh(data=1, fsdp=case.devices)
     drop_cache(folder / "source")
     before = peak_bytes()
     start, cpu = time.monotonic(), time.process_time()
     model = diffusers_io.load_unet(
         folder / "source",
         param_dtype=jnp.float32 if case.held == "float32" else mixed,
-        sharding=functools.partial(mesh.parameter_sharding, devices) if case.devices > 1 else None,
+        sharding=functools.partial(meshes.parameter_sharding, devices)
+        if case.devices > 1
+        else None,
     )
     load_seconds, load_peak = time.monotonic() - start, peak_bytes()
     load_cpu_seconds = time.process_time() - cpu

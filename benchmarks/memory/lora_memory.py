@@ -30,7 +30,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
     from dmpo_jax.models import parameters
     from dmpo_jax.models.lora import Adapters
     from dmpo_jax.objectives import OBJECTIVES
-    from dmpo_jax.parallel import mesh
+    from dmpo_jax.parallel import meshes
     from dmpo_jax.planning.step import of_published
     from dmpo_jax.training.build import Rate, StepSettings, build
 
@@ -45,7 +45,7 @@ def measure(kind: str, latents: int, rank: int, dtype: str) -> dict:
         rate=Rate(peak=1e-5),
     )
     model = parameters.initialise(published.family.model, dict(published.model), 0, dtype=dtype)
-    devices = mesh.make_mesh(devices=jax.devices()[:1])
+    devices = meshes.make_mesh(devices=jax.devices()[:1])
     built, params = build(published.family, model, planned.noise, planned.meta, devices, settings)
     del model
     gc.collect()

@@ -62,12 +62,12 @@ class Ours:
         from dmpo_jax.diffusion import noise as noising
         from dmpo_jax.families import SD
         from dmpo_jax.objectives import OBJECTIVES
-        from dmpo_jax.parallel import mesh
+        from dmpo_jax.parallel import meshes
         from dmpo_jax.training.build import Rate, StepSettings, build
         from dmpo_jax.types import Condition, PairBatch
 
         jax.config.update("jax_enable_compilation_cache", False)
-        devices = mesh.make_mesh()  # as many as main() asked for
+        devices = meshes.make_mesh()  # as many as main() asked for
         model = diffusers_io.load_unet(folder)
         noise = noising.make_ddpm_table(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -103,8 +103,8 @@ class Ours:
             condition=Condition(jnp.asarray(context, jnp.float32)),
         )
         self.key = jax.random.key(0)
-        self.batch = jax.device_put(self.batch, mesh.batch_sharding(devices))
-        self.key = jax.device_put(self.key, mesh.replicated(devices))
+        self.batch = jax.device_put(self.batch, meshes.batch_sharding(devices))
+        self.key = jax.device_put(self.key, meshes.replicated(devices))
         moved = {path: x * POLICY for path, x in params.items()}
         self.state = self.built.make_state(moved)
         self.metrics: dict[str, Any] = {}

@@ -224,8 +224,8 @@ def cpu_seconds() -> float:
 
 
 def open_pairs(args: argparse.Namespace) -> Any:
-    from dmpo_jax.data.batches import batches as pipeline
-    from dmpo_jax.data.encoded import folder as records
+    from dmpo_jax.data.batches import pipeline
+    from dmpo_jax.data.encoded import records
 
     pairs = records.open_pairs(args.folder / args.model)
     # The cache is as rarely of use as with all of Pick-a-Pic's prompts.
@@ -235,10 +235,10 @@ def open_pairs(args: argparse.Namespace) -> Any:
 
 
 def make_batches(args: argparse.Namespace, pairs: Any, start: int = 0) -> Any:
-    from dmpo_jax.config import leaves as config
-    from dmpo_jax.data.batches import batches as pipeline
+    from dmpo_jax.config import configs
+    from dmpo_jax.data.batches import pipeline
 
-    batch, data = MODELS[args.model][5], config.defaults().data
+    batch, data = MODELS[args.model][5], configs.defaults().data
     return pipeline.make_batches(
         pairs,
         "train",

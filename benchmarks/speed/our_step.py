@@ -18,7 +18,7 @@ from dmpo_jax.families import SD, SDXL, Family
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import flops
 from dmpo_jax.training.build import Rate, StepSettings, build
 from dmpo_jax.training.telemetry import memory
@@ -53,14 +53,14 @@ class OurStep:
         model = parameters.abstract(family(case).model, case["unet"], dtype=jnp.bfloat16)
         structure, shapes = parameters.split(model)
         noise = make_ddpm_table(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        devices = mesh.make_mesh(devices=jax.devices()[:1])
+        devices = meshes.make_mesh(devices=jax.devices()[:1])
         model = parameters.merge(structure, draw(shapes))
         built, params = build(family(case), model, noise, make_meta(case), devices, settings)
         del model
         self.reference, self.state = built.reference, built.make_state(params)
         del params
         self.batch, self.key = jax.device_put(
-            (make_batch(case), jax.random.key(0)), mesh.replicated(devices)
+            (make_batch(case), jax.random.key(0)), meshes.replicated(devices)
         )
         began = time.perf_counter()
         jitted = built.make_update(self.state)

@@ -24,8 +24,8 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for the tests' writer
-from dmpo_jax.data import raw as sources  # noqa: E402
-from dmpo_jax.data.encoded import folder as records  # noqa: E402
+from dmpo_jax.data import sources  # noqa: E402
+from dmpo_jax.data.encoded import records  # noqa: E402
 from dmpo_jax.data.encoded.meta import EncodedMeta  # noqa: E402
 from dmpo_jax.data.encoded.pair import ARRAYS  # noqa: E402
 from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs  # noqa: E402

@@ -16,15 +16,15 @@ from etils import epath
 
 from benchmarks.study.digits_plan import HELD_OUT_IMAGES, TUNING_IMAGES, Budget, Trial
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import configs
 from dmpo_jax.config.files import load_config
-from dmpo_jax.data.batches import batches as pipeline
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.batches import pipeline
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.run import run as run_jobs
 from dmpo_jax.models import parameters
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
@@ -145,7 +145,7 @@ class Bench:
             guidance_scale=config.sample.guidance_scale,
             batch_size=config.sample.batch_size,
         )
-        everywhere = mesh.replicated(mesh.make_mesh())
+        everywhere = meshes.replicated(meshes.make_mesh())
         self._base = jax.device_put(parameters.split(unet)[1], everywhere)
         self._prompts = load_texts(config.sample.prompts)
         self._update: tuple[str, Any] = ("", None)
@@ -172,7 +172,7 @@ class Bench:
         run = run._replace(step=built)
         state = with_rate(built.make_state(params), trial.setting.rate, built.mesh)
         sharding, batches = built.batch_sharding(), run.batches()
-        batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
+        batch = meshes.shard_batch(next(batches), sharding, config.train.batch_size)
         began = time.monotonic()
         if self._update[0] != trial.program:
             jitted = built.make_update(state)
@@ -184,7 +184,7 @@ class Bench:
         for _ in range(config.train.steps):
             state, metrics = update(state, built.reference, batch, run.key)
             last = [*last[1 - LAST :], metrics]
-            batch = mesh.shard_batch(next(batches), sharding, config.train.batch_size)
+            batch = meshes.shard_batch(next(batches), sharding, config.train.batch_size)
         jax.block_until_ready(state)
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
         ends = [jax.device_get(metrics) for metrics in last]
@@ -208,14 +208,14 @@ class Bench:
         that need no reference.
         """
         pairs: Any = run.pairs
-        shares = mesh.batch_shares(run.step.mesh)
+        shares = meshes.batch_shares(run.step.mesh)
         size = pairs.meta.counts["validation"] // shares * shares
         sharding = run.step.batch_sharding()
-        rows = mesh.local_rows(sharding, size)
+        rows = meshes.local_rows(sharding, size)
         local, _ = next(
             iter(pipeline.make_epoch(pairs, "validation", global_batch=size, rows=rows))
         )
-        batch = mesh.shard_batch(local, sharding, size)
+        batch = meshes.shard_batch(local, sharding, size)
         program = self._health(run)
         found: dict[str, list[float]] = {name: [] for name in HEALTH}
         for i in range(NOISES):
@@ -268,7 +268,7 @@ def rate_in_state(tx: optax.GradientTransformation) -> optax.GradientTransformat
 
 def with_rate(state: step.TrainState, rate: float, devices: jax.sharding.Mesh) -> step.TrainState:
     """Returns the state with that peak learning rate, for a step made with `rate_in_state`."""
-    value = jax.device_put(jnp.float32(rate), mesh.replicated(devices))
+    value = jax.device_put(jnp.float32(rate), meshes.replicated(devices))
     return state._replace(opt_state=optax.tree.set(state.opt_state, step_size=value))
 
 

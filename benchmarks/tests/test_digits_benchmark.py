@@ -22,7 +22,7 @@ from benchmarks.study.digits_plan import (
 )
 from benchmarks.study.digits_scores import Results, interval, make_rows, wins
 from benchmarks.study.digits_workers import Workers
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import records
 from dmpo_jax.evaluation.statistics import compare
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.toy import digits

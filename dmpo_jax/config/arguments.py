@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from dmpo_jax.config.leaves import Config, identity
+from dmpo_jax.config.configs import Config, identity
 from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.export.model_card import Card
 from dmpo_jax.export.pipeline import Trained

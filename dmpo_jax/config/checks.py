@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config.leaves import Config, declared, flatten, nearest
+from dmpo_jax.config.configs import Config, declared, flatten, nearest
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmpo_jax.config.leaves import Config, nearest
+from dmpo_jax.config.configs import Config, nearest
 from dmpo_jax.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from typing import Any
 from absl import flags
 
 from dmpo_jax.config import checks
+from dmpo_jax.config.configs import Config, declared, defaults, flatten, nearest, set_leaf
 from dmpo_jax.config.declare import Leaf
 from dmpo_jax.config.files import load_config
-from dmpo_jax.config.leaves import Config, declared, defaults, flatten, nearest, set_leaf
 from dmpo_jax.errors import UserError
 
 HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}

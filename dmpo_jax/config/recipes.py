@@ -7,7 +7,7 @@ an update. Here it is already scaled: `optimizer.learning_rate` is the rate appl
 
 from typing import Any, NamedTuple
 
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 
 PAIRS = 2048  # per update, in all recipes

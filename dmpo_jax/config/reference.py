@@ -5,7 +5,7 @@ python -m dmpo_jax.config.reference > docs/config_reference.md
 
 from typing import Any
 
-from dmpo_jax.config.leaves import Config, declared, defaults, flatten
+from dmpo_jax.config.configs import Config, declared, defaults, flatten
 
 _INTRODUCTION = """# Config reference
 

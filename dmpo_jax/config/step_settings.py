@@ -3,7 +3,7 @@
 from typing import Any
 
 from dmpo_jax.config import arguments, checks
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.training.build import Rate, StepSettings

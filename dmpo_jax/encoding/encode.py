@@ -18,13 +18,13 @@ import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from dmpo_jax.encoding import pairs as encode_pairs
 from dmpo_jax.encoding import parts as encode_parts
 from dmpo_jax.encoding import plan as plans
 from dmpo_jax.encoding.parts import Work
 from dmpo_jax.encoding.plan import Settings
-from dmpo_jax.parallel import mesh, processes
+from dmpo_jax.parallel import meshes, processes
 
 LOG = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def encode(settings: Settings, pipeline: diffusers_io.Pipeline, out: epath.PathL
         return
     source = sources.open_source(settings.source, ties=settings.ties)
     plans.check_columns(source, settings.source, pipeline.family)
-    devices = mesh.make_mesh(devices=jax.local_devices())
+    devices = meshes.make_mesh(devices=jax.local_devices())
     work = Work(
         out=out,
         source=source,

@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dmpo_jax import storage
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data import sources
+from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer, chosen_first
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
-from dmpo_jax.data.raw.bad_records import Tally
+from dmpo_jax.data.sources.bad_records import Tally
 from dmpo_jax.encoding.parts import Part, Table, Work, found_sidecar, whole_sidecars
 from dmpo_jax.encoding.pixels import Pixels, load_pixels
 from dmpo_jax.encoding.threads import map_ahead

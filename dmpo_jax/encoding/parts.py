@@ -11,10 +11,10 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import prompts as prompt_store
-from dmpo_jax.data.encoded.prompts import PromptEmbedding
-from dmpo_jax.data.raw.splits import hash_share
+from dmpo_jax.data import sources
+from dmpo_jax.data.encoded import prompt_store
+from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
+from dmpo_jax.data.sources.splits import hash_share
 from dmpo_jax.errors import UserError
 from dmpo_jax.progress import Progress
 

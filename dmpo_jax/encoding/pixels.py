@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from dmpo_jax.data.raw import RawPair, Skipped
-from dmpo_jax.data.raw.bad_records import decode_pair
+from dmpo_jax.data.sources import RawPair, Skipped
+from dmpo_jax.data.sources.bad_records import decode_pair
 
 Place = tuple[float, float]  # of a crop: top and left as a share of the range possible; [0, 1)
 

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data import sources
+from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.meta import differences
 from dmpo_jax.encoding.parts import PARTS, Work
 from dmpo_jax.errors import UserError

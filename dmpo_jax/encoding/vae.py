@@ -11,7 +11,7 @@ import numpy as np
 from dmpo_jax import diffusers_io
 from dmpo_jax.encoding.pixels import Pixels
 from dmpo_jax.models import parameters
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 
 
 class Device:
@@ -37,9 +37,9 @@ class Device:
         dtype: str,
         flip: bool,
     ):
-        self._sharding, self._size = mesh.batch_sharding(devices), batch_size
+        self._sharding, self._size = meshes.batch_sharding(devices), batch_size
         params = parameters.split(pipeline.vae)[1]
-        self._params = jax.device_put(params, mesh.replicated(devices))
+        self._params = jax.device_put(params, meshes.replicated(devices))
         self._run = make_run(pipeline, moments=moments, dtype=dtype)
         self._flip = jax.jit(mirrored) if flip else None
         # One thread waits for results, so that the caller can prepare the next batch.

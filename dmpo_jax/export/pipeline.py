@@ -10,7 +10,7 @@ from etils import epath
 from dmpo_jax import diffusers_io
 from dmpo_jax.errors import UserError
 from dmpo_jax.models import lora, parameters
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 
 Params = dict[str, jax.Array]
 
@@ -37,7 +37,7 @@ def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
         _, shapes = lora.partition(parameters.shapes(trained.adapters.attach(model)))
     else:
         shapes, _ = parameters.partition(model, parameters.shapes(model))
-    shardings = mesh.parameter_sharding(mesh.make_mesh(fsdp=-1, data=1), shapes)
+    shardings = meshes.parameter_sharding(meshes.make_mesh(fsdp=-1, data=1), shapes)
     return {
         path: jax.ShapeDtypeStruct(shape.shape, "float32", sharding=shardings[path])
         for path, shape in shapes.items()
@@ -73,11 +73,11 @@ def write_pipeline(
         model = trained.load(abstract=True)
         diffusers_io.save_pipeline(model, trained.folder, out, params=params, **kw)
         return
-    devices = mesh.make_mesh(fsdp=-1, data=1)
+    devices = meshes.make_mesh(fsdp=-1, data=1)
     # Reloaded, since the run may hold it in bfloat16, which would round the updates away.
-    model = trained.load(sharding=functools.partial(mesh.parameter_sharding, devices))
+    model = trained.load(sharding=functools.partial(meshes.parameter_sharding, devices))
     _, tuned = parameters.split(model)
     model = parameters.without_arrays(model)
     gc.collect()  # modules form reference cycles that keep their arrays alive
-    lora.fold_in(tuned, jax.device_put(params, mesh.replicated(devices)), trained.adapters.scale)
+    lora.fold_in(tuned, jax.device_put(params, meshes.replicated(devices)), trained.adapters.scale)
     diffusers_io.save_pipeline(model, trained.folder, out, params=tuned, **kw)

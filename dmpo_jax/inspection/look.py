@@ -10,9 +10,9 @@ from typing import NamedTuple
 from etils import epath
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw.bad_records import decode_pair
-from dmpo_jax.data.raw.counts import TIE, PairCounts
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources.bad_records import decode_pair
+from dmpo_jax.data.sources.counts import TIE, PairCounts
 from dmpo_jax.errors import UserError
 from dmpo_jax.inspection.page import Inspection, Repeat, Sample, Thumbnail, render
 from dmpo_jax.progress import Progress

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import jinja2
 
-from dmpo_jax.data.raw import Skipped
-from dmpo_jax.data.raw.counts import TIE, PairCounts
+from dmpo_jax.data.sources import Skipped
+from dmpo_jax.data.sources.counts import TIE, PairCounts
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.j2")
 MOST_BARS = 12  # of a histogram; the rest are one bar

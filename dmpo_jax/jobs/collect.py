@@ -8,9 +8,9 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax.config import arguments
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.data.prompt_files import Prompt, load_texts
-from dmpo_jax.data.raw import encode_image, write_pick_a_pic
+from dmpo_jax.data.sources import encode_image, write_pick_a_pic
 from dmpo_jax.diffusers_io import load_family
 from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.pairs import in_pairs

@@ -6,8 +6,7 @@ from typing import Any
 from etils import epath
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import arguments
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import arguments, configs
 from dmpo_jax.errors import UserError
 from dmpo_jax.export import pipeline
 from dmpo_jax.export.model_card import write_card

@@ -6,8 +6,8 @@ from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.config import arguments
-from dmpo_jax.config.leaves import Config
-from dmpo_jax.data.raw import SOURCES
+from dmpo_jax.config.configs import Config
+from dmpo_jax.data.sources import SOURCES
 from dmpo_jax.encoding import encode as encoding
 from dmpo_jax.errors import UserError
 

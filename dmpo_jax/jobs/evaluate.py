@@ -6,7 +6,7 @@ from etils import epath
 
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.data.prompt_files import Prompt, load_texts
 from dmpo_jax.evaluation.judging import Judged, judge
 from dmpo_jax.evaluation.page import before_after, render, rows_shown, summary

@@ -4,7 +4,7 @@ import logging
 
 from etils import epath
 
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.inspection.look import inspect_source
 
 LOG = logging.getLogger(__name__)

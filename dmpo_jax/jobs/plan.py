@@ -10,11 +10,11 @@ import jax
 from etils import epath
 
 from dmpo_jax.config import step_settings
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.families import PUBLISHED, family_named
 from dmpo_jax.planning import plan as planning
 from dmpo_jax.planning import step
-from dmpo_jax.toy import tiny
+from dmpo_jax.toy import debug
 
 
 def plan(
@@ -55,7 +55,7 @@ def load_model(config: Config, published: str = "") -> step.Model:
     if published:
         return step.of_published(PUBLISHED[published], published, **pairs)
     if name := config.debug.family:
-        return step.of_published(tiny.published(family_named(name)), f"debug {name}", **pairs)
+        return step.of_published(debug.published(family_named(name)), f"debug {name}", **pairs)
     return step.of_folder(config.model.folder, encoded=config.data.encoded, **pairs)
 
 

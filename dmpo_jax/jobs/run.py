@@ -8,13 +8,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import family_named
 from dmpo_jax.jobs import collect, encode, evaluate, train
 from dmpo_jax.parallel import processes
 from dmpo_jax.parallel.compilation import cache_compilations
-from dmpo_jax.toy.tiny import write_debug_files
+from dmpo_jax.toy.debug import write_debug_files
 from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)

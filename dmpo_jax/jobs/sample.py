@@ -5,7 +5,7 @@ import logging
 from etils import epath
 
 from dmpo_jax.config import arguments
-from dmpo_jax.config.leaves import Config
+from dmpo_jax.config.configs import Config
 from dmpo_jax.data.prompt_files import Prompt, load_prompts
 from dmpo_jax.diffusers_io import load_family
 from dmpo_jax.families import Family

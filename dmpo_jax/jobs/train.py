@@ -9,14 +9,13 @@ import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.config import arguments, step_settings
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import arguments, configs, step_settings
 from dmpo_jax.config.checks import parse_mix
 from dmpo_jax.data.batches.mixture import Mixture, open_mixture
-from dmpo_jax.data.encoded.folder import EncodedPairs, open_pairs
+from dmpo_jax.data.encoded.records import EncodedPairs, open_pairs
 from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.export.run import write_run
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 from dmpo_jax.planning.flops import make_cost
 from dmpo_jax.sampling.grids import make_draw, why_no_grids
 from dmpo_jax.sampling.sampler import make_sampler
@@ -79,8 +78,8 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
     """Opens and checks everything; returns (run, parameters to train). Compiles no step."""
     settings = step_settings.read_step(config)
-    devices = mesh.make_mesh(**step_settings.mesh_axes(config))
-    mesh.check_batch(settings.batch_size, settings.accumulation, devices)
+    devices = meshes.make_mesh(**step_settings.mesh_axes(config))
+    meshes.check_batch(settings.batch_size, settings.accumulation, devices)
     mix = parse_mix(config.data.mix or ())
     pairs = open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
     folder, family = diffusers_io.load_family(config.model.folder)
@@ -88,7 +87,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     model = arguments.trained(config).load(
         dtype=settings.compute_dtype,
         param_dtype=settings.frozen_dtype if settings.lora else "float32",
-        sharding=functools.partial(mesh.parameter_sharding, devices),
+        sharding=functools.partial(meshes.parameter_sharding, devices),
     )
     built, params = build(family, model, noise, pairs.meta, devices, settings)
     return Run(config, pairs, built, built.make_key(config.seed)), params

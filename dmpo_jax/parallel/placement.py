@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.parallel import meshes
 
 
 def over_rows(predict: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.diffusion.noise import TABLES, NoiseTable
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import PUBLISHED, Family, Published
 from dmpo_jax.models import parameters
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import flops
 from dmpo_jax.training.build import StepSettings, TrainingStep, build
 
@@ -53,7 +53,7 @@ def of_published(
     moments: str = "sample",
     moments_dtype: str = "bfloat16",
 ) -> Model:
-    """Returns a published model, or a tiny one (`toy.tiny.published`), with pairs of `encode`.
+    """Returns a published model, or a tiny one (`toy.debug.published`), with pairs of `encode`.
 
     Args:
         resolution: side of the images in pixels; None is that of the model's training.
@@ -142,13 +142,13 @@ def make_planned(
     """Returns the step that `train` would compile on these devices, which may be absent.
 
     Args:
-        axes: sizes of the mesh's axes, as of `mesh.make_mesh`.
+        axes: sizes of the mesh's axes, as of `meshes.make_mesh`.
 
     Raises:
         ValueError: mesh, batch or model do not fit, as in training.
     """
-    grid = mesh.make_mesh(**axes, devices=devices)
-    mesh.check_batch(settings.batch_size, settings.accumulation, grid)
+    grid = meshes.make_mesh(**axes, devices=devices)
+    meshes.check_batch(settings.batch_size, settings.accumulation, grid)
     abstract = parameters.abstract(
         model.family.model, dict(model.config), dtype=settings.compute_dtype
     )

@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dmpo_jax.data.prompt_files import Prompt
-from dmpo_jax.data.raw import decode_image
+from dmpo_jax.data.sources import decode_image
 from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Given
 

@@ -17,7 +17,7 @@ from dmpo_jax.diffusion import samplers
 from dmpo_jax.diffusion.noise import Factor, restore_latents
 from dmpo_jax.families.family import Given
 from dmpo_jax.models import parameters
-from dmpo_jax.parallel import mesh, placement
+from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.progress import Progress
 from dmpo_jax.sampling.given import check_given, read_image, read_mask
 from dmpo_jax.types import Condition
@@ -139,7 +139,7 @@ def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> d
 
 def replicated(model: Any) -> dict[str, jax.Array]:
     """Returns a model's parameters, replicated on every device."""
-    return jax.device_put(parameters.split(model)[1], mesh.replicated(mesh.make_mesh()))
+    return jax.device_put(parameters.split(model)[1], meshes.replicated(meshes.make_mesh()))
 
 
 def make_sampler(
@@ -174,8 +174,8 @@ def make_sampler(
     Raises:
         ValueError: names the size, step count or scheduler key that is not supported.
     """
-    devices = devices or mesh.make_mesh()
-    shares = mesh.batch_shares(devices)
+    devices = devices or meshes.make_mesh()
+    shares = meshes.batch_shares(devices)
     batch_size = -(-batch_size // shares) * shares
     family = pipeline.family
     scaling, shift = family.factors(pipeline.vae)
@@ -212,8 +212,8 @@ def make_sampler(
         )
         return to_uint8(vae_model.decode(latents))
 
-    vae_params = jax.device_put(vae_params, mesh.replicated(devices))
-    rows = mesh.batch_sharding(devices)
+    vae_params = jax.device_put(vae_params, meshes.replicated(devices))
+    rows = meshes.batch_sharding(devices)
     return Sampler(
         pipeline,
         name,

@@ -14,7 +14,7 @@ import optax
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel

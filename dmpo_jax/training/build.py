@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax.data.batches import batches as pipeline
+from dmpo_jax.data.batches import pipeline
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.diffusion.timesteps import make_timesteps
@@ -24,7 +24,7 @@ from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.lora import Adapters
 from dmpo_jax.objectives.registry import Objective
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.parallel import meshes
 from dmpo_jax.training import health, optim, step
 from dmpo_jax.types import PairBatch
 

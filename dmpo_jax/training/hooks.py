@@ -18,8 +18,8 @@ import jax
 from etils import epath
 from jaxtyping import Array, Key
 
-from dmpo_jax.data.batches import batches as pipeline
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.data.batches import pipeline
+from dmpo_jax.parallel import meshes
 from dmpo_jax.training.build import TrainingStep
 from dmpo_jax.training.step import TrainState
 from dmpo_jax.training.trace import Trace

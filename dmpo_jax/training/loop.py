@@ -10,7 +10,7 @@ from etils import epath
 from jax.profiler import StepTraceAnnotation
 from jaxtyping import Array, Key
 
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.parallel import meshes
 from dmpo_jax.progress import Progress
 from dmpo_jax.training.build import TrainingStep, make_curves
 from dmpo_jax.training.hooks import Hook, Profile, as_hook

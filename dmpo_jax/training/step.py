@@ -17,8 +17,7 @@ from dmpo_jax.diffusion.noise import Factor, NoiseTable, sample_latents
 from dmpo_jax.diffusion.timesteps import Timesteps, noise_pair
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.objectives import winner_preserving
-from dmpo_jax.parallel import mesh as meshes
-from dmpo_jax.parallel import placement
+from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.training import health
 from dmpo_jax.types import Condition, Noised, PairBatch, PerPair
 

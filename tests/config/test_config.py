@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/config/leaves.py, checks.py and what is derived from a leaf."""
+"""Tests for dmpo_jax/config/configs.py, checks.py and what is derived from a leaf."""
 
 import json
 import pathlib
@@ -6,10 +6,9 @@ import pathlib
 import pytest
 
 from dmpo_jax.config import checks as config_checks
-from dmpo_jax.config import leaves as config_lib
-from dmpo_jax.config import parsing, reference
+from dmpo_jax.config import configs, parsing, reference
+from dmpo_jax.config.configs import LEAVES, declared
 from dmpo_jax.config.declare import ITSELF, Leaf, OneOf
-from dmpo_jax.config.leaves import LEAVES, declared
 from dmpo_jax.objectives import OBJECTIVES, Hyperparameter, objective
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,15 +16,15 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def valid(**overrides):
     """A config that can run, with leaves changed: a__b=c is a.b=c."""
-    config = config_lib.defaults()
+    config = configs.defaults()
     config.model.folder = "somewhere"
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return config
 
 
 def test_every_leaf_has_a_default_and_a_meaning():
-    config = config_lib.defaults()
-    assert set(config_lib.flatten(config)) == set(declared())
+    config = configs.defaults()
+    assert set(configs.flatten(config)) == set(declared())
     assert all(leaf.meaning for leaf in declared().values())
     assert all(leaf.fits(leaf.default) for leaf in declared().values())
     described = reference.describe()
@@ -35,11 +34,11 @@ def test_every_leaf_has_a_default_and_a_meaning():
 
 
 def test_defaults_are_fresh_and_locked():
-    config = config_lib.defaults()
+    config = configs.defaults()
     config.data.resolution = 512
     config.train.steps = 1
-    assert config_lib.defaults().data.resolution is None
-    assert config_lib.defaults().train.steps == 2000
+    assert configs.defaults().data.resolution is None
+    assert configs.defaults().train.steps == 2000
     with pytest.raises(AttributeError, match="stepz"):
         config.train.stepz = 3
     with pytest.raises(AttributeError):
@@ -62,17 +61,17 @@ def test_identity_is_what_a_leaf_says_that_it_affects(path):
     """With every leaf that it counts with changed too."""
     leaf, known = declared()[path], declared()
     others = [p for p in leaf.counts_with.split() if p not in (ITSELF, path)]
-    base = config_lib.flatten(config_lib.defaults())
+    base = configs.flatten(configs.defaults())
     base |= {other: another(known[other]) for other in others}
     if path.startswith("objectives."):
         base["objective"] = path.split(".")[1]
-    before, after = (config_lib.from_flat(flat) for flat in (base, {**base, path: another(leaf)}))
-    changes = config_lib.identity(after) != config_lib.identity(before)
+    before, after = (configs.from_flat(flat) for flat in (base, {**base, path: another(leaf)}))
+    changes = configs.identity(after) != configs.identity(before)
     assert changes == ("run" in leaf.affects.split())
     if others and not {path, ITSELF} & set(leaf.counts_with.split()):  # without them it is nothing
-        plain = config_lib.defaults()
-        alone = config_lib.from_flat({**config_lib.flatten(plain), path: another(leaf)})
-        assert config_lib.identity(alone) == config_lib.identity(plain)
+        plain = configs.defaults()
+        alone = configs.from_flat({**configs.flatten(plain), path: another(leaf)})
+        assert configs.identity(alone) == configs.identity(plain)
 
 
 def test_identity_stays_what_older_runs_have_written():
@@ -103,7 +102,7 @@ def test_identity_stays_what_older_runs_have_written():
         },
         "debug": {"family": ""},
     }
-    assert config_lib.identity(valid(objective="sft")) == written
+    assert configs.identity(valid(objective="sft")) == written
     written["lora"] = {
         "rank": 4,
         "alpha": None,
@@ -112,20 +111,20 @@ def test_identity_stays_what_older_runs_have_written():
     }
     written["timesteps"] = {"low": 0.0, "high": 0.9}
     changed = valid(objective="sft", lora__rank=4, timesteps__high=0.9)
-    assert config_lib.identity(changed) == written
+    assert configs.identity(changed) == written
 
 
 def test_a_leaf_declared_on_one_line_is_everywhere(monkeypatch):
     line = Leaf(1.0, "how hard it pulls", "(0, 2]", affects="run", counts_with=ITSELF)
-    before = config_lib.identity(valid())
+    before = configs.identity(valid())
     monkeypatch.setitem(LEAVES, "train.pull", line)
     assert "train.pull=1.0 " in reference.describe()
     assert "how hard it pulls; in (0, 2]" in reference.describe()
     assert "| pull | `1.0` | how hard it pulls | in (0, 2] | run |" in reference.render()
     with pytest.raises(ValueError, match=r"train.pull must be in \(0, 2\], but got 3.0"):
         config_checks.validate(valid(train__pull=3.0))
-    assert config_lib.identity(valid()) == before  # runs from before it can be resumed
-    assert config_lib.identity(valid(train__pull=2.0))["train"]["pull"] == 2.0
+    assert configs.identity(valid()) == before  # runs from before it can be resumed
+    assert configs.identity(valid(train__pull=2.0))["train"]["pull"] == 2.0
     interface = parsing.Interface({"pull": "train.pull"}, {})
     config, _ = parsing.parse(["x", "--pull=0.5"], interface)
     assert config.train["pull"] == 0.5
@@ -145,17 +144,17 @@ def test_an_objectives_hyperparameters_are_leaves():
         config = valid(objective="of_a_test")
         assert config.objectives.of_a_test.to_dict() == {"pull": 2.0, "power": 2}
         assert "objectives.of_a_test.pull=2.0" in reference.describe()
-        assert config_lib.identity(config)["objectives"] == {"of_a_test": {"pull": 2.0, "power": 2}}
+        assert configs.identity(config)["objectives"] == {"of_a_test": {"pull": 2.0, "power": 2}}
         config.objectives.of_a_test.pull = 5.0
         with pytest.raises(ValueError, match=r"pull must be .*in \(0, 4\], got pull=5.0; how hard"):
             config_checks.validate(config)
-        saved = config_lib.flatten(config)
+        saved = configs.flatten(config)
     finally:
         del OBJECTIVES["of_a_test"]
     # A saved config is read where the file that defined the objective is not loaded.
-    assert config_lib.flatten(config_lib.from_flat(saved))["objectives.of_a_test.pull"] == 5.0
+    assert configs.flatten(configs.from_flat(saved))["objectives.of_a_test.pull"] == 5.0
     with pytest.raises(ValueError, match="got 'of_a_test': did you mean"):
-        config_checks.validate(config_lib.from_flat(saved))
+        config_checks.validate(configs.from_flat(saved))
 
 
 def test_the_reference_page_is_current():
@@ -228,7 +227,7 @@ def test_validate_tells_all_faults():
 
 
 def test_identity_is_what_changes_the_run_and_nothing_else():
-    base = config_lib.identity(valid())
+    base = configs.identity(valid())
     assert json.loads(json.dumps(base)) == base
     same = {
         "train__steps": 9,
@@ -241,7 +240,7 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
         "profile": "3:4",
     }
     for leaf, value in same.items():
-        assert config_lib.identity(valid(**{leaf: value})) == base, leaf
+        assert configs.identity(valid(**{leaf: value})) == base, leaf
     other = {
         "objective": "sft",
         "objectives__dmpo__beta": 1.0,
@@ -259,10 +258,8 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
         "optimizer__name": "adamw_bf16",
     }
     for leaf, value in other.items():
-        assert config_lib.identity(valid(**{leaf: value})) != base, leaf
-    cosine = [
-        config_lib.identity(valid(optimizer__schedule="cosine", train__steps=s)) for s in (6, 7)
-    ]
+        assert configs.identity(valid(**{leaf: value})) != base, leaf
+    cosine = [configs.identity(valid(optimizer__schedule="cosine", train__steps=s)) for s in (6, 7)]
     assert cosine[0] != cosine[1]  # there the rate is a function of train.steps
 
 
@@ -279,4 +276,4 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
     ],
 )
 def test_nearest_is_the_one_meant(meant, wrong):
-    assert config_lib.nearest(wrong, declared()) == meant
+    assert configs.nearest(wrong, declared()) == meant

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dmpo_jax.config import leaves as config_lib
+from dmpo_jax.config import configs
 from dmpo_jax.config.declare import Leaf
 from dmpo_jax.config.files import load_config, shipped
 from dmpo_jax.config.parsing import Interface, from_keywords, parse
@@ -36,10 +36,10 @@ SHORT = Interface(
 )
 def test_an_override_reads_the_leafs_type(flag, path, value):
     config, options = parse(["x", *flag.split()], PLAIN)
-    got = config_lib.flatten(config)
+    got = configs.flatten(config)
     assert got[path] == value
     assert type(got[path]) is type(value)
-    plain = config_lib.flatten(config_lib.defaults())
+    plain = configs.flatten(configs.defaults())
     assert {k for k in got if got[k] != plain[k]} <= {path}
     assert options == {"workdir": "here"}
 

@@ -6,8 +6,7 @@ import pathlib
 import pytest
 
 from dmpo_jax.config import checks as config_checks
-from dmpo_jax.config import leaves as configs
-from dmpo_jax.config import recipes
+from dmpo_jax.config import configs, recipes
 
 ROOT = pathlib.Path(__file__).parents[2]
 

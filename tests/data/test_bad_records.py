@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw.bad_records import (
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources.bad_records import (
     HANDFUL,
     MAX_LOGGED,
     Decoded,

@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/data/batches/batches.py."""
+"""Tests for dmpo_jax/data/batches/pipeline.py."""
 
 import itertools
 
@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from dmpo_jax.data.batches import batches as pipeline
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.batches import pipeline
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.pair import EncodedPair
-from dmpo_jax.data.encoded.prompts import PromptEmbedding
+from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
 from tests.support.encoded import write_pairs
 
 PAIRS, PROMPTS, BATCH = 22, 5, 8  # 22: batches straddle epochs

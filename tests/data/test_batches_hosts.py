@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from dmpo_jax.data.batches import batches as pipeline
+from dmpo_jax.data.batches import pipeline
 from dmpo_jax.data.batches.mixture import Mixture
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.pair import EncodedPair
-from dmpo_jax.data.encoded.prompts import PromptEmbedding
-from dmpo_jax.parallel import mesh as mesh_lib
+from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
+from dmpo_jax.parallel import meshes
 from tests.support.encoded import write_pairs
 from tests.support.meshes import permuted_mesh, pretend_process
 
@@ -53,9 +53,9 @@ def make(pairs, rows, **changes):
 
 def shares(mesh, processes):
     """The rows of each of `processes` processes that share the mesh's devices."""
-    sharding = mesh_lib.batch_sharding(mesh)
+    sharding = meshes.batch_sharding(mesh)
     devices = np.array_split(np.array(jax.devices()), processes)
-    return [mesh_lib.local_rows(pretend_process(sharding, list(held)), BATCH) for held in devices]
+    return [meshes.local_rows(pretend_process(sharding, list(held)), BATCH) for held in devices]
 
 
 def join(parts, rows):
@@ -69,7 +69,7 @@ def assert_same(a, b):
 
 
 MESHES = {
-    "plain": functools.partial(mesh_lib.make_mesh, data=8),
+    "plain": functools.partial(meshes.make_mesh, data=8),
     "permuted": permuted_mesh,
     "permuted, fsdp": functools.partial(permuted_mesh, 2, 4),
 }
@@ -86,9 +86,9 @@ def test_processes_together_read_the_same_batches(pairs, mesh, processes):
 
 
 def test_rows_arrive_in_their_place_on_a_permuted_mesh(pairs):
-    sharding = mesh_lib.batch_sharding(permuted_mesh())
-    local = next(make(pairs, mesh_lib.local_rows(sharding, BATCH)))
-    on_mesh = mesh_lib.shard_batch(local, sharding, BATCH)
+    sharding = meshes.batch_sharding(permuted_mesh())
+    local = next(make(pairs, meshes.local_rows(sharding, BATCH)))
+    on_mesh = meshes.shard_batch(local, sharding, BATCH)
     assert_same(jax.device_get(on_mesh), next(make(pairs, range(BATCH))))
 
 

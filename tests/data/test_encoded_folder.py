@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/data/encoded/folder.py."""
+"""Tests for dmpo_jax/data/encoded/records.py."""
 
 import json
 import os
@@ -13,8 +13,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.pair import chosen_first
 from tests.support.encoded import META, make_imaged, make_pair, make_prompts, write
 
@@ -285,9 +284,9 @@ def test_remote_folders_are_written_and_read_through_local_copies(tmp_path, monk
 def test_imports_neither_tensorflow_nor_torch(tmp_path):
     code = f"""
 import sys
-from dmpo_jax.data.batches import batches as pipeline
-from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data.batches import pipeline
+from dmpo_jax.data.encoded import records
+from dmpo_jax.data import sources
 from tests.support import encoded
 encoded.write({str(tmp_path)!r})
 pairs = records.open_pairs({str(tmp_path)!r})

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw.bad_records import Tally, decode_pair
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources.bad_records import Tally, decode_pair
 from tests.support.raw_pairs import image, write_images
 
 ROWS = 6

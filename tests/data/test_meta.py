@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from dmpo_jax.data.batches import batches as pipeline
+from dmpo_jax.data.batches import pipeline
 from dmpo_jax.data.batches.mixture import Mixture
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.meta import (
     Arrays,
     ArraySpec,

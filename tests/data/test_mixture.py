@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dmpo_jax.data.batches import batches as pipeline
+from dmpo_jax.data.batches import pipeline
 from dmpo_jax.data.batches.mixture import Mixture
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.pair import EncodedPair
-from dmpo_jax.data.encoded.prompts import PromptEmbedding
+from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
 from tests.support.encoded import write_pairs
 
 BATCH = 8

@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/data/raw.py."""
+"""Tests for dmpo_jax/data/sources."""
 
 import io
 import struct
@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from tests.support import raw_pairs
 
 

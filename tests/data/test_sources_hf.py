@@ -1,11 +1,11 @@
-"""Tests for dmpo_jax/data/raw/hugging_face.py: folders that `datasets` saved."""
+"""Tests for dmpo_jax/data/sources/hugging_face.py: folders that `datasets` saved."""
 
 import sys
 import warnings
 
 import pytest
 
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from tests.support.raw_pairs import check_units, image, read, write_images
 
 

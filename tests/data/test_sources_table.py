@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/data/raw/table.py and columns.py: what people write into tables."""
+"""Tests for dmpo_jax/data/sources/table.py and columns.py: what people write into tables."""
 
 import csv
 import json
@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import source as base
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources import source as base
 from tests.support.raw_pairs import (
     check_units,
     image,

@@ -1,4 +1,4 @@
-"""Tests for dmpo_jax/data/raw/web_dataset.py: tar shards."""
+"""Tests for dmpo_jax/data/sources/web_dataset.py: tar shards."""
 
 import io
 import json
@@ -7,8 +7,8 @@ import warnings
 
 import pytest
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import web_dataset
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources import web_dataset
 from tests.support.raw_pairs import check_units, image, make_bucket, read, skipped
 
 

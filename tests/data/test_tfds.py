@@ -16,9 +16,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw import counts, splits
-from dmpo_jax.data.raw.bad_records import TooManyBadError, decode_pair
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources import counts, splits
+from dmpo_jax.data.sources.bad_records import TooManyBadError, decode_pair
 from dmpo_jax.data.tfds import PairsConfig, PreferencePairs, build
 from tests.support.raw_pairs import read
 

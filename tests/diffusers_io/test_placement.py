@@ -8,7 +8,7 @@ import pytest
 
 from dmpo_jax.diffusers_io import placement, tensor_files
 from dmpo_jax.models import parameters
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 from tests.support import launched
 from tests.support.model_folders import KINDS, assert_bitwise, load, reopen, save
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 def split_everything(axes):
     """Shapes -> shardings over a (2, 4) mesh: each array's first axis, last axis, or both."""
-    devices = mesh.make_mesh(data=2, fsdp=4)
+    devices = meshes.make_mesh(data=2, fsdp=4)
 
     def rule(shape):
         names = {"first": ["fsdp"], "last": ["fsdp"], "both": ["fsdp", "data"]}[axes]
@@ -89,7 +89,7 @@ def test_a_process_reads_only_what_its_devices_hold(tmp_path, monkeypatch):
 
 def test_gathering_keeps_no_copy():
     """`device_get` of a sharded array would stay with the array: a whole model, on the host."""
-    devices = mesh.make_mesh(data=1, fsdp=8)
+    devices = meshes.make_mesh(data=1, fsdp=8)
     sharding = jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec("fsdp"))
     array = jax.device_put(np.arange(16.0, dtype=np.float32), sharding)
     first = placement.gather(array)
@@ -105,19 +105,20 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 from etils import epath
 from dmpo_jax import diffusers_io
-from dmpo_jax.parallel import mesh, processes
+from dmpo_jax.parallel import meshes, processes
 processes.join()
 from dmpo_jax.diffusers_io import tensor_files
 from dmpo_jax.models import parameters
 source, out = epath.Path(sys.argv[1]), epath.Path(sys.argv[2])
-mesh.SHARDED_FROM = 64
-devices = mesh.make_mesh(data=1, fsdp=4)
+meshes.SHARDED_FROM = 64
+devices = meshes.make_mesh(data=1, fsdp=4)
 read, counts = tensor_files.TensorFile.read, []
 def counting(self, name, bounds):
     counts.append((read(self, name, bounds)).size)
     return read(self, name, bounds)
 tensor_files.TensorFile.read = counting
-unet = diffusers_io.load_unet(source, sharding=functools.partial(mesh.parameter_sharding, devices))
+placing = functools.partial(meshes.parameter_sharding, devices)
+unet = diffusers_io.load_unet(source, sharding=placing)
 params = parameters.split(unet)[1]
 total = sum(x.size for x in params.values())
 assert sum(counts) < 0.55 * total, (sum(counts), total)

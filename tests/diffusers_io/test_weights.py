@@ -14,7 +14,7 @@ from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
-from dmpo_jax.parallel import mesh
+from dmpo_jax.parallel import meshes
 from tests.support import torch_models
 from tests.support.model_folders import (
     DTYPES,
@@ -222,7 +222,7 @@ def test_an_abstract_model_saves_parameters_in_the_layout_of_its_folder(tmp_path
     file = weight_file(tmp_path / "in")
     bare = {k.removeprefix("text_model."): v.clone() for k, v in load_file(file).items()}
     save_file(bare, file, metadata={"format": "pt"})
-    sharding = functools.partial(mesh.parameter_sharding, mesh.make_mesh(data=1, fsdp=8))
+    sharding = functools.partial(meshes.parameter_sharding, meshes.make_mesh(data=1, fsdp=8))
     params = parameters.split(load("clip_l", tmp_path / "in", sharding=sharding))[1]
     moved = {path: 2 * x for path, x in params.items()}
     abstract = load("clip_l", tmp_path / "in", abstract=True)

@@ -14,17 +14,17 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data import sources
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.pair import flip_sizes
-from dmpo_jax.data.raw.bad_records import TooManyBadError
+from dmpo_jax.data.sources.bad_records import TooManyBadError
 from dmpo_jax.encoding import encode as job
 from dmpo_jax.encoding import pairs as encode_pairs
 from dmpo_jax.encoding import parts as encode_parts
 from dmpo_jax.encoding import pixels, vae
 from dmpo_jax.families import SD_INPAINT
 from dmpo_jax.models import parameters
-from dmpo_jax.toy import tiny as debug
+from dmpo_jax.toy import debug
 from tests.support import launched, tiny
 from tests.support.raw_pairs import png, read
 

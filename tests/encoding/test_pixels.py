@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from dmpo_jax.data.encoded.pair import flip_sizes
 from dmpo_jax.encoding import pixels
 from tests.support.raw_pairs import png

@@ -24,14 +24,14 @@ from etils import epath
 from PIL import Image
 
 from dmpo_jax import diffusers_io, families
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data import sources
+from dmpo_jax.data.encoded import records
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.encoding.pixels import load_pixels
 from dmpo_jax.families import editing
 from dmpo_jax.jobs.run import run
 from dmpo_jax.models import parameters
-from dmpo_jax.toy import tiny as debug
+from dmpo_jax.toy import debug
 from dmpo_jax.training.build import check_fits
 from tests.support import tiny, torch_pipelines
 

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from dmpo_jax import diffusers_io, families
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data import sources
+from dmpo_jax.data.encoded import records
 from dmpo_jax.jobs.run import run
 from dmpo_jax.jobs.sample import sample
 from dmpo_jax.models import parameters
-from dmpo_jax.toy import tiny as debug
+from dmpo_jax.toy import debug
 from tests.support import outside_family, tiny
 from tests.support.outside_family import FAMILY, TOKENS, OutsideTransformer2DModel
 

@@ -6,7 +6,7 @@ import io
 import pytest
 from PIL import Image
 
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from dmpo_jax.inspection import page as inspect_page
 from dmpo_jax.inspection.look import inspect_source
 

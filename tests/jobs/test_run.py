@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dmpo_jax.config import arguments
-from dmpo_jax.config.leaves import from_flat
+from dmpo_jax.config.configs import from_flat
 from dmpo_jax.jobs import collect, encode, evaluate
 from dmpo_jax.jobs import run as jobs_run
 from dmpo_jax.jobs.run import run

@@ -10,8 +10,7 @@ import pytest
 import dmpo_jax as dj
 from dmpo_jax import __main__ as entry
 from dmpo_jax import commands, extras
-from dmpo_jax.config import leaves as config_lib
-from dmpo_jax.config import parsing
+from dmpo_jax.config import configs, parsing
 
 ROOT = pathlib.Path(__file__).parents[2]
 # The flags that each script has had since the first release.
@@ -50,7 +49,7 @@ def test_every_command_has_its_script():
 def test_flags_stay(name):
     interface = commands.COMMANDS[name].interface
     assert set(FLAGS[name].split()) <= set(interface.short) | set(interface.options)
-    assert set(interface.short.values()) <= set(config_lib.declared())
+    assert set(interface.short.values()) <= set(configs.declared())
     assert not set(interface.short) & set(interface.options)
 
 
@@ -59,7 +58,7 @@ def test_keywords_of_python_are_the_flags():
         interface = commands.COMMANDS[name].interface
         parameters = inspect.signature(getattr(dj, name)).parameters
         assert set(parameters) == {"config", *interface.short, *interface.options}
-        known = config_lib.declared()
+        known = configs.declared()
         for short, path in interface.short.items():
             if short not in interface.required:
                 assert parameters[short].default == known[path].default
@@ -76,7 +75,7 @@ def test_a_notebooks_call_reaches_the_job_as_the_command_does(monkeypatch):
     line = "x --model=m --prompts=p --out=o --steps=3".split()
     config, options = parsing.parse(line, commands.COMMANDS["sample"].interface)
     assert options == {"prompts": "p", "out": "o"}
-    assert config_lib.flatten(seen[0][0]) == config_lib.flatten(config)
+    assert configs.flatten(seen[0][0]) == configs.flatten(config)
     assert seen[0][1] == options
     config = dj.load_config("sd15_dmpo:debug")
     config.train.steps = 2

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import configs
 from dmpo_jax.models import attention, execution, lora, parameters
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.unet import UNet2DConditionModel
-from dmpo_jax.parallel import mesh as meshes
-from dmpo_jax.parallel import placement
+from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.planning import hlo
 from tests.support import full_size
 

@@ -207,12 +207,12 @@ GRADIENTS = """
 import pathlib, sys
 import jax, jax.numpy as jnp, numpy as np, optax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[4]))
-from dmpo_jax.parallel import mesh, processes
+from dmpo_jax.parallel import meshes, processes
 from dmpo_jax.diffusers_io import placement
 from dmpo_jax.jobs import train
 from tests.support import tiny
 processes.join()
-mesh.SHARDED_FROM = 64  # or nothing of so small a model would be
+meshes.SHARDED_FROM = 64  # or nothing of so small a model would be
 config = tiny.make_config(sys.argv[1], sys.argv[2], mesh__fsdp=int(sys.argv[5]))
 run, params = train.prepare(config, pathlib.Path("."))
 keep = optax.GradientTransformation(  # for its state
@@ -225,7 +225,7 @@ state = built.make_state(params)
 # Also away from the reference, where rounding counts more: u is no longer small.
 away = jax.jit(lambda s: (s.step + 0, {k: 1.01 * v for k, v in s.params.items()}))(state)
 update = built.make_update(state)
-batch = mesh.shard_batch(next(run.batches()), built.batch_sharding(), config.train.batch_size)
+batch = meshes.shard_batch(next(run.batches()), built.batch_sharding(), config.train.batch_size)
 found = {}
 for place in ("start", "moved"):
     state, _ = update(state, built.reference, batch, run.key)

@@ -10,7 +10,7 @@ from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.families import PUBLISHED, SD, SDXL, SDXL_EDIT
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.planning import flops
-from dmpo_jax.toy import tiny
+from dmpo_jax.toy import debug
 from dmpo_jax.types import Condition
 
 TOKENS = 5
@@ -20,7 +20,7 @@ FAMILIES = {"sd": SD, "sdxl": SDXL, "sdxl_edit": SDXL_EDIT}
 
 def make(family, size=(8, 8)):
     """(abstract model, meta) of a family's tiny model."""
-    config = tiny.model_config(family)
+    config = debug.model_config(family)
     meta = EncodedMeta.expected(
         family,
         family.facts(config),

@@ -10,12 +10,11 @@ import jax
 import pytest
 from etils import epath
 
-from dmpo_jax.config import leaves as configs
-from dmpo_jax.config import step_settings
+from dmpo_jax.config import configs, step_settings
 from dmpo_jax.families import FAMILIES, PUBLISHED
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.plan import load_model, plan, prepare_process
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import chips
 from dmpo_jax.planning import report as plan_report
 from dmpo_jax.planning.plan import check_topology, open_devices

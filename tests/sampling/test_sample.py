@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.config.leaves import from_flat
+from dmpo_jax.config.configs import from_flat
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.families import SD_INPAINT, SDXL
 from dmpo_jax.jobs.sample import sample as jobs_sample
@@ -20,8 +20,7 @@ from dmpo_jax.models import parameters
 from dmpo_jax.sampling import sampler as sample
 from dmpo_jax.sampling import seeds
 from dmpo_jax.sampling.pairs import in_pairs
-from dmpo_jax.toy import digits
-from dmpo_jax.toy import tiny as debug
+from dmpo_jax.toy import debug, digits
 from dmpo_jax.types import Condition
 
 FOLDER = digits.PIPELINE

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from dmpo_jax.data.encoded import folder as records
-from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer, chosen_first
-from dmpo_jax.data.encoded.prompts import PromptEmbedding
+from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
 from dmpo_jax.data.encoded.shards import ShardWriter
 
 META = {"model": "tiny-sd", "scaling_factor": 0.18215}

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import configs
 from tests.support import tiny
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def write_config(file: pathlib.Path, made: tuple[str, str], **leaves) -> pathlib
     changed = {k: v for k, v in flat.items() if v is not None and v != plain.get(k)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
-        "from dmpo_jax.config import leaves as config\n"
+        "from dmpo_jax import config\n"
         "def get_config():\n"
         "    plain = config.flatten(config.defaults())\n"
         f"    return config.from_flat({{**plain, **{changed!r}}})\n"

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from dmpo_jax.parallel import mesh as mesh_lib
+from dmpo_jax.parallel import meshes
 
 PERMUTED = [3, 0, 6, 5, 1, 7, 2, 4]
 
 
 def permuted_mesh(data=8, fsdp=1):
     devices = np.array(jax.devices())[PERMUTED].reshape(data, fsdp, 1)
-    return Mesh(devices, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(devices, meshes.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def pretend_process(sharding, devices):

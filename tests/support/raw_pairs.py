@@ -8,7 +8,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
-from dmpo_jax.data.raw import RawPair
+from dmpo_jax.data.sources import RawPair
 
 
 def image(seed: int, kind: str = "PNG", size=(8, 6)) -> bytes:

@@ -5,13 +5,13 @@ import dataclasses
 from etils import epath
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.config import leaves as configs
-from dmpo_jax.data import raw as sources
+from dmpo_jax.config import configs
+from dmpo_jax.data import sources
 from dmpo_jax.encoding import encode as encoding
 from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.families import SD
 from dmpo_jax.families.family import Tiny
-from dmpo_jax.toy import tiny as debug
+from dmpo_jax.toy import debug
 
 FAMILY = dataclasses.replace(
     SD,

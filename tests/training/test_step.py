@@ -11,7 +11,7 @@ import pytest
 from dmpo_jax.diffusion.timesteps import make_timesteps
 from dmpo_jax.models import parameters
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import hlo
 from dmpo_jax.training import health, step
 from tests.support.quick import AS_USERS

@@ -15,8 +15,7 @@ from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.config import checks as config_checks
-from dmpo_jax.config import leaves as configs
-from dmpo_jax.config import reference
+from dmpo_jax.config import configs, reference
 from dmpo_jax.config.files import load_config
 from dmpo_jax.families.family import Tiny
 from dmpo_jax.jobs import train
@@ -320,7 +319,7 @@ def test_pairs_of_another_model_are_refused(made, tmp_path):
         text={"text_encoder": {"hidden_size": 24}},
     )
     family = dataclasses.replace(tiny.FAMILY, tiny=wide)
-    from dmpo_jax.toy import tiny as debug
+    from dmpo_jax.toy import debug
 
     debug.write_tiny_pipeline(epath.Path(tmp_path / "other"), family)
     with pytest.raises(ValueError, match="context of width 24, the encoded prompts have 16"):

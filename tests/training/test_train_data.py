@@ -7,11 +7,11 @@ import pytest
 from etils import epath
 
 from dmpo_jax.config import checks as config_checks
-from dmpo_jax.config import leaves as configs
+from dmpo_jax.config import configs
 from dmpo_jax.data.batches.mixture import Mixture
-from dmpo_jax.data.encoded import folder as records
+from dmpo_jax.data.encoded import records
 from dmpo_jax.jobs import train
-from dmpo_jax.toy import tiny as debug
+from dmpo_jax.toy import debug
 from dmpo_jax.training import hooks
 from tests.support import tiny
 from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from dmpo_jax.diffusers_io import placement
-from dmpo_jax.parallel import mesh as meshes
+from dmpo_jax.parallel import meshes
 from dmpo_jax.training import step
 from tests.support.launched import run_script
 from tests.support.steps import MOVED, UNET, make_batch, make_setup, make_unet, perturbed, run_key

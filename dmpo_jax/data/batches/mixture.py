@@ -5,8 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from dmpo_jax.data.batches.order import whole_parts
-from dmpo_jax.data.encoded.folder import EncodedPairs, PromptStore, open_pairs
 from dmpo_jax.data.encoded.meta import EncodedMeta, differences
+from dmpo_jax.data.encoded.records import EncodedPairs, PromptStore, open_pairs
 from dmpo_jax.errors import UserError
 
 # Keys of encoded.json that must be equal in all sets, since the training step assumes them.

@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float, Int
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from dmpo_jax.data.encoded.prompts import check_floats, described
+from dmpo_jax.data.encoded.prompt_store import check_floats, described
 from dmpo_jax.errors import UserError
 
 ARRAYS = ("moments", "image", "flipped", "flipped_image")

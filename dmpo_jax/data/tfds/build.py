@@ -16,11 +16,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from dmpo_jax.data.encoded.shards import ShardWriter
-from dmpo_jax.data.raw.bad_records import Tally, decode_pair
-from dmpo_jax.data.raw.counts import PairCounts
-from dmpo_jax.data.raw.splits import is_held_out
+from dmpo_jax.data.sources.bad_records import Tally, decode_pair
+from dmpo_jax.data.sources.counts import PairCounts
+from dmpo_jax.data.sources.splits import is_held_out
 
 LOG = logging.getLogger(__name__)
 SPLITS = ("train", "validation")

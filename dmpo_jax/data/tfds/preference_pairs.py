@@ -23,9 +23,9 @@ from typing import Any
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
-from dmpo_jax.data import raw as sources
-from dmpo_jax.data.raw.bad_records import Tally
-from dmpo_jax.data.raw.built import STATISTICS
+from dmpo_jax.data import sources
+from dmpo_jax.data.sources.bad_records import Tally
+from dmpo_jax.data.sources.built import STATISTICS
 from dmpo_jax.data.tfds import build
 from dmpo_jax.errors import MissingPackageError, UserError
 from dmpo_jax.progress import Progress

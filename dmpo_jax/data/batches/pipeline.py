@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.batches.order import Draws, Element, Order
-from dmpo_jax.data.encoded.folder import EncodedPairs
+from dmpo_jax.data.encoded.records import EncodedPairs
 from dmpo_jax.errors import UserError
 from dmpo_jax.types import PairBatch
 

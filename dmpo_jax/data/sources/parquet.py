@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from dmpo_jax.data.raw import columns
-from dmpo_jax.data.raw.source import (
+from dmpo_jax.data.sources import columns
+from dmpo_jax.data.sources.source import (
     UNIT_PAIRS,
     RawPair,
     SkipError,

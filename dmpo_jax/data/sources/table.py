@@ -7,9 +7,9 @@ import pyarrow as pa
 from etils import epath
 
 from dmpo_jax.data import tables
-from dmpo_jax.data.raw import columns
-from dmpo_jax.data.raw.parquet import ParquetSource
-from dmpo_jax.data.raw.source import (
+from dmpo_jax.data.sources import columns
+from dmpo_jax.data.sources.parquet import ParquetSource
+from dmpo_jax.data.sources.source import (
     UNIT_PAIRS,
     RawPair,
     SkipError,

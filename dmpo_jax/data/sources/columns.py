@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dmpo_jax.data.raw.source import RawPair, SkipError, Skipped
+from dmpo_jax.data.sources.source import RawPair, SkipError, Skipped
 from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)

@@ -6,20 +6,20 @@ To add one, write a subclass of `Source` and add a line to SOURCES.
 from collections.abc import Callable
 from typing import Any
 
-from dmpo_jax.data.raw.built import BuiltSource
-from dmpo_jax.data.raw.hugging_face import HuggingFaceSource
-from dmpo_jax.data.raw.images import (
+from dmpo_jax.data.sources.built import BuiltSource
+from dmpo_jax.data.sources.hugging_face import HuggingFaceSource
+from dmpo_jax.data.sources.images import (
     MAX_PIXELS,
     BadImageError,
     decode_image,
     decode_mask,
     encode_image,
 )
-from dmpo_jax.data.raw.parquet import ROWS_AT_ONCE
-from dmpo_jax.data.raw.pick_a_pic import GIVEN, PICK_A_PIC, PickAPic, write_pick_a_pic
-from dmpo_jax.data.raw.source import RawPair, Skipped, Source, Unit
-from dmpo_jax.data.raw.table import open_table
-from dmpo_jax.data.raw.web_dataset import WebDatasetSource
+from dmpo_jax.data.sources.parquet import ROWS_AT_ONCE
+from dmpo_jax.data.sources.pick_a_pic import GIVEN, PICK_A_PIC, PickAPic, write_pick_a_pic
+from dmpo_jax.data.sources.source import RawPair, Skipped, Source, Unit
+from dmpo_jax.data.sources.table import open_table
+from dmpo_jax.data.sources.web_dataset import WebDatasetSource
 from dmpo_jax.errors import UserError
 
 __all__ = [

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 from etils import epath
 
-from dmpo_jax.data.raw import columns
-from dmpo_jax.data.raw.source import UNIT_PAIRS, RawPair, Skipped, Source, Unit, cut, load_bytes
+from dmpo_jax.data.sources import columns
+from dmpo_jax.data.sources.source import UNIT_PAIRS, RawPair, Skipped, Source, Unit, cut, load_bytes
 from dmpo_jax.errors import MissingFileError, MissingPackageError, UserError
 from dmpo_jax.extras import install_hint
 

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dmpo_jax.data.raw.source import RawPair, Skipped, Source, Unit, cut
+from dmpo_jax.data.sources.source import RawPair, Skipped, Source, Unit, cut
 from dmpo_jax.errors import MissingFileError, UserError
 
 STATISTICS = "statistics.json"

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
-from dmpo_jax.data import raw as sources
+from dmpo_jax.data import sources
 from dmpo_jax.families import Family, Published
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.data.raw.images import MAX_BYTES
+from dmpo_jax.data.sources.images import MAX_BYTES
 from dmpo_jax.errors import MissingFileError, UserError
 
 UNIT_PAIRS = 1000  # approximate pairs of a unit

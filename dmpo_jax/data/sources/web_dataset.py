@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from dmpo_jax.data.raw import columns
-from dmpo_jax.data.raw.source import (
+from dmpo_jax.data.sources import columns
+from dmpo_jax.data.sources.source import (
     MAX_BYTES,
     UNIT_PAIRS,
     RawPair,

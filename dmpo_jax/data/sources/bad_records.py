@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from dmpo_jax.data.raw.images import BadImageError, decode_image, decode_mask
-from dmpo_jax.data.raw.source import RawPair, Skipped
+from dmpo_jax.data.sources.images import BadImageError, decode_image, decode_mask
+from dmpo_jax.data.sources.source import RawPair, Skipped
 from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.data.raw.columns import Layout
-from dmpo_jax.data.raw.parquet import ROWS_AT_ONCE, ParquetSource
-from dmpo_jax.data.raw.source import SkipError
+from dmpo_jax.data.sources.columns import Layout
+from dmpo_jax.data.sources.parquet import ROWS_AT_ONCE, ParquetSource
+from dmpo_jax.data.sources.source import SkipError
 from dmpo_jax.errors import UserError
 
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")

@@ -26,7 +26,7 @@ from tensorflow_datasets.core.dataset_info import DatasetIdentity
 from tensorflow_datasets.core.splits import SplitDict
 
 from dmpo_jax import storage
-from dmpo_jax.data.encoded import prompts as prompt_store
+from dmpo_jax.data.encoded import prompt_store
 from dmpo_jax.data.encoded.examples import read_example
 from dmpo_jax.data.encoded.meta import FORMAT, MARKER, REQUIRED, Arrays, EncodedMeta
 from dmpo_jax.data.encoded.pair import (
@@ -34,7 +34,7 @@ from dmpo_jax.data.encoded.pair import (
     EncodedPair,
     make_features,
 )
-from dmpo_jax.data.encoded.prompts import PromptStore
+from dmpo_jax.data.encoded.prompt_store import PromptStore
 from dmpo_jax.data.encoded.shards import Shard
 from dmpo_jax.errors import MissingFileError, UserError
 
