@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmpo_jax import diffusers_io, families
+from dmpo_jax import diffusers_io
 from dmpo_jax.data import sources
 from dmpo_jax.data.encoded import records
+from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
 from dmpo_jax.jobs.sample import sample
 from dmpo_jax.models import parameters
@@ -21,10 +22,8 @@ from tests.support.outside_family import FAMILY, TOKENS, OutsideTransformer2DMod
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    before = dict(families.FAMILIES)
-    yield families.register(FAMILY)
-    families.FAMILIES.clear()
-    families.FAMILIES.update(before)
+    with outside_family.registered():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +135,43 @@ def test_it_draws_images(finished, tmp_path):
     assert (image != np.asarray(Image.open(tmp_path / "b" / "00000.png"))).any()
 
 
-def test_adapters_are_named_by_the_component(made, tmp_path):
-    config = make_config(
-        made, lora__rank=2, lora__targets=("proj_out",), train__steps=3, log__sample_every=0
-    )
-    run(config, tmp_path)
-    adapters = diffusers_io.load_lora(tmp_path / "lora", component="transformer")
+ADAPTERS = {
+    "lora__rank": 2,
+    "lora__targets": ("proj_out",),
+    "lora__dropout": 0.1,
+    "train__ema_decay": 0.9,
+    "train__steps": 4,
+    "log__checkpoint_every": 2,
+    "log__sample_every": 0,
+}
+
+
+def test_adapters_are_named_by_the_component_and_resume_to_the_same_numbers(made, tmp_path):
+    run(make_config(made, **ADAPTERS), tmp_path / "whole")
+    adapters = diffusers_io.load_lora(tmp_path / "whole" / "lora", component="transformer")
     assert adapters.keys() == {"proj_out.lora_A.kernel", "proj_out.lora_B.kernel"}
-    source, out = arrays(made[0]), arrays(tmp_path / "export")
+    source, out = arrays(made[0]), arrays(tmp_path / "whole" / "export")
     changed = {path for path in source if not np.array_equal(source[path], out[path])}
     assert changed == {"proj_out.kernel"}
+    for steps in (2, 4):
+        run(make_config(made, **{**ADAPTERS, "train__steps": steps}), tmp_path / "parts")
+    ours = diffusers_io.load_lora(tmp_path / "parts" / "lora", component="transformer")
+    for path, want in adapters.items():
+        np.testing.assert_array_equal(ours[path], want, err_msg=path)
+
+
+def test_policy_and_average_of_a_full_run_are_both_at_hand(made, tmp_path):
+    config = make_config(made, train__ema_decay=0.9, train__steps=4, log__sample_every=0)
+    run(config, tmp_path / "run")
+    for weights in ("policy", "ema"):
+        convert(workdir=tmp_path / "run", out=tmp_path / weights, weights=weights)
+    exported, average = arrays(tmp_path / "run" / "export"), arrays(tmp_path / "ema")
+    for path, want in exported.items():
+        np.testing.assert_array_equal(average[path], want, err_msg=path)
+    policy = arrays(tmp_path / "policy")
+    assert not np.array_equal(policy["proj_out.kernel"], exported["proj_out.kernel"])
+    with pytest.raises(ValueError, match="there is no LoRA to merge"):
+        convert(workdir=tmp_path / "run", out=tmp_path / "x", merge=True)
 
 
 def test_a_scheduler_of_other_noise_is_refused(made, tmp_path):

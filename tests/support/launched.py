@@ -1,4 +1,4 @@
-"""launch/train.py as one or several real processes on this machine, over the tiny pipeline."""
+"""launch/train.py as one or several real processes on this machine, over a tiny pipeline."""
 
 import os
 import pathlib
@@ -27,7 +27,9 @@ def write_config(file: pathlib.Path, made: tuple[str, str], **leaves) -> pathlib
     changed = {k: v for k, v in flat.items() if v is not None and v != plain.get(k)}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(
-        "from dmpo_jax import config\n"
+        "from dmpo_jax import config, families\n"
+        "from tests.support import outside_family\n"
+        "families.register(outside_family.FAMILY)\n"
         "def get_config():\n"
         "    plain = config.flatten(config.defaults())\n"
         f"    return config.from_flat({{**plain, **{changed!r}}})\n"

@@ -1,5 +1,9 @@
-"""A pipeline family that the package does not know: its model, its record, its folder."""
+"""A pipeline family that the package does not know: its model, its record, its folder.
 
+Its model is so small that a run takes seconds: tests of what any run does use it, too.
+"""
+
+import contextlib
 import json
 from typing import Any
 
@@ -9,7 +13,7 @@ import numpy as np
 from etils import epath
 from flax import nnx
 
-from dmpo_jax import diffusers_io, storage
+from dmpo_jax import diffusers_io, families, storage
 from dmpo_jax.families.family import Embedded, Facts, Family, TextPart, Tiny
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
@@ -107,8 +111,17 @@ SCHEDULER = {
 }
 
 
-def write(folder, seed: int = 0) -> str:
-    """A pipeline folder of random weights."""
+@contextlib.contextmanager
+def registered():
+    """Inside, the package knows the family."""
+    before = dict(families.FAMILIES)
+    yield families.register(FAMILY)
+    families.FAMILIES.clear()
+    families.FAMILIES.update(before)
+
+
+def write(folder, seed: int = 0, **keys) -> str:
+    """A pipeline folder of random weights; `keys` of the transformer."""
     folder = epath.Path(folder)
     vocabulary = make.write_tokenizer(folder / "tokenizer")
     ids = {f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in make.SPECIAL.items()}
@@ -119,7 +132,7 @@ def write(folder, seed: int = 0) -> str:
     diffusers_io.save_vae(
         parameters.initialise(OutsideAutoencoderKL, vae, seed + 1), folder / "vae"
     )
-    config = {"_class_name": "OutsideTransformer2DModel", **KEYS}
+    config = {"_class_name": "OutsideTransformer2DModel", **KEYS, **keys}
     model = parameters.initialise(OutsideTransformer2DModel, config, seed + 2)
     structure, params = parameters.split(model)
     rng = np.random.default_rng(seed)

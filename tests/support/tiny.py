@@ -30,11 +30,15 @@ FAMILY = dataclasses.replace(
 )
 
 
-def write(folder) -> tuple[str, str]:
+def write_model(folder) -> None:
+    debug.write_tiny_pipeline(epath.Path(folder), FAMILY)
+
+
+def write(folder, write_model=write_model) -> tuple[str, str]:
     """(model folder, encoded folder): 64 pairs of noise, a quarter of them for validation."""
     folder = epath.Path(folder)
     model, encoded = folder / "model", folder / "encoded"
-    debug.write_tiny_pipeline(model, FAMILY)
+    write_model(model)
     sources.write_pick_a_pic(folder / "pairs.parquet", debug.synthetic_pairs(64))
     source = f"pickapic:{folder / 'pairs.parquet'}"
     encode(source, model, encoded, validation_fraction=0.25)
