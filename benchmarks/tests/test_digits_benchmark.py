@@ -253,7 +253,7 @@ def test_one_program_serves_every_rate():
     """A rate in the state equals a constant one, with schedule and weight decay."""
     params = {"a": jax.numpy.arange(6.0).reshape(2, 3)}
     gradient = {"a": jax.numpy.ones((2, 3))}
-    devices = digits_runs.mesh.make_mesh()
+    devices = digits_runs.meshes.make_mesh()
 
     def make(peak):
         schedule = {"warmup_steps": 2, "total_steps": 5, "schedule": "cosine"}

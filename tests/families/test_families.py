@@ -36,7 +36,7 @@ from dmpo_jax.training.build import check_fits
 from tests.support import tiny, torch_pipelines
 
 ROOT = pathlib.Path(__file__).parents[2]
-SIDE = torch_pipelines.SIDE
+SIDE, STEPS = torch_pipelines.SIDE, 3
 
 
 @pytest.fixture(autouse=True)
@@ -63,16 +63,16 @@ def rows(count=24, side=SIDE):
 
 
 def leaves(model, source) -> dict:
-    """Ten updates, encoding before them; nothing else."""
+    """Three updates, encoding before them; nothing else."""
     return {
         "model__folder": model,
         "data__encoded": "",
         "data__source": f"pickapic:{source}",
         "data__validation_fraction": 0.0,
         "jobs": ("encode", "train"),
-        "train__steps": 10,
+        "train__steps": STEPS,
         "log__validate_every": 0,
-        "log__checkpoint_every": 10,
+        "log__checkpoint_every": STEPS,
         "optimizer__warmup_steps": 0,
     }
 
@@ -108,7 +108,10 @@ def train_by_command(model, source, workdir, monkeypatch):
 SLOW = [
     pytest.param(n, train_by_command, marks=pytest.mark.slow) for n in torch_pipelines.PIPELINES
 ]
-FAST = [("legacy", train_here), ("sd_inpaint", train_here)]
+FAST = [
+    ("sd_inpaint", train_here),
+    pytest.param("legacy", train_here, marks=pytest.mark.slow),
+]
 
 
 # Of folders before 0.9, diffusers expects latents of 64; and its Euler scheduler's arrays.
@@ -123,7 +126,7 @@ def test_from_pytorch_and_back(name, train_it, tmp_path, monkeypatch):
     train_it(model, tmp_path / "pairs.parquet", workdir, monkeypatch)
 
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == list(range(1, 11))
+    assert [row["step"] for row in metrics] == list(range(1, STEPS + 1))
     if train_it is train_by_command:
         assert metrics[0]["margin_abs_max"] == 0
         assert metrics[-1]["margin_abs_max"] > 0

@@ -18,11 +18,11 @@ from dmpo_jax.planning import hlo
 from tests.support import full_size
 
 UNET = {
-    "block_out_channels": [16, 32],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [32],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
     "layers_per_block": 1,
-    "transformer_layers_per_block": [1, 3],
+    "transformer_layers_per_block": [2],
     "norm_num_groups": 4,
     "cross_attention_dim": 8,
     "attention_head_dim": 4,
@@ -55,7 +55,8 @@ def inputs():
 def loss_and_gradient(how: Execution, mesh=None):
     """Of a random linear loss; the compiled program too."""
     forward = placement.over_rows(predict(how), mesh)
-    weights = np.random.default_rng(1).normal(size=(8, 4, 4, 4)).astype(np.float32)
+    # Of a seed whose sum does not cancel: 17.9, for a bound that is relative.
+    weights = np.random.default_rng(2).normal(size=(8, 4, 4, 4)).astype(np.float32)
 
     def loss(params, *args):
         return (forward(params, *args) * weights).sum()

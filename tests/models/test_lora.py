@@ -116,7 +116,7 @@ def test_adapters_begin_as_nothing_and_folded_is_unfolded():
     ("config", "dtype", "pairs", "accumulation", "targets", "size"),
     [
         ("two", F32, 4, 1, ALL, 8),  # not zero where the reference is the base's own program
-        ("one", BF16, 8, 1, ATTENTION, 16),
+        pytest.param("one", BF16, 8, 1, ATTENTION, 16, marks=pytest.mark.slow),
         pytest.param("one", BF16, 8, 4, ALL[:-4], 16, marks=pytest.mark.slow),
         pytest.param("one", F32, 3, 1, ATTENTION, 16, marks=pytest.mark.slow),
         pytest.param("one", F32, 8, 4, ALL[:-4], 16, marks=pytest.mark.slow),

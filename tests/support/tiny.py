@@ -18,9 +18,10 @@ FAMILY = dataclasses.replace(
     tiny=Tiny(
         model={
             "sample_size": 8,
-            "block_out_channels": [8, 16],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "block_out_channels": [8],
+            "down_block_types": ["CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D"],
+            "layers_per_block": 1,
             "norm_num_groups": 4,
             "cross_attention_dim": 16,
             "attention_head_dim": 2,

@@ -23,9 +23,12 @@ from tests.support.steps import (
     UNET,
     make_batch,
     make_setup,
+    make_small_setup,
     make_unet,
     perturbed,
+    predict_small,
     run_key,
+    small,
     unet,
 )
 
@@ -53,12 +56,10 @@ F32, BF16, SLOW = jnp.float32, jnp.bfloat16, pytest.mark.slow
     ("dtype", "pairs", "accumulation"),
     [
         (F32, 3, 1),
-        (F32, 8, 4),
-        (BF16, 1, 1),
-        (BF16, 16, 1),
         (BF16, 8, 4),
+        pytest.param(F32, 8, 4, marks=SLOW),
         *(pytest.param(F32, pairs, 1, marks=SLOW) for pairs in (1, 2, 8, 16)),
-        *(pytest.param(BF16, pairs, 1, marks=SLOW) for pairs in (2, 3, 8, 32)),
+        *(pytest.param(BF16, pairs, 1, marks=SLOW) for pairs in (1, 2, 3, 8, 16, 32)),
     ],
 )
 def test_margins_are_exactly_zero_at_step_0(dtype, pairs, accumulation, monkeypatch):
@@ -75,8 +76,7 @@ def test_margins_are_exactly_zero_at_step_0(dtype, pairs, accumulation, monkeypa
 
 
 def test_policy_moves_and_reference_does_not():
-    setup = make_setup()
-    reference = unet()[1]
+    setup, reference = make_small_setup(), small()
     before = jax.device_get(reference)
     state = step.make_state(reference, setup.tx)
     for i in range(3):
@@ -96,8 +96,7 @@ def test_policy_moves_and_reference_does_not():
 
 
 def test_a_nonfinite_loss_changes_nothing_and_is_counted():
-    setup = make_setup()
-    reference = unet()[1]
+    setup, reference = make_small_setup(), small()
     fn = jit_step(setup)
     state, _ = fn(step.make_state(reference, setup.tx), reference, make_batch(2), run_key())
     before = jax.device_get(state)
@@ -112,7 +111,7 @@ def test_a_nonfinite_loss_changes_nothing_and_is_counted():
     state, metrics = fn(state, reference, make_batch(2, seed=2), run_key())
     assert np.isfinite(float(metrics["loss"]))
     assert (int(state.step), int(state.skipped)) == (3, 1)
-    assert not np.array_equal(state.params["conv_in.kernel"], before.params["conv_in.kernel"])
+    assert not np.array_equal(state.params["first.kernel"], before.params["first.kernel"])
 
 
 def test_sft_needs_neither_reference_nor_rejected_image():
@@ -120,28 +119,28 @@ def test_sft_needs_neither_reference_nor_rejected_image():
 
     def predict(params, latents, *rest):
         seen.append(latents.shape[0])
-        return unet()[0](params, latents, *rest)
+        return predict_small(params, latents, *rest)
 
     objective = OBJECTIVES["sft"]
-    setup = make_setup()._replace(
+    setup = make_small_setup()._replace(
         predict=predict,
         objective=objective,
         needs_reference=objective.needs_reference,
         needs_rejected=objective.needs_rejected,
     )
-    state = step.make_state(unet()[1], setup.tx)
+    state = step.make_state(small(), setup.tx)
     state, metrics = step.jit_train_step(setup)(state, None, make_batch(3), run_key())
     assert set(seen) == {3}  # one image a pair
     assert np.isfinite(float(metrics["loss"]))
     assert int(state.skipped) == 0
     assert "rejected_error" not in metrics
     assert "chosen_gain" not in metrics
-    assert not np.array_equal(state.params["conv_in.kernel"], unet()[1]["conv_in.kernel"])
+    assert not np.array_equal(state.params["first.kernel"], small()["first.kernel"])
 
 
-def on_mesh(mesh, setup, pairs, moved=0.0):
+def on_mesh(mesh, setup, pairs, moved=0.0, reference=None):
     """((state, reference, batch), the state's shardings); `moved`: the policy off the reference."""
-    reference = unet()[1]
+    reference = unet()[1] if reference is None else reference
     state = step.make_state(perturbed(reference, moved), setup.tx)
     shardings = meshes.parameter_sharding(mesh, (state, reference))
     state, reference = jax.device_put((state, reference), shardings)
@@ -243,8 +242,8 @@ def test_microbatches_keep_each_devices_rows():
     """Compiled for 8 devices and 2 microbatches, the step only ever adds up over devices, but
     for the numbers of each pair, which it hands out whole."""
     mesh = make_mesh(8)
-    setup = make_setup(accumulation=2, tx=KEEP_GRADIENT)
-    args, shardings = on_mesh(mesh, setup, 16)
+    setup = make_small_setup(2, KEEP_GRADIENT)
+    args, shardings = on_mesh(mesh, setup, 16, reference=small())
     compiled = step.jit_train_step(setup, shardings).lower(*args, run_key()).compile()
     found = hlo.collectives(compiled.as_text())
     assert {c.kind for c in found} == {"all-reduce", "all-gather"}
@@ -300,8 +299,8 @@ def test_means_over_the_batch_span_devices_and_end_at_microbatches(monkeypatch):
     far = 100 * MOVED  # its gains are to be far above the rounding of predictions
     found = {}
     for name, devices, accumulation in (("one", 1, 1), ("eight", 8, 1), ("parts", 1, 2)):
-        setup = make_setup(accumulation, KEEP_GRADIENT)._replace(objective=kto, safeguard=0.9)
-        args, shardings = on_mesh(make_mesh(devices), setup, 16, far)
+        setup = make_small_setup(accumulation, KEEP_GRADIENT)._replace(objective=kto, safeguard=0.9)
+        args, shardings = on_mesh(make_mesh(devices), setup, 16, far, small())
         state, metrics = step.jit_train_step(setup, shardings)(*args, run_key())
         found[name] = jax.device_get((state.opt_state, metrics))
     (one, metrics), (eight, same), (parts, others) = found.values()
@@ -311,8 +310,8 @@ def test_means_over_the_batch_span_devices_and_end_at_microbatches(monkeypatch):
     assert relative_error(eight, one) <= 1e-3
     assert relative_error(parts, one) > 3e-3
     # By hand, from each microbatch alone.
-    setup = make_setup(1)._replace(objective=kto, safeguard=0.9)
-    reference, batch = unet()[1], jax.tree.map(jnp.asarray, make_batch(16))
+    setup = make_small_setup(1)._replace(objective=kto, safeguard=0.9)
+    reference, batch = small(), jax.tree.map(jnp.asarray, make_batch(16))
     noised = step.noise_batch(jax.random.fold_in(run_key(), 0), batch, setup)
     whole = (noised, batch.preference, batch.condition)
     loss = jax.jit(functools.partial(step.pair_loss, setup=setup))
@@ -326,13 +325,13 @@ def test_means_over_the_batch_span_devices_and_end_at_microbatches(monkeypatch):
 
 def test_weights_by_timestep_scale_each_pairs_loss():
     among = make_timesteps(SCHEDULE, weighting="min_snr", gamma=1.0)
-    setup = make_setup(1, KEEP_GRADIENT)
-    state = step.make_state(perturbed(unet()[1], MOVED), setup.tx)
+    setup = make_small_setup(1, KEEP_GRADIENT)
+    state = step.make_state(perturbed(small(), MOVED), setup.tx)
     losses = {}
     for name, timesteps in (("even", None), ("weighted", among)):
         one = setup._replace(timesteps=timesteps)
         given = jax.tree.map(jnp.copy, state)
-        _, metrics = step.jit_train_step(one)(given, unet()[1], make_batch(8), run_key())
+        _, metrics = step.jit_train_step(one)(given, small(), make_batch(8), run_key())
         pairs = dict(zip(health.FIELDS, np.asarray(metrics["pairs"]), strict=True))
         assert float(metrics["loss"]) == pytest.approx(pairs["loss"].mean(), rel=1e-5)
         losses[name] = pairs["loss"]
