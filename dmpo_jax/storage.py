@@ -17,6 +17,10 @@ from etils import epath
 from dmpo_jax.errors import UserError
 
 PART = ".part"  # suffix of temporary names
+HASH_AT_ONCE = 2**22
+# A sample of a file: blocks at even distances, the first and the last among them. In object
+# storage each is a request.
+BLOCK, BLOCKS, REMOTE_BLOCKS = 2**16, 64, 2
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -89,6 +93,43 @@ def find_json(path: epath.PathLike) -> Any:
         return read_json(path)
     except UserError:
         return None
+
+
+def hash_file(path: epath.PathLike) -> str:
+    """Returns the sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(HASH_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sample_file(path: epath.PathLike) -> str:
+    """Returns a sha256 over a file's size and a sample of its bytes: 4 MB of a local file.
+
+    Local files up to that size are hashed in full. Another training run, another file of the same
+    shape, noise, a cut or an inserted row change it; a single flipped bit of a large file need not.
+    """
+    path = epath.Path(path)
+    blocks = REMOTE_BLOCKS if is_remote(path) else BLOCKS
+    size = path.stat().length
+    digest = hashlib.sha256(str(size).encode())
+    last = max(size - BLOCK, 0)
+    starts = range(0, size, BLOCK) if size <= blocks * BLOCK else _spread(last, blocks)
+    with path.open("rb") as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _spread(last: int, count: int) -> list[int]:
+    return [last * i // (count - 1) for i in range(count)]
+
+
+def hash_json(value: Any) -> str:
+    """Returns the sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def list_names(folder: epath.Path) -> set[str]:

@@ -14,6 +14,7 @@ PACKAGE = "dmpo_jax"
 FLOORS = [
     {"types", "errors", "extras", "progress"},
     {"storage"},
+    {"locks"},
     {"objectives", "diffusion", "parallel"},
     {"models"},
     {"families"},

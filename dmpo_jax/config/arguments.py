@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from dmpo_jax.config.configs import Config, identity
+from dmpo_jax.config.configs import Config, identity, places
 from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.export.model_card import Card
 from dmpo_jax.export.pipeline import Trained
@@ -18,6 +18,23 @@ def pipeline(config: Config) -> dict[str, Any]:
         "variant": config.model.variant or None,
         "dtype": config.model.compute_dtype,
     }
+
+
+def weights(config: Config) -> tuple[str, str | None]:
+    """The model's folder and the variant of its weight files."""
+    return config.model.folder, config.model.variant or None
+
+
+def encoders(config: Config) -> dict[str, Any]:
+    """Arguments of `provenance.check_encoders` that name what should have made the pairs."""
+    folder, variant = weights(config)
+    allowed = config.data.any_encoders
+    return {"folder": folder, "vae": config.model.vae, "variant": variant, "any_weights": allowed}
+
+
+def checkpoints(config: Config) -> dict[str, Any]:
+    """Arguments of `Checkpoints` that the config alone determines."""
+    return {"keep": config.log.keep, "identity": identity(config), "places": places()}
 
 
 def sampling(config: Config) -> dict[str, Any]:
@@ -57,7 +74,7 @@ def encoding(config: Config, source: str = "") -> Settings:
 
 def trained(config: Config) -> Trained:
     """The pipeline and adapters that a run trains, for `export.pipeline`."""
-    return Trained(config.model.folder, config.model.variant or None, adapters(config))
+    return Trained(*weights(config), adapters(config))
 
 
 def adapters(config: Config) -> Adapters | None:

@@ -138,6 +138,11 @@ def identity(config: Config) -> dict[str, Any]:
     return nested
 
 
+def places() -> dict[str, str]:
+    """Returns {leaf: content that it names} of the leaves that are paths (`Leaf.content`)."""
+    return {path: found.content for path, found in declared().items() if found.content}
+
+
 def _affected(config: Config, what: str) -> dict[str, Any]:
     """Returns the leaves that count for `what`: "run" or "program".
 

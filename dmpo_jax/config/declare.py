@@ -42,6 +42,8 @@ class Leaf:
         counts_with: with "run": paths of leaves, one of which must differ from its default for
             this one to count. `ITSELF` is this leaf: a leaf added later counts with itself, so
             that earlier runs keep their identity.
+        content: what the path in this leaf names. Two runs that both know this content
+            compare it, and may name it by different paths.
         kind: bool, int, float, str or tuple.
     """
 
@@ -50,6 +52,7 @@ class Leaf:
     check: str | OneOf | Check | None = None
     affects: str = "nothing"
     counts_with: str = ""
+    content: str = ""
     kind: type = str
 
     def __post_init__(self):
@@ -89,9 +92,10 @@ def leaf(
     *,
     affects: str = "nothing",
     counts_with: str = "",
+    content: str = "",
 ) -> Any:
     """Declares a `Leaf` in a section's body; the annotation beside it is its type."""
-    return Leaf(default, meaning, check, affects, counts_with)
+    return Leaf(default, meaning, check, affects, counts_with, content)
 
 
 class Section:

@@ -105,7 +105,12 @@ class Timesteps(Section):
 
 
 class Model(Section):
-    folder: str = leaf("", "diffusers pipeline folder or hub id; '' must be set", affects=RUN)
+    folder: str = leaf(
+        "",
+        "diffusers pipeline folder or hub id; '' must be set",
+        affects=RUN,
+        content="model weights",
+    )
     variant: str = leaf(
         "",
         "of the weight files: 'fp16' reads *.fp16.safetensors; '' reads the plain",
@@ -141,14 +146,26 @@ class Model(Section):
 
 class Data(Section):
     source: str = leaf(
-        "", "raw pairs, KIND:PATH, for the encode job; '' takes what collect made", affects=RUN
+        "",
+        "raw pairs, KIND:PATH, for the encode job; '' takes what collect made",
+        affects=RUN,
+        content="encoded pairs",
     )
-    encoded: str = leaf("", "folder of encoded pairs; '' is WORKDIR/encoded", affects=RUN)
+    encoded: str = leaf(
+        "",
+        "folder of encoded pairs; '' is WORKDIR/encoded",
+        affects=RUN,
+        content="encoded pairs",
+    )
     mix: tuple[str, ...] | None = leaf(
         None,
         "instead of data.encoded: several such folders, each FOLDER=WEIGHT, of the pairs",
         affects=RUN,
         counts_with=ITSELF,
+        content="encoded pairs",
+    )
+    any_encoders: bool = leaf(
+        False, "train on pairs that other weights of the VAE or a text encoder made"
     )
     flip: bool = leaf(
         False,

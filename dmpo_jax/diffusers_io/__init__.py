@@ -1,9 +1,9 @@
 """Reads and writes PyTorch diffusers folders.
 
 `pipeline` handles a complete folder, `components` one part of it by class, `weights` one
-model, `lora_file` adapters, `schedules` the scheduler's config. Below them: `folders` (which
-files), `layout` (names and axes), `tensor_files` (safetensors, one tensor at a time) and
-`placement` (arrays between host and devices).
+model, `lora_file` adapters, `schedules` the scheduler's config; `digests` tells weights apart.
+Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (safetensors, one
+tensor at a time) and `placement` (arrays between host and devices).
 """
 
 from dmpo_jax.diffusers_io.components import (
@@ -17,6 +17,7 @@ from dmpo_jax.diffusers_io.components import (
     save_unet,
     save_vae,
 )
+from dmpo_jax.diffusers_io.digests import digest_encoders, digest_model, digest_variants
 from dmpo_jax.diffusers_io.folders import find_folder, read_json
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
@@ -36,6 +37,9 @@ __all__ = [
     "SHARD_BYTES",
     "Pipeline",
     "Sampling",
+    "digest_encoders",
+    "digest_model",
+    "digest_variants",
     "embed_prompts",
     "find_folder",
     "load_family",

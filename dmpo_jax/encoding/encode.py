@@ -53,10 +53,13 @@ def encode(settings: Settings, pipeline: diffusers_io.Pipeline, out: epath.PathL
     source = sources.open_source(settings.source, ties=settings.ties)
     plans.check_columns(source, settings.source, pipeline.family)
     devices = meshes.make_mesh(devices=jax.local_devices())
+    parts = encode_parts.make_parts(source.units(), settings.pairs_per_shard)
+    if jax.process_index() == 0:  # which alone writes the plan and encoded.json
+        about["source_files"] = plans.sample_files(parts)
     work = Work(
         out=out,
         source=source,
-        parts=encode_parts.make_parts(source.units(), settings.pairs_per_shard),
+        parts=parts,
         pipeline=pipeline,
         devices=devices,
         about=about,

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import sources
 from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.meta import differences
-from dmpo_jax.encoding.parts import PARTS, Work
+from dmpo_jax.encoding.parts import PARTS, Part, Work
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import Family
 
@@ -88,10 +88,14 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
     family.check_model(model, vae.latent_channels)
     side = settings.resolution or min(family.trained_latents(model, vae)) * family.factor(vae)
     family.check_size((side, side), family.facts(model), vae)
+    content = diffusers_io.digest_encoders(
+        pipeline.folder, vae=settings.vae, variant=settings.variant
+    )
     scaling, shift = (list(x) if isinstance(x, tuple) else x for x in family.factors(pipeline.vae))
     return {
         "model": str(settings.model),
         "vae": settings.vae,
+        "content": content,
         "source": settings.source,
         "resolution": side,
         "validation_fraction": settings.validation_fraction,
@@ -143,16 +147,31 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
         (out / records.MARKER).unlink(missing_ok=True)
 
 
+def sample_files(parts: Iterable[Part]) -> dict[str, str]:
+    """Returns {file of the source: sampled hash}."""
+    files = dict.fromkeys(unit.file for part in parts for unit in part.units)
+    return {file: storage.sample_file(file) for file in files if epath.Path(file).is_file()}
+
+
 def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
-    """True if `out` holds this encoding, complete; raises ValueError if it holds another."""
+    """True if `out` holds this encoding, complete; raises ValueError if it holds another.
+
+    A source that changed since makes another encoding; one that is gone does not matter.
+    """
     if not (out / records.MARKER).exists():
         return False
     try:
         meta = records.load_meta(out)
     except records.IncompleteError:
         return False
-    if said := _differences(meta.to_json(), about):
-        raise UserError(f"{out} holds another encoding ({said}): choose another folder")
+    have = meta.to_json()
+    there = [file for file in meta.source_files if epath.Path(file).is_file()]
+    have["source_files"] = {file: meta.source_files[file] for file in there}
+    now = {file: storage.sample_file(file) for file in there}
+    if said := _differences(have, {**about, "source_files": now}):
+        raise UserError(
+            f"{out} holds another encoding ({said}): delete it, or choose another folder"
+        )
     return True
 
 

@@ -12,6 +12,7 @@ from dmpo_jax.config.configs import Config
 from dmpo_jax.data.prompt_files import Prompt, load_texts
 from dmpo_jax.data.sources import encode_image, write_pick_a_pic
 from dmpo_jax.diffusers_io import load_family
+from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.pairs import in_pairs
 from dmpo_jax.sampling.sampler import open_sampler
@@ -22,6 +23,7 @@ from dmpo_jax.scoring.labels import Labeller
 LOG = logging.getLogger(__name__)
 
 
+@processes.writes_out
 def collect(
     config: Config, *, prompts: epath.PathLike | None = None, out: epath.PathLike
 ) -> epath.Path:

@@ -11,11 +11,13 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.export import pipeline
 from dmpo_jax.export.model_card import write_card
 from dmpo_jax.export.verify import verify as verify_export
+from dmpo_jax.parallel import processes
 from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 
 
+@processes.writes_out
 def convert(
     *,
     workdir: epath.PathLike,
@@ -57,7 +59,10 @@ def convert(
         raise UserError(f"{workdir} kept no moving average (train.ema_decay is 0)")
     field = "ema" if weights != "policy" and card.ema_decay else "params"
     with checkpoint.Checkpoints(
-        workdir / "checkpoints", keep=1, identity=configs.identity(config), read_only=True
+        workdir / "checkpoints",
+        content={"model weights": diffusers_io.digest_model(*arguments.weights(config))},
+        read_only=True,
+        **arguments.checkpoints(config),
     ) as checkpoints:
         wanted = {field: pipeline.abstract_params(card.trained)}
         at, restored = checkpoints.restore_part(wanted, step=at)

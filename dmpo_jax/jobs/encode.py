@@ -10,10 +10,12 @@ from dmpo_jax.config.configs import Config
 from dmpo_jax.data.sources import SOURCES
 from dmpo_jax.encoding import encode as encoding
 from dmpo_jax.errors import UserError
+from dmpo_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 
 
+@processes.writes_out
 def encode(config: Config, *, source: str = "", out: epath.PathLike) -> epath.Path:
     """Encodes data.source with model.folder's VAE and text encoders; resumes an earlier encode.
 

@@ -11,6 +11,7 @@ from dmpo_jax.data.prompt_files import Prompt, load_texts
 from dmpo_jax.evaluation.judging import Judged, judge
 from dmpo_jax.evaluation.page import before_after, render, rows_shown, summary
 from dmpo_jax.evaluation.statistics import compare
+from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.images import save_png
 from dmpo_jax.sampling.sampler import load_params, open_sampler
@@ -20,6 +21,7 @@ from dmpo_jax.scoring import Scorer, make_scorer
 COLUMNS = 8  # images per row of the picture
 
 
+@processes.writes_out
 def evaluate(
     config: Config,
     *,

@@ -4,11 +4,13 @@ import logging
 
 from etils import epath
 
+from dmpo_jax.parallel import processes
 from dmpo_jax.toy.make import write_digits
 
 LOG = logging.getLogger(__name__)
 
 
+@processes.writes_out
 def make_digits(*, out: epath.PathLike, seed: int = 0, vae_steps: int = 1000) -> epath.Path:
     """Writes the pipeline folder and the pairs of real digits into `out`; returns `out`.
 

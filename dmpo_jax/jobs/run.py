@@ -64,13 +64,14 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
             config, a=config.model.folder, b=workdir / "export", out=workdir
         ),
     }
-    for job in config.jobs:
-        checks[job]()
-    for job in config.jobs:
-        LOG.info("%s ...", job)
-        began = time.monotonic()
-        jobs[job]()
-        LOG.info("%s took %.0f s", job, time.monotonic() - began)
+    with processes.writing(workdir, "train"):
+        for job in config.jobs:
+            checks[job]()
+        for job in config.jobs:
+            LOG.info("%s ...", job)
+            began = time.monotonic()
+            jobs[job]()
+            LOG.info("%s took %.0f s", job, time.monotonic() - began)
     return workdir
 
 

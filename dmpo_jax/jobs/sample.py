@@ -9,6 +9,7 @@ from dmpo_jax.config.configs import Config
 from dmpo_jax.data.prompt_files import Prompt, load_prompts
 from dmpo_jax.diffusers_io import load_family
 from dmpo_jax.families import Family
+from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.gallery import write_gallery
 from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.sampler import open_sampler
@@ -17,6 +18,7 @@ from dmpo_jax.sampling.seeds import prompt_seeds
 LOG = logging.getLogger(__name__)
 
 
+@processes.writes_out
 def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> epath.Path:
     """Writes one PNG per image, with embedded settings, and `out/grid.png`, one row per prompt.
 

@@ -5,10 +5,12 @@ import logging
 from etils import epath
 
 from dmpo_jax.export.single_file import convert_single_file
+from dmpo_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 
 
+@processes.writes_out
 def single_file(*, file: epath.PathLike, out: epath.PathLike, like: str = "") -> epath.Path:
     """Writes the pipeline that `file` holds into `out`; returns `out`.
 

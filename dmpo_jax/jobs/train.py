@@ -23,6 +23,7 @@ from dmpo_jax.training import checkpoint
 from dmpo_jax.training.build import TrainingStep, build, make_batches
 from dmpo_jax.training.hooks import Draw, standard, trained
 from dmpo_jax.training.loop import run_loop, start_state
+from dmpo_jax.training.provenance import check_encoders, content
 
 LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
     """
     run, params = prepare(config, workdir)
     with checkpoint.Checkpoints(
-        workdir / "checkpoints", keep=config.log.keep, identity=configs.identity(config)
+        workdir / "checkpoints",
+        content=content(*arguments.weights(config), run.pairs),
+        **arguments.checkpoints(config),
     ) as checkpoints:
         if jax.process_index() == 0:  # after the identity check
             storage.write_json(workdir / "config.json", configs.flatten(config))
@@ -82,6 +85,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     meshes.check_batch(settings.batch_size, settings.accumulation, devices)
     mix = parse_mix(config.data.mix or ())
     pairs = open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
+    check_encoders(pairs, **arguments.encoders(config))
     folder, family = diffusers_io.load_family(config.model.folder)
     noise, _ = diffusers_io.load_schedule(folder)
     model = arguments.trained(config).load(

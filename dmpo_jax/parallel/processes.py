@@ -13,6 +13,7 @@ Run the same command again on 75 and on all above 128 but 130.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -21,13 +22,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from dmpo_jax import locks
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import jax_internals
 
@@ -177,6 +180,26 @@ def barrier(name: str) -> None:
     """Blocks until every process has reached `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"dmpo_jax: {name}")
+
+
+@contextlib.contextmanager
+def writing(folder: epath.PathLike, job: str) -> Iterator[None]:
+    """Holds a folder that this job's processes write (`locks.hold`); process 0 does it for all."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(locks.hold(folder, job))
+        yield
+
+
+def writes_out(job: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a job that writes into its keyword `out`: it holds that folder (`writing`)."""
+
+    @functools.wraps(job)
+    def holding(*args: Any, out: epath.PathLike, **kw: Any) -> Any:
+        with writing(out, job.__name__):
+            return job(*args, out=out, **kw)
+
+    return holding
 
 
 def is_lost_peer(error: BaseException) -> bool:

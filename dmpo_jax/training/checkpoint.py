@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,6 +47,8 @@ class Checkpoints:
             fall back on.
         identity: settings that must match to resume (objective, model, data, seed, ...),
             JSON-serialisable. Written once, as `identity.json`.
+        content: name -> hash of what the run was made from. Compared where both runs know it.
+        places: setting of `identity` -> the content that it names, compared in its place.
         warn: receives one line for each checkpoint that could not be read.
         read_only: leaves the folder unchanged, even while a run writes to it.
 
@@ -61,6 +63,8 @@ class Checkpoints:
         *,
         keep: int,
         identity: dict[str, Any],
+        content: Mapping[str, str] | None = None,
+        places: Mapping[str, str] | None = None,
         warn: Callable[[str], object] = _LOG.warning,
         read_only: bool = False,
     ):
@@ -72,7 +76,9 @@ class Checkpoints:
         self._read_only, self._writing = read_only, False
         self._last = -1  # step of the last save that was started
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
-        self._claim(json.loads(json.dumps(identity)))  # as it is read back: tuples are lists
+        identity = {**identity, **({"content": content} if content else {})}
+        # As it is read back: tuples are lists.
+        self._claim(json.loads(json.dumps(identity)), places or {})
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=not read_only,
@@ -272,7 +278,7 @@ class Checkpoints:
         self._manager.close()
         self._reader.close()
 
-    def _claim(self, identity: dict[str, Any]) -> None:
+    def _claim(self, identity: dict[str, Any], places: Mapping[str, str]) -> None:
         """Writes the identity, or compares it with an existing one."""
         path = self._folder / "identity.json"
         if self._read_only and not path.exists():
@@ -287,10 +293,13 @@ class Checkpoints:
                 "--workdir must be a folder that all processes share"
             )
         ours, theirs = _flatten(identity), _flatten(storage.read_json(path))
+        known = {key for key in ours.keys() & theirs.keys() if key.startswith("content.")}
+        ignored = {path for path, content in places.items() if f"content.{content}" in known}
+        ignored |= {key for key in ours | theirs if key.startswith("content.")} - known
         missing = "(not set)"
         differing = [
             f"{key}: {theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} now"
-            for key in sorted(ours | theirs)
+            for key in sorted((ours | theirs).keys() - ignored)
             if ours.get(key, missing) != theirs.get(key, missing)
         ]
         if differing:

@@ -1,7 +1,6 @@
 """Tests for dmpo_jax/data/encoded/meta.py."""
 
 import dataclasses
-import hashlib
 import json
 
 import jax
@@ -16,7 +15,6 @@ from dmpo_jax.data.encoded.meta import (
     ArraySpec,
     EncodedMeta,
     differences,
-    hash_files,
 )
 from dmpo_jax.families import SDXL, SDXL_EDIT
 from dmpo_jax.families.sdxl import SDXL_BASE
@@ -51,6 +49,8 @@ FULL = EncodedMeta(
     counts={"train": 3, "prompts": 4},
     prompt_shards=(4,),
     files={"x": 12},
+    hashes={"x": "ab"},
+    source_files={"a.parquet": "cd"},
     other={"mine": [1]},
 )
 
@@ -166,7 +166,7 @@ def test_content_counts_where_it_is_known():
     assert not differences(have, have)
     assert not differences(have, {**have, "model": "b"})
     other = {**have, "content": {"vae": "1"}}
-    assert differences(have, other) == {"content": ({"vae": "0"}, {"vae": "1"})}
+    assert differences(have, other) == {"weights of vae": ("0", "1")}
     unknown = {**have, "content": {}}
     assert differences(have, {**unknown, "model": "b"}) == {"model": ("a", "b")}
     assert differences(have, {**unknown, "crop": "random"}) == {"crop": ("center", "random")}
@@ -178,13 +178,27 @@ def test_a_mixture_of_one_content_under_two_names(tmp_path):
         write(tmp_path / name, {"train": [make_pair(0)]}, meta=meta)
     a, b, c = (records.open_pairs(tmp_path / name) for name in "abc")
     assert Mixture([a, b], [1, 1]).meta.counts["train"] == 2
-    with pytest.raises(ValueError, match=r"content: \{'vae': '0'\} and \{'vae': '1'\}"):
+    with pytest.raises(ValueError, match=r"weights of vae: '0' and '1'"):
         Mixture([a, c], [1, 1])
 
 
-def test_hash_of_files(tmp_path):
-    (tmp_path / "a").write_bytes(b"one")
-    (tmp_path / "b").write_bytes(b"two")
-    files = [tmp_path / "a", tmp_path / "b"]
-    assert hash_files(files) == hashlib.sha256(b"onetwo").hexdigest()
-    assert hash_files(files[::-1]) != hash_files(files)
+def test_an_edit_or_damage_of_it_is_seen(tmp_path):
+    FULL.save(tmp_path)
+    marker = tmp_path / records.MARKER
+    values = json.loads(marker.read_text())
+    marker.write_text(json.dumps(values))  # written otherwise, but the same
+    assert EncodedMeta.load(tmp_path) == FULL
+    edited = {**values, "scaling_factor": [0.5, 2.5]}
+    marker.write_text(json.dumps(edited))
+    with pytest.raises(ValueError, match=r"encoded\.json is not as encode wrote it"):
+        EncodedMeta.load(tmp_path)
+    del edited["digest"]  # as the message says
+    marker.write_text(json.dumps(edited))
+    assert EncodedMeta.load(tmp_path).scaling_factor == (0.5, 2.5)
+
+
+def test_its_identity_is_of_what_training_reads(tmp_path):
+    moved = dataclasses.replace(FULL, model="b", vae="c", source="d", skipped={})
+    assert moved.identity == FULL.identity
+    for change in ({"hashes": {"x": "ba"}}, {"scaling_factor": (0.5, 2.1)}, {"pack": 1}):
+        assert dataclasses.replace(FULL, **change).identity != FULL.identity

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
+from dmpo_jax import storage
 from dmpo_jax.data.batches.order import whole_parts
 from dmpo_jax.data.encoded.meta import EncodedMeta, differences
 from dmpo_jax.data.encoded.records import EncodedPairs, PromptStore, open_pairs
@@ -48,6 +49,12 @@ class Mixture:
         for pairs in sets:
             counts.update(pairs.meta.counts)
         self.meta = dataclasses.replace(sets[0].meta, counts=dict(counts))
+
+    @property
+    def identity(self) -> str:
+        """A hash of what training reads, and in which proportion."""
+        names = [pairs.identity for pairs in self.sets]
+        return storage.hash_json([names, list(self.weights)])
 
     @property
     def prompts(self) -> PromptStore:

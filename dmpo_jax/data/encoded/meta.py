@@ -1,9 +1,7 @@
 """The typed record of `encoded.json`: the content of a folder of encoded pairs and its origin."""
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +21,7 @@ from dmpo_jax.types import Condition, PairBatch
 FORMAT, READABLE = 3, (2, 3)
 MARKER = "encoded.json"
 MOMENTS = ("sample", "mean")
-HASH_AT_ONCE = 2**22
+DIGEST = "digest"  # key of encoded.json: the hash of all others
 
 
 class ArraySpec(NamedTuple):
@@ -63,11 +61,13 @@ class EncodedMeta:
     image_kind: `Given.kind` of the image beside the prompt, or "".
     pack: latents are packed pack x pack before they are scaled and noised.
     told_sizes: True if the model is conditioned on the images' sizes (`Condition.sizes`).
-    content: part of the pipeline -> hash of its weights; empty if unknown.
+    content: part of the pipeline -> sampled hash of its weights; empty if unknown.
+    source_files: file of the source -> sampled hash; empty if unknown.
     source, resolution, validation_fraction, crop, ties: settings of `encode`.
     skipped: reason -> skipped records. tied_pairs: number of ties. split_by: unit of the splits.
     counts: split -> pairs, and "prompts". prompt_shards: prompts in each file of the store.
-    files: name -> bytes. other: further keys, kept unchanged.
+    files: name -> bytes. hashes: name -> sha256 of its bytes; empty if unknown.
+    other: further keys, kept unchanged.
     """
 
     model: str
@@ -81,6 +81,7 @@ class EncodedMeta:
     vae: str = ""
     content: Mapping[str, str] = dataclasses.field(default_factory=dict)
     source: str = ""
+    source_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     resolution: int | None = None
     validation_fraction: float | None = None
     crop: str = "center"
@@ -91,6 +92,7 @@ class EncodedMeta:
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     prompt_shards: tuple[int, ...] = ()
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
     other: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -98,6 +100,16 @@ class EncodedMeta:
     def mean_only(self) -> bool:
         """True if the moments are means without log-variances."""
         return self.moments == "mean"
+
+    @property
+    def identity(self) -> str:
+        """A hash of what training reads: the same wherever the folder lies."""
+        names = ("scaling_factor", "shift_factor", "moments", "image_kind", "pack", "told_sizes")
+        about = self.to_json()
+        return storage.hash_json(
+            {name: about[name] for name in (*names, "shapes", "counts")}
+            | {"files": self.hashes or self.files}
+        )
 
     @property
     def moments_dtype(self) -> str:
@@ -199,6 +211,7 @@ class EncodedMeta:
         values = storage.find_json(path)
         if values is None:
             return None
+        digest = values.pop(DIGEST, None) if isinstance(values, dict) else None
         if not isinstance(values, dict) or values.get("format") not in READABLE:
             found = values.get("format") if isinstance(values, dict) else None
             raise UserError(
@@ -206,13 +219,21 @@ class EncodedMeta:
                 f"{' and '.join(map(str, READABLE))}: delete it and run encode again"
             )
         try:
-            return cls.from_json(values)
+            meta = cls.from_json(values)
         except ValueError as error:
             raise UserError(f"{path}: {error}: run encode again") from error
+        if digest not in (None, storage.hash_json(values)):
+            raise UserError(
+                f"{path} is not as encode wrote it: it was edited or is damaged. Copy it again, or "
+                f"run encode again; to keep an edit of your own, remove its {DIGEST!r}"
+            )
+        return meta
 
     def save(self, folder: epath.PathLike) -> None:
         """Writes encoded.json atomically."""
-        storage.write_json(epath.Path(folder) / MARKER, self.to_json())
+        values = self.to_json()
+        digest = storage.hash_json(values)
+        storage.write_json(epath.Path(folder) / MARKER, {**values, DIGEST: digest})
 
     @classmethod
     def expected(
@@ -265,6 +286,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "vae": (str,),
     "content": (dict,),
     "source": (str,),
+    "source_files": (dict,),
     "resolution": (int, type(None)),
     "validation_fraction": (float, int, type(None)),
     "crop": (str,),
@@ -275,6 +297,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "counts": (dict,),
     "prompt_shards": (list, tuple),
     "files": (dict,),
+    "hashes": (dict,),
     "format": (int,),
 }
 
@@ -335,19 +358,10 @@ def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, t
     else:
         left_out = ("content",)
     found = {name: (have.get(name), value) for name, value in want.items() if name not in left_out}
-    return {name: (a, b) for name, (a, b) in found.items() if a != b}
-
-
-def hash_files(files: Iterable[epath.PathLike]) -> str:
-    """Returns the sha256 over the bytes of files, in the order given, to identify weights."""
-    digest = hashlib.sha256()
-    for file in files:
-        with epath.Path(file).open("rb") as stream:
-            while block := stream.read(HASH_AT_ONCE):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def check_json(meta: Mapping[str, Any]) -> None:
-    """Raises if `meta` is not JSON-serialisable: before hours of encoding, not after."""
-    json.dumps(dict(meta))
+    differ = {name: (a, b) for name, (a, b) in found.items() if a != b}
+    for name, words in (("content", "weights of"), ("source_files", "content of")):
+        if name in differ:  # each part or file, by the start of its hash
+            a, b = (values or {} for values in differ.pop(name))
+            pairs = {key: (a.get(key, "none")[:12], b.get(key, "none")[:12]) for key in {**a, **b}}
+            differ |= {f"{words} {key}": pair for key, pair in pairs.items() if len({*pair}) > 1}
+    return differ

@@ -48,6 +48,7 @@ WRITTEN_META = {
     "shapes",
     "prompt_shards",
     "files",
+    "hashes",
     "flipped",
 }
 OURS = re.compile(
@@ -94,6 +95,7 @@ def finish(
         "shapes": shapes,
         "prompt_shards": [shard.records for shard in prompts],
         "files": files,
+        "hashes": {shard.name: shard.sha256 for shard in written},
     }
     EncodedMeta.from_json({**meta, **added}).save(folder)
 
@@ -210,6 +212,11 @@ class EncodedPairs:
             folder, meta.prompt_shards, total=meta.counts["prompts"], arrays=meta.arrays
         )
         self._builder: Any = tfds.builder_from_directory(folder)
+
+    @property
+    def identity(self) -> str:
+        """A hash of what training reads."""
+        return self.meta.identity
 
     def first_texts(self, count: int) -> list[str]:
         """Returns at most `count` prompts, from the first after the empty one on."""

@@ -1,0 +1,47 @@
+"""What a run is made from, by content: the model's weights and the encoded pairs."""
+
+from dmpo_jax import diffusers_io
+from dmpo_jax.data.batches.mixture import Mixture
+from dmpo_jax.data.encoded.records import EncodedPairs
+from dmpo_jax.errors import UserError
+
+
+def content(folder: str, variant: str | None, pairs: EncodedPairs | Mixture) -> dict[str, str]:
+    """Returns hashes of what a run is made from, by the names that `Leaf.content` has."""
+    weights = diffusers_io.digest_model(folder, variant)
+    return {"model weights": weights, "encoded pairs": pairs.identity}
+
+
+def check_encoders(
+    pairs: EncodedPairs | Mixture,
+    folder: str,
+    *,
+    vae: str,
+    variant: str | None,
+    any_weights: bool = False,
+) -> None:
+    """Checks that this pipeline's VAE and text encoders made the pairs, in any variant of theirs.
+
+    vae: folder of a VAE used in place of the pipeline's own, or "". Pairs that do not say what
+    made them pass, and all pairs with `any_weights`.
+
+    Raises:
+        UserError: a part's weights differ; names the parts and the options to change.
+    """
+    metas = [part.meta for part in (pairs.sets if isinstance(pairs, Mixture) else [pairs])]
+    if any_weights or not any(meta.content for meta in metas):
+        return
+    here = diffusers_io.digest_variants(folder, vae=vae, variant=variant)
+    for meta in metas:
+        differing = [part for part, x in meta.content.items() if x not in here.get(part, ())]
+        if not differing:
+            continue
+        said = f"other weights of {' and '.join(differing)} than {folder} has"
+        said += f" with model.vae={vae}" if vae else ""
+        hint = "encode the pairs with this model"
+        if differing == ["vae"] and meta.vae != vae:
+            hint = f"use theirs, --config.model.vae={meta.vae}" if meta.vae else "drop model.vae"
+        raise UserError(
+            f"the encoded pairs were made by {said}: {hint}; --config.data.any_encoders=true "
+            "trains on them as they are"
+        )
