@@ -5,7 +5,17 @@ Imports little, so that an unknown command is rejected before JAX is imported.
 
 import sys
 
-NAMES = ("train", "encode", "collect", "sample", "evaluate", "convert", "plan", "make_digits")
+NAMES = (
+    "train",
+    "encode",
+    "collect",
+    "sample",
+    "evaluate",
+    "convert",
+    "verify",
+    "plan",
+    "make_digits",
+)
 
 
 def main(name: str = "") -> None:

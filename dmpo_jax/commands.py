@@ -119,6 +119,12 @@ def _check_convert(config: Config, options: dict[str, Any]) -> None:
         raise UserError("give either --checkpoint or --single_file")
 
 
+def _verify(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.verify import verify
+
+    return verify(**options)
+
+
 def _plan(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.plan import plan, prepare_process
     from dmpo_jax.planning.report import printed
@@ -291,6 +297,17 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
         ),
         _convert,
         _check_convert,
+    ),
+    "verify": Command(
+        """Verifies a folder that a command has written: is every byte of it as it was written.
+
+    {me} FOLDER
+
+Encoded pairs by their sha256, checkpoints by their checksums, a pipeline by loading it and by
+finding every number finite, collected pairs by reading them; a workdir with all that is in it.
+Exit status 1 if a part is damaged or incomplete.""",
+        Interface({}, {"folder": Leaf(None, "the folder")}, required=("folder",), first="folder"),
+        _verify,
     ),
     "plan": Command(
         """Compiles a config's training step for chips that may be absent: does it fit, how fast.

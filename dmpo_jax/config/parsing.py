@@ -30,12 +30,14 @@ class Interface:
         options: arguments that are not leaves of a config, declared likewise.
         required: names in either that must be given, or set by the config.
         config: default of --config; None makes it required.
+        first: an option that a first word without its flag sets.
     """
 
     short: Mapping[str, str]
     options: Mapping[str, Leaf]
     required: tuple[str, ...] = ()
     config: str | None = ""
+    first: str = ""
 
 
 def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]]:
@@ -44,6 +46,8 @@ def parse(argv: list[str], interface: Interface) -> tuple[Config, dict[str, Any]
     Raises:
         ValueError: the message names the faulty flag and its fault, or the nearest known flag.
     """
+    if interface.first and argv[1:] and not argv[1].startswith("-"):
+        argv = [argv[0], f"--{interface.first}={argv[1]}", *argv[2:]]
     config = _open(named_config(argv), interface)
     known = _flags_of(config, interface)
     try:

@@ -30,6 +30,7 @@ from dmpo_jax.diffusers_io.pipeline import (
     save_pipeline,
 )
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
+from dmpo_jax.diffusers_io.tensor_files import check_finite
 from dmpo_jax.diffusers_io.weights import SHARD_BYTES, state_dict
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "SHARD_BYTES",
     "Pipeline",
     "Sampling",
+    "check_finite",
     "digest_encoders",
     "digest_model",
     "digest_variants",

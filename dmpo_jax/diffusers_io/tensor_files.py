@@ -103,6 +103,20 @@ def opened(files: Mapping[epath.Path, frozenset[str]]) -> Iterator[dict[str, Ten
         yield holders
 
 
+def check_finite(folder: epath.PathLike) -> None:
+    """Reads every tensor of a folder's safetensors files.
+
+    Raises:
+        UserError: naming the file and the tensor: it cannot be read, or a number is not finite.
+    """
+    for path in sorted(epath.Path(folder).glob("*.safetensors")):
+        with opened({path: frozenset()}) as holders:
+            for name, file in holders.items():
+                tensor = file.read(name, tuple((0, n) for n in file.names[name]))
+                if wrong := int(tensor.size - np.isfinite(tensor).sum()):
+                    raise UserError(f"{path}: {wrong} numbers of {name} are not finite")
+
+
 def write(
     file: epath.Path | None,
     specs: Mapping[str, jax.ShapeDtypeStruct],

@@ -24,6 +24,7 @@ FLAGS = {
     "image_guidance_scale negative_prompt height width batch_size dtype vae",
     "evaluate": "a b prompts out judges seeds seed variant steps guidance_scale batch_size dtype "
     "vae sampler",
+    "verify": "folder",
     "convert": "checkpoint single_file out step weights merge dtype shard_gb verify like",
     "plan": "topology model out cache",
     "make_digits": "out seed vae_steps",
