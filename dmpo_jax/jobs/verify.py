@@ -94,7 +94,7 @@ def _pairs(folder: epath.Path) -> Findings:
 
     def read() -> None:
         with path.open("rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches(64):
+            for batch in pq.ParquetFile(file, page_checksum_verification=True).iter_batches(64):
                 batch.validate(full=True)
 
     yield str(path), _fault(read)

@@ -68,7 +68,7 @@ def cut(path):
     [
         "encoded/encoded_pairs-train.array_record-00000",
         "encoded/prompts.array_record-00000",
-        "checkpoints/2/state/ocdbt.process_0/d/*",
+        "checkpoints/2/state/d/*",
         "checkpoints/2/index/metadata",
         "pairs.parquet",
     ],
@@ -78,8 +78,9 @@ def test_damage_is_named(pattern, damage, workdir):
     damage(file)
     with pytest.raises(ValueError, match=r"1 of \d+ parts of .* not valid") as error:
         verify(folder=workdir)
-    named = pattern.partition("/2/")[0]
-    assert str(workdir / named) in str(error.value)
+    inside, _, name = pattern.partition("/")
+    assert str(workdir / inside) in str(error.value)
+    assert inside != "encoded" or name in str(error.value)
 
 
 @pytest.mark.parametrize("part", ["export/transformer", "export/vae", "lora"])
@@ -97,7 +98,7 @@ def test_weights_that_are_cut_or_not_finite_are_named(part, workdir):
 
 def test_what_did_not_finish_or_is_not_ours(workdir, tmp_path):
     (workdir / "encoded" / "encoded.json").unlink()
-    with pytest.raises(ValueError, match=r"1 of .*encoding did not finish"):
+    with pytest.raises(ValueError, match=r"1 of (?s:.*)encoding did not finish"):
         verify(folder=workdir)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds nothing to verify"):

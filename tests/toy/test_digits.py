@@ -23,7 +23,7 @@ FOLDER = digits.PIPELINE
     ("scheduler", "guidance_scale"),
     [
         ("DDIMScheduler", 1.0),
-        ("EulerDiscreteScheduler", 3.0),
+        pytest.param("EulerDiscreteScheduler", 3.0, marks=pytest.mark.slow),
         pytest.param("DDIMScheduler", 3.0, marks=pytest.mark.slow),
         pytest.param("DPMSolverMultistepScheduler", 3.0, marks=pytest.mark.slow),
     ],
