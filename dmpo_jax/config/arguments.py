@@ -67,6 +67,7 @@ def encoding(config: Config, source: str = "") -> Settings:
         crop=config.data.crop,
         ties=config.data.ties,
         max_bad=config.data.max_bad,
+        allow_outside=config.data.allow_outside,
         batch_size=config.data.encode_batch,
         num_threads=config.data.num_threads,
     )

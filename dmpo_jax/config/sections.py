@@ -201,6 +201,9 @@ class Data(Section):
     )
     ties: str = leaf("keep", "pairs that nobody prefers", OneOf(CHOICES["ties"]))
     max_bad: float = leaf(0.01, "share of bad records that encode skips, at most", "[0, 1]")
+    allow_outside: bool = leaf(
+        False, "read images that lie outside the folder of the table that names them: trust it"
+    )
     encode_batch: int = leaf(32, "pairs that encode takes at a time, on each host", "[1, inf)")
     num_threads: int = leaf(16, "that read and decode, on each host", "[1, inf)")
     prefetch: int = leaf(2, "batches made ready ahead of the step", "[0, inf)")

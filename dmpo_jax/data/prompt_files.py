@@ -1,6 +1,6 @@
 """Readers of prompt files: lines of text, JSON, JSON lines and tables."""
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.data import tables
+from dmpo_jax.data.sources.files import REMOTE, check_regular
 from dmpo_jax.errors import UserError
 
 COLUMNS = ("prompt", "caption")  # of the prompt, in any case; the first one present
@@ -44,13 +46,14 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
     file = epath.Path(path)
     if not file.exists():
         raise UserError(f"prompts file {file} does not exist: give one of {', '.join(FORMATS)}")
+    check_regular(file)
     read = _READERS.get(file.suffix.lower(), _read_text)
     try:
         rows = list(read(file.read_bytes()))
-    except (pa.ArrowInvalid, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"prompts file {file} cannot be read as {file.suffix}: {error}") from error
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"prompts file {file} {error}") from error
+    except (pa.ArrowException, ValueError, OSError, OverflowError, RecursionError) as error:
+        raise UserError(f"prompts file {file} cannot be read as {file.suffix}: {error}") from error
     prompts = []
     for number, row in enumerate(rows, 1):
         try:
@@ -68,7 +71,9 @@ def load_texts(path: epath.PathLike) -> list[str]:
 
 
 def _read_text(content: bytes) -> Iterator[Any]:
-    lines = (line.strip() for line in content.decode("utf-8-sig").splitlines())
+    if b"\0" in content:
+        raise UserError("holds zero bytes: save it as UTF-8")
+    lines = (line.strip() for line in re.split(r"\r\n|\r|\n", content.decode("utf-8-sig")))
     return (line for line in lines if line)
 
 
@@ -80,17 +85,12 @@ def _read_parquet(content: bytes) -> Iterator[Any]:
     yield from pyarrow.parquet.read_table(source, columns=_wanted(names)).to_pylist()
 
 
-def _read_delimited(content: bytes, delimiter: str) -> Iterator[Any]:
-    for row in tables.read_delimited(content, delimiter, columns=_wanted).to_pylist():
-        yield {key: value or None for key, value in row.items()}  # an empty cell is None
-
-
 _READERS = {
     ".json": tables.read_json,
-    ".jsonl": lambda content: map(tables.read_line, tables.split_lines(content)),
+    ".jsonl": tables.read_json_lines,
     ".parquet": _read_parquet,
-    ".csv": lambda content: _read_delimited(content, ","),
-    ".tsv": lambda content: _read_delimited(content, "\t"),
+    ".csv": lambda content: tables.read_delimited(content, ",", columns=_wanted),
+    ".tsv": lambda content: tables.read_delimited(content, "\t", columns=_wanted),
 }
 
 
@@ -109,18 +109,23 @@ def _text_key(names: Sequence[str]) -> str:
 
 
 def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
+    if isinstance(row, Exception):
+        raise UserError(str(row)) from row
     if isinstance(row, str):
         row = {"prompt": row}
     if not isinstance(row, Mapping):
-        raise UserError(f"should be a text or an object, but is {row!r}")
+        raise UserError(f"should be a text or an object, but is {row!r:.80}")
     text = row[_text_key(list(row))]
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"prompt should be a text, but is {text!r}")
+        raise UserError(f"prompt should be a text, but is {text!r:.80}")
     texts: dict[str, Any] = {key: row.get(key) for key in ("negative_prompt", "image", "mask")}
-    for key, value in texts.items():
+    for key, value in (texts | {"prompt": text}).items():
         if not isinstance(value, str | None):
-            raise UserError(f"{key} should be a text, but is {value!r}")
+            raise UserError(f"{key} should be a text, but is {value!r:.80}")
+        (value or "").encode()  # ValueError for half of a character, as an escape of JSON may be
     for key in ("image", "mask"):
+        if texts[key] and storage.is_remote(texts[key]) and not texts[key].startswith(REMOTE):
+            raise UserError(f"{key} should be a path, but is a URL, {texts[key]!r:.80}")
         texts[key] = str(folder / texts[key]) if texts[key] else None
     return Prompt(text.strip(), seed=_to_seed(row.get("seed")), **texts)
 
@@ -130,8 +135,8 @@ def _to_seed(value: Any) -> int | None:
         return None
     try:
         seed = int(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         seed = -1
     if isinstance(value, bool | float) or not 0 <= seed < 2**32:
-        raise UserError(f"seed should be a whole number below 2**32, but is {value!r}")
+        raise UserError(f"seed should be a whole number below 2**32, but is {value!r:.80}")
     return seed

@@ -50,7 +50,9 @@ def encode(settings: Settings, pipeline: diffusers_io.Pipeline, out: epath.PathL
     if plans.is_done(out, {**about, "flipped": settings.flip}):
         LOG.info("%s is encoded already", out)
         return
-    source = sources.open_source(settings.source, ties=settings.ties)
+    source = sources.open_source(
+        settings.source, ties=settings.ties, allow_outside=settings.allow_outside
+    )
     plans.check_columns(source, settings.source, pipeline.family)
     devices = meshes.make_mesh(devices=jax.local_devices())
     parts = encode_parts.make_parts(source.units(), settings.pairs_per_shard)

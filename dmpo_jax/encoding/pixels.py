@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from dmpo_jax.data.sources import RawPair, Skipped
-from dmpo_jax.data.sources.bad_records import decode_pair
+from dmpo_jax.data.sources.bad_records import decode
+from dmpo_jax.data.sources.rows import RawPair, SkipError, Skipped, guard
 
 Place = tuple[float, float]  # of a crop: top and left as a share of the range possible; [0, 1)
 
@@ -35,9 +35,11 @@ def load_pixels(
     the images made from them. Returns Skipped, with the reason, for a bad pair or a mask of
     another aspect ratio than its source.
     """
-    decoded: Any = decode_pair(pair, frozenset(given))
-    if isinstance(decoded, Skipped):
-        return decoded
+    return guard(pair.id, lambda: _load_pixels(pair, given, resolution, crop), timed=True)
+
+
+def _load_pixels(pair: RawPair, given: Collection[str], resolution: int, crop: str) -> Pixels:
+    decoded: Any = decode(pair, frozenset(given))
     place = None if crop == "center" else draw_place(pair.id)
     ready = [prepare(image, resolution, place=place) for image in decoded.images]
     images, sizes = (np.stack(x) for x in zip(*ready, strict=True))
@@ -48,8 +50,7 @@ def load_pixels(
             nearest = Image.Resampling.NEAREST
             mask, of_mask = prepare(decoded.mask, resolution, nearest, place=place)
             if of_mask[2:] != of_source[2:]:  # another aspect ratio is cropped elsewhere
-                return Skipped(
-                    pair.id,
+                raise SkipError(
                     "mask's shape",
                     f"the mask should have its source's shape, {of_source[:2]}, or one of the "
                     f"same ratio, but got {of_mask[:2]}",

@@ -45,6 +45,7 @@ class Settings:
     crop: "center", or "random", at a place drawn from the pair's id.
     ties: "keep" or "drop" the pairs without a preferred image.
     max_bad: share of bad records above which encoding fails.
+    allow_outside: also read images outside the folder of the table that names them.
     batch_size: pairs at a time in each process, rounded up to a multiple of its devices.
     num_threads: threads that decode images ahead of the devices.
     pairs_per_shard: approximate pairs a file, and the most that a kill loses.
@@ -66,6 +67,7 @@ class Settings:
     crop: str
     ties: str
     max_bad: float | int
+    allow_outside: bool
     batch_size: int
     num_threads: int
     pairs_per_shard: int = 1024
@@ -121,6 +123,7 @@ def make_plan(work: Work, settings: Settings) -> dict[str, Any]:
         "pairs_per_shard": settings.pairs_per_shard,
         "parts": len(work.parts),
         "source_units": units.hexdigest(),
+        "allow_outside": settings.allow_outside or None,  # absent from earlier plans
     }
 
 

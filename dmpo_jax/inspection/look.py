@@ -1,6 +1,7 @@
 """Reads some raw pairs of a source and writes a page about them."""
 
 import collections
+import functools
 import hashlib
 import io
 import itertools
@@ -34,6 +35,7 @@ def inspect_source(
     out: epath.PathLike,
     *,
     ties: str,
+    allow_outside: bool = False,
     limit: int = 1000,
     samples: int = 24,
 ) -> epath.Path:
@@ -44,7 +46,7 @@ def inspect_source(
     stop it.
 
     Args:
-        ties: as `sources.open_source`.
+        ties, allow_outside: as `sources.open_source`.
         limit: rows to read, spread over a larger source.
         samples: pairs shown.
 
@@ -56,7 +58,8 @@ def inspect_source(
     """
     if limit < 1 or samples < 1:
         raise UserError(f"limit and samples must be at least 1, but got {limit} and {samples}")
-    opened, out = sources.open_source(source, ties=ties), epath.Path(out)
+    opened = sources.open_source(source, ties=ties, allow_outside=allow_outside)
+    out = epath.Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     expected = min(limit, len(opened))
     look = _Look(out, stride=max(1, expected // samples), samples=samples)
@@ -155,19 +158,24 @@ class _Look:
         for name, data in (encoded | {"mask": pair.mask}).items():
             if data is None:
                 continue
-            try:
-                image = Image.fromarray(sources.decode_image(data))
-            except ValueError:  # a bad source or mask, which decode_pair did not check
+            made = sources.guard(pair.id, functools.partial(_make_thumbnail, data), timed=True)
+            if isinstance(made, sources.Skipped):  # a source or mask, which decode_pair left out
                 continue
-            size = f"{image.width}x{image.height}"
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=85)
             # Numbers, not ids: an id may hold any character.
             file = f"images/{self._drawn:04}-{name}.jpg"
-            (self._out / file).write_bytes(buffer.getvalue())
-            drawn[name] = Thumbnail(file, size)
+            (self._out / file).write_bytes(made[0])
+            drawn[name] = Thumbnail(file, made[1])
         return Sample(pair.id, pair.prompt, pair.preference, drawn)
+
+
+def _make_thumbnail(data: bytes) -> tuple[bytes, str]:
+    """Returns a JPEG of an encoded image, and the size of the image."""
+    image = Image.fromarray(sources.decode_image(data))
+    size = f"{image.width}x{image.height}"
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue(), size
 
 
 def _spread(source: sources.Source, limit: int) -> list[sources.Unit]:

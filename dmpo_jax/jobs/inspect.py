@@ -16,6 +16,7 @@ def inspect(config: Config, *, out: epath.PathLike) -> epath.Path:
     Raises:
         ValueError: data.source cannot be opened.
     """
-    page = inspect_source(config.data.source, out, ties=config.data.ties)
+    data = config.data
+    page = inspect_source(data.source, out, ties=data.ties, allow_outside=data.allow_outside)
     LOG.info("open %s in a browser; next: encode --source=%s", page, config.data.source)
     return page

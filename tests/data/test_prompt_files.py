@@ -1,12 +1,14 @@
 """Tests for dmpo_jax/data/prompt_files.py: every format gives the same prompts, or says why not."""
 
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dmpo_jax.data.prompt_files import Prompt, load_prompts
+from dmpo_jax.errors import UserError
 
 
 def write(path, content):
@@ -81,7 +83,8 @@ def test_what_people_have(tmp_path):
         ("a.csv", "text,seed\na cat,1\n", "has no prompt or caption, but text, seed"),
         ("a.csv", "prompt,seed\na cat,1\na dog,x\n", "row 2: seed should be .*'x'"),
         ("a.csv", "prompt,seed\na cat,1\n,2\n", "row 2: prompt should be a text, but is None"),
-        ("a.csv", "prompt,seed\na cat\n", r"cannot be read as \.csv"),
+        ("a.csv", "prompt,seed\na cat\n", "row 1: has 1 cells, but the header has 2: 'a cat'"),
+        ("a.csv", "prompt\na cat\n\xff\n".encode("latin-1"), "row 2: 'utf-8' codec"),
         ("a.csv", "", r"cannot be read as \.csv"),
         ("a.json", '{"prompt": "a"}', "should hold a JSON list, but holds dict"),
         ("a.json", "[", r"cannot be read as \.json"),
@@ -91,7 +94,13 @@ def test_what_people_have(tmp_path):
         ("a.json", '[{"prompt": "a", "seed": true}]', "row 1: seed should be .*True"),
         ("a.json", '[{"prompt": "a", "seed": 1.5}]', "row 1: seed should be .*1.5"),
         ("a.json", '[{"prompt": "a", "image": 1}]', "row 1: image should be a text, but is 1"),
-        ("a.jsonl", '"a"\n{"prompt": }\n', r"cannot be read as \.jsonl"),
+        ("a.jsonl", '"a"\n{"prompt": }\n', "row 2: Expecting value"),
+        ("a.jsonl", '"a"\n' + "[" * 100_000, "row 2: maximum recursion"),
+        ("a.json", '["a", ' + "[" * 10**5 + "]" * 10**5 + "]", "row 2: maximum recursion"),
+        ("a.jsonl", '{"prompt": "a \\ud83d"}', "row 1: 'utf-8' codec"),
+        ("a.jsonl", '{"prompt": "a", "seed": 1e400}', "row 1: seed should be .*inf"),
+        ("a.jsonl", '{"prompt": "a", "image": "http://x/y.png"}', "row 1: image .* URL"),
+        ("a.txt", "a cat\n".encode("utf-16-le"), "holds zero bytes: save it as UTF-8"),
         ("a.parquet", b"PAR1", r"cannot be read as \.parquet"),
         ("a.txt", b"\xff\xfe", r"cannot be read as \.txt"),
     ],
@@ -104,3 +113,16 @@ def test_errors_name_file_row_and_columns(tmp_path, name, content, message):
 def test_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere.txt does not exist: give one of \.txt, \.json"):
         load_prompts(tmp_path / "nowhere.txt")
+
+
+def test_a_line_ends_at_a_line_feed_alone(tmp_path):
+    text = "a cat\u2028asleep\x0ca dog"
+    assert [p.text for p in load_prompts(write(tmp_path / "a.txt", text))] == [text]
+
+
+def test_a_folder_or_a_pipe_is_refused(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    os.mkfifo(tmp_path / "b.txt")  # to read it would hang
+    for name in ("a.txt", "b.txt"):
+        with pytest.raises(UserError, match=f"{name} should be a file, but is a folder, a FIFO"):
+            load_prompts(tmp_path / name)

@@ -105,7 +105,7 @@ def test_wrong_labels_are_skipped(tmp_path):
     assert list(source.prompts(unit)) == ["prompt 0"]
 
 
-def test_reads_a_few_rows_at_a_time(tmp_path, monkeypatch):
+def test_reads_one_row_at_a_time(tmp_path, monkeypatch):
     table = pa.Table.from_pylist([row(i) for i in range(200)])
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=200)
     sizes = []
@@ -120,7 +120,7 @@ def test_reads_a_few_rows_at_a_time(tmp_path, monkeypatch):
     source = sources.PickAPic(tmp_path)
     sizes.clear()
     assert next(source.read(source.units()[0])).prompt == "prompt 0"
-    assert sizes == [sources.ROWS_AT_ONCE]
+    assert sizes == [1]
 
 
 def test_a_killed_write_leaves_nothing(tmp_path):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dmpo_jax.data import sources
-from dmpo_jax.data.sources import source as base
+from dmpo_jax.data.sources import rows
 from tests.support.raw_pairs import (
     check_units,
     image,
@@ -196,7 +196,8 @@ def test_bad_rows_are_skipped_by_reason(tmp_path):
     )
     pair, *skipped = check_units(sources.open_source(f"table:{tmp_path}/t.jsonl"), 18)
     assert pair.prompt == "a"
-    reasons = [reason for reason, _ in bad] + ["not JSON"] * 4 + ["not UTF-8"]
+    reasons = [reason for reason, _ in bad] + ["not JSON", "not JSON", "nested too deeply"]
+    reasons += ["not JSON", "not UTF-8"]
     assert [s.reason for s in skipped] == reasons
     assert all(s.bad for s in skipped)
     assert [s.id for s in skipped] == [f"t.jsonl:{i}" for i in range(1, 18)]
@@ -248,7 +249,7 @@ def test_a_missing_image_of_a_list_costs_its_pairs_alone(tmp_path):
 
 def test_absurdly_large_files_are_not_read(tmp_path, monkeypatch):
     write_images(tmp_path, 2)
-    monkeypatch.setattr(base, "MAX_BYTES", 10)
+    monkeypatch.setattr(rows, "MAX_BYTES", 10)
     source = sources.open_source(
         write(tmp_path, [{"prompt": "a", "chosen": "0.png", "rejected": "1.png"}])
     )
@@ -265,9 +266,10 @@ def test_absurdly_large_files_are_not_read(tmp_path, monkeypatch):
         ("t.json", "{}", "should hold a JSON list, but holds dict"),
         ("t.json", "[", r"cannot be read as \.json"),
         ("t.csv", "prompt,chosen\na,b\n", r"has \['chosen', 'prompt'\]"),
-        ("t.csv", "prompt,chosen,rejected\na,b\n", r"cannot be read as \.csv.*Expected 3"),
+        ("t.csv", 'prompt,chosen,rejected\n"a,b,c\na,b\n', r"cannot be read as \.csv.*Expected 3"),
+        ("t.csv", 'prompt,chosen,rejected\na,b,c\na,b,"c\nd', "a quotation mark is not closed"),
         ("t.csv", "prompt,prompt\na,b\n", r"\['prompt'\] twice"),
-        ("t.tsv", b"prompt\tchosen\trejected\n\xff\tb\tc\n", r"cannot be read as \.tsv"),
+        ("t.tsv", b"prompt\tchosen\trej\xffected\na\tb\tc\n", r"cannot be read as \.tsv"),
         ("t.parquet", "PAR1", "not a complete parquet file"),
         ("t.txt", "a", r"one of \.jsonl, .*t\.txt"),
     ],

@@ -8,7 +8,7 @@ import warnings
 import pytest
 
 from dmpo_jax.data import sources
-from dmpo_jax.data.sources import web_dataset
+from dmpo_jax.data.sources import rows, web_dataset
 from tests.support.raw_pairs import check_units, image, make_bucket, read, skipped
 
 
@@ -129,7 +129,7 @@ def test_bad_samples_are_skipped_by_reason(tmp_path, monkeypatch):
         ("uneven lists", {"jpg_100": image(7)}),
         ("absurd size", {"jpg_0": b"x" * 2000}),
     ]
-    monkeypatch.setattr(web_dataset, "MAX_BYTES", 1999)
+    monkeypatch.setattr(rows, "MAX_BYTES", 1999)
     samples = [sample(0), *(sample(1) | change for _, change in bad), sample(2)]
     del samples[1]["jpg_1"]
     for i, one in enumerate(samples):

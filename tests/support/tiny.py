@@ -62,6 +62,7 @@ def encode(source: str, model, out, **changes) -> None:
         "crop": "center",
         "ties": "keep",
         "max_bad": 0.01,
+        "allow_outside": False,
         "batch_size": 32,
         "num_threads": 4,
     }

@@ -36,6 +36,7 @@ from dmpo_jax.data.encoded.pair import (
 )
 from dmpo_jax.data.encoded.prompt_store import PromptStore
 from dmpo_jax.data.encoded.shards import Shard
+from dmpo_jax.data.tfds_folder import open_builder
 from dmpo_jax.errors import MissingFileError, UserError
 
 FEATURES = "features.json"
@@ -211,7 +212,7 @@ class EncodedPairs:
         self.prompts = PromptStore(
             folder, meta.prompt_shards, total=meta.counts["prompts"], arrays=meta.arrays
         )
-        self._builder: Any = tfds.builder_from_directory(folder)
+        self._builder = open_builder(folder)
 
     @property
     def identity(self) -> str:

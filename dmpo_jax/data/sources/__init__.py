@@ -8,16 +8,10 @@ from typing import Any
 
 from dmpo_jax.data.sources.built import BuiltSource
 from dmpo_jax.data.sources.hugging_face import HuggingFaceSource
-from dmpo_jax.data.sources.images import (
-    MAX_PIXELS,
-    BadImageError,
-    decode_image,
-    decode_mask,
-    encode_image,
-)
-from dmpo_jax.data.sources.parquet import ROWS_AT_ONCE
+from dmpo_jax.data.sources.images import BadImageError, decode_image, decode_mask, encode_image
 from dmpo_jax.data.sources.pick_a_pic import GIVEN, PICK_A_PIC, PickAPic, write_pick_a_pic
-from dmpo_jax.data.sources.source import RawPair, Skipped, Source, Unit
+from dmpo_jax.data.sources.rows import MAX_PIXELS, RawPair, Skipped, guard
+from dmpo_jax.data.sources.source import Source, Unit
 from dmpo_jax.data.sources.table import open_table
 from dmpo_jax.data.sources.web_dataset import WebDatasetSource
 from dmpo_jax.errors import UserError
@@ -26,7 +20,6 @@ __all__ = [
     "GIVEN",
     "MAX_PIXELS",
     "PICK_A_PIC",
-    "ROWS_AT_ONCE",
     "SOURCES",
     "BadImageError",
     "PickAPic",
@@ -37,6 +30,7 @@ __all__ = [
     "decode_image",
     "decode_mask",
     "encode_image",
+    "guard",
     "open_source",
     "write_pick_a_pic",
 ]
@@ -50,11 +44,14 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }
 
 
-def open_source(spec: str, ties: str = "keep", **options: Any) -> Source:
+def open_source(
+    spec: str, ties: str = "keep", *, allow_outside: bool = False, **options: Any
+) -> Source:
     """Opens `KIND:PATH`, such as `pickapic:gs://bucket/data`.
 
     Args:
         ties: "keep", with a preference of 0.5, or "drop".
+        allow_outside: also read images that lie outside the folder of the table that names them.
         options: of the kind of source.
 
     Raises:
@@ -65,4 +62,4 @@ def open_source(spec: str, ties: str = "keep", **options: Any) -> Source:
         raise UserError(
             f"a source is KIND:PATH with KIND one of {sorted(SOURCES)}, but got {spec!r}"
         )
-    return SOURCES[kind](path, ties=ties, **options)
+    return SOURCES[kind](path, ties=ties, allow_outside=allow_outside, **options)

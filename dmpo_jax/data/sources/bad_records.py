@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from dmpo_jax.data.sources.images import BadImageError, decode_image, decode_mask
-from dmpo_jax.data.sources.source import RawPair, Skipped
+from dmpo_jax.data.sources.rows import RawPair, SkipError, Skipped, guard
 from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -38,18 +38,24 @@ def decode_pair(pair: RawPair, needs: frozenset[str] = frozenset()) -> Decoded |
     """Decodes a pair, or returns the reason why it is bad.
 
     A pair is bad if its preference is NaN or outside [0, 1], or if both images have the same
-    pixels. It is also bad if an image is missing, truncated, undecodable or absurdly large. The
-    same holds for the images in `needs`, a subset of "source" and "mask".
+    pixels. It is also bad if an image is missing, truncated, undecodable or absurdly large or thin,
+    or takes too long to decode. The same holds for the images in `needs`, a subset of "source" and
+    "mask".
     """
+    return guard(pair.id, lambda: decode(pair, needs), timed=True)
+
+
+def decode(pair: RawPair, needs: frozenset[str]) -> Decoded:
+    """`decode_pair`, to be called inside `guard`: raises SkipError for a bad pair."""
     if not (math.isfinite(pair.preference) and 0 <= pair.preference <= 1):
-        return Skipped(pair.id, "bad label", f"should lie in [0, 1], but is {pair.preference}")
+        raise SkipError("bad label", f"should lie in [0, 1], but is {pair.preference}")
     for name in sorted(needs):
         if not getattr(pair, name):
-            return Skipped(pair.id, f"no {name}")
+            raise SkipError(f"no {name}")
     if not all(pair.images):
-        return Skipped(pair.id, "no image")
+        raise SkipError("no image")
     if pair.images[0] == pair.images[1]:
-        return Skipped(pair.id, "identical images", "the same bytes")
+        raise SkipError("identical images", "the same bytes")
     encoded = {"image 0": pair.images[0], "image 1": pair.images[1]}
     encoded |= {name: getattr(pair, name) for name in sorted(needs)}
     decoded = {}
@@ -57,10 +63,10 @@ def decode_pair(pair: RawPair, needs: frozenset[str] = frozenset()) -> Decoded |
         try:
             decoded[name] = (decode_mask if name == "mask" else decode_image)(data)
         except BadImageError as error:
-            return Skipped(pair.id, error.reason, f"{name}: {error}")
+            raise SkipError(error.reason, f"{name}: {error}") from error
     images = (decoded["image 0"], decoded["image 1"])
     if np.array_equal(*images):
-        return Skipped(pair.id, "identical images", "the same pixels")
+        raise SkipError("identical images", "the same pixels")
     return Decoded(pair, images, decoded.get("source"), decoded.get("mask"))
 
 

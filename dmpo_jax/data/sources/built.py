@@ -1,13 +1,16 @@
 """Pairs of a TFDS dataset built by dmpo_jax.data.tfds."""
 
-import json
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-import tensorflow_datasets as tfds
 from etils import epath
 
-from dmpo_jax.data.sources.source import RawPair, Skipped, Source, Unit, cut
+from dmpo_jax import storage
+from dmpo_jax.data.sources.columns import Layout
+from dmpo_jax.data.sources.rows import Row, SkipError
+from dmpo_jax.data.sources.source import Source, Unit, cut
+from dmpo_jax.data.tfds_folder import open_builder
 from dmpo_jax.errors import MissingFileError, UserError
 
 STATISTICS = "statistics.json"
@@ -26,8 +29,14 @@ class BuiltSource(Source):
         ValueError: the dataset lacks a feature.
     """
 
-    def __init__(self, path: epath.PathLike, ties: str = "keep"):
-        super().__init__(ties)
+    layout = Layout(
+        ("image_0", "image_1"),
+        ("label_0",),
+        {**{name: name for name in FEATURES}, "label_0": "preference"},
+    )
+
+    def __init__(self, path: epath.PathLike, ties: str = "keep", allow_outside: bool = False):
+        super().__init__(ties, allow_outside)  # a build names no other files
         self._folder = epath.Path(path)
         if not (self._folder / "dataset_info.json").exists():
             deeper = sorted(p.parent for p in self._folder.glob("*/*/dataset_info.json"))
@@ -35,7 +44,7 @@ class BuiltSource(Source):
                 f"no TFDS dataset in {self._folder}: give the folder with dataset_info.json"
                 + (f", such as {deeper[0]}" if deeper else "")
             )
-        builder: Any = tfds.builder_from_directory(self._folder)
+        builder = open_builder(self._folder)
         found = sorted(builder.info.features or ())
         if missing := [name for name in FEATURES if name not in found]:
             raise UserError(
@@ -43,7 +52,11 @@ class BuiltSource(Source):
                 f"{missing} and has {found}"
             )
         # Every build has both features; STATISTICS names those that the source had.
-        self.given = frozenset(json.loads((self._folder / STATISTICS).read_text())["given"])
+        statistics = storage.read_json(self._folder / STATISTICS)
+        given = statistics.get("given") if isinstance(statistics, dict) else None
+        if not isinstance(given, list) or not {*map(str, given)} <= {"source", "mask"}:
+            raise UserError(f"{self._folder / STATISTICS} should list what is given: build again")
+        self.given = frozenset(given)
         self._splits = {name: builder.as_data_source(name) for name in sorted(builder.info.splits)}
 
     def units(self) -> list[Unit]:
@@ -53,30 +66,21 @@ class BuiltSource(Source):
             for unit in cut(name, self._folder, len(split))
         ]
 
-    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
-        for row in self._rows(unit):
-            pair = RawPair(
-                row["id"].decode(),
-                row["prompt"].decode(),
-                (row["image_0"], row["image_1"]),
-                float(row["preference"]),
-                row["source"],
-                row["mask"],
-            )
-            if self.ties == "drop" and pair.preference == 0.5:
-                yield Skipped(pair.id, "tie", bad=False)
-            else:
-                yield pair
-
-    def prompts(self, unit: Unit) -> Iterator[str]:
-        for pair in self.read(unit):
-            if not isinstance(pair, Skipped):
-                yield pair.prompt
+    def rows(self, unit: Unit, *, images: bool) -> Iterator[Row]:
+        for i in range(unit.start, unit.stop):
+            fetch = functools.partial(_fetch, self._splits[unit.file], i)
+            yield Row(f"{unit.file}:{i}", fetch, _load)
 
     def __len__(self) -> int:
         return sum(map(len, self._splits.values()))
 
-    def _rows(self, unit: Unit) -> Iterator[dict[str, Any]]:
-        split = self._splits[unit.file]
-        for i in range(unit.start, unit.stop):
-            yield split[i]
+
+def _fetch(split: Any, i: int) -> dict[str, Any]:
+    row = dict(split[i])
+    return row | {name: row[name].decode() for name in ("id", "prompt")}
+
+
+def _load(cell: Any) -> bytes:
+    if not cell:
+        raise SkipError("no image")
+    return cell

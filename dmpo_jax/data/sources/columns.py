@@ -1,5 +1,6 @@
 """Interpretation of a row's columns: the images, and the preference between them."""
 
+import collections
 import itertools
 import json
 import logging
@@ -7,7 +8,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dmpo_jax.data.sources.source import RawPair, SkipError, Skipped
+from dmpo_jax.data.sources import rows
+from dmpo_jax.data.sources.rows import RawPair, SkipError, Skipped, check_text
 from dmpo_jax.errors import UserError
 
 LOG = logging.getLogger(__name__)
@@ -53,8 +55,8 @@ class Layout(NamedTuple):
     """Columns of a table that are read, and their meaning.
 
     images: two columns, or one that holds a list. values: the columns that state the preference;
-    empty if the first image is chosen. Both use the names in NAMES; `columns` maps these to the
-    table's own.
+    empty if the first image is chosen. Both use the names in NAMES; `columns` maps these, and "id"
+    where rows have ids of their own, to the table's own.
     """
 
     images: tuple[str, ...]
@@ -71,12 +73,7 @@ class Layout(NamedTuple):
         return [column for name, column in self.columns.items() if images or name not in heavy]
 
     def prompt(self, row: Mapping[str, Any]) -> str:
-        prompt = row.get(self.columns["prompt"])
-        if prompt is None:
-            raise SkipError("no prompt")
-        if not isinstance(prompt, str):
-            raise SkipError("no prompt", f"should be a text, but is {prompt!r:.80}")
-        return prompt
+        return check_text(row.get(self.columns["prompt"]), "prompt")
 
     def preferences(self, row: Mapping[str, Any]) -> list[Preference]:
         """Returns the preference between every two images of a row.
@@ -104,15 +101,18 @@ class Layout(NamedTuple):
     def pairs(
         self, name: str, row: Mapping[str, Any], load: Callable[[Any], bytes], ties: str
     ) -> Iterator[RawPair | Skipped]:
-        """Yields the pairs of a row; load: a cell -> its encoded image, or raises SkipError."""
-        try:
-            prompt, preferences = self.prompt(row), self.preferences(row)
-            cells = self._cells(row, 1 + max(p.second for p in preferences))
-        except SkipError as skip:
-            yield skip.at(name)
-            return
+        """Yields the pairs of a row; load: a cell -> its encoded image, or raises SkipError.
+
+        Raises:
+            SkipError: the row has no pair, or its images exceed MAX_BYTES.
+        """
+        if "id" in self.columns:
+            name = check_text(row.get(self.columns["id"]), "id")
+        prompt, preferences = self.prompt(row), self.preferences(row)
+        cells = self._cells(row, 1 + max(p.second for p in preferences))
         wanted = [p for p in preferences if ties == "keep" or p.value != 0.5]
         needed = {i for p in wanted for i in (p.first, p.second)}
+        load = _within_bytes(load)
         images = [_try(load, cell) if i in needed else None for i, cell in enumerate(cells)]
         # Only some models require these images, so a missing one is not an error here.
         given = {
@@ -168,19 +168,20 @@ def find_layout(names: Sequence[str], where: str) -> Layout:
     Raises:
         ValueError: the columns hold no known form of pairs, or one occurs twice; names the columns.
     """
-    found = {}
+    found, known = {}, set(names)
     for name, others in NAMES.items():
-        present = [other for other in others if other in names]
+        present = [other for other in others if other in known]
         if present:
             found[name] = present[0]
     forms = [form for form in FORMS if all(name in found for name in itertools.chain(*form))]
     if "prompt" not in found or not forms:
-        known = "; ".join(", ".join([*images, *values]) for images, values in FORMS)
+        sets = "; ".join(", ".join([*images, *values]) for images, values in FORMS)
         raise UserError(
             f"{where} holds no pairs that are known: it needs the column prompt (or caption) and "
-            f"one of these sets: {known}. It has {sorted(names)}: rename its columns"
+            f"one of these sets: {sets}. It has {sorted(names)}: rename its columns"
         )
-    if twice := sorted(name for name in found.values() if list(names).count(name) > 1):
+    count = collections.Counter(names)
+    if twice := sorted(name for name in found.values() if count[name] > 1):
         raise UserError(f"{where} has the columns {twice} twice: keep one of each")
     images, values = forms[0]
     if len(forms) > 1:
@@ -248,3 +249,18 @@ def _try(load: Callable[[Any], bytes], cell: Any) -> bytes | SkipError:
         return load(cell)
     except SkipError as skip:
         return skip
+
+
+def _within_bytes(load: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Wraps `load` to raise SkipError once the images of a row exceed MAX_BYTES."""
+    total = 0
+
+    def load_counted(cell: Any) -> bytes:
+        nonlocal total
+        image = load(cell)
+        total += len(image)
+        if total > rows.MAX_BYTES:
+            raise SkipError("absurd size", f"encoded images of more than {rows.MAX_BYTES} bytes")
+        return image
+
+    return load_counted

@@ -1,5 +1,6 @@
 """Pairs in a folder that Hugging Face `datasets` saved to disk."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,9 @@ import pyarrow as pa
 from etils import epath
 
 from dmpo_jax.data.sources import columns
-from dmpo_jax.data.sources.source import UNIT_PAIRS, RawPair, Skipped, Source, Unit, cut, load_bytes
+from dmpo_jax.data.sources.files import load_image
+from dmpo_jax.data.sources.rows import Row
+from dmpo_jax.data.sources.source import UNIT_PAIRS, Source, Unit, cut, make_unit
 from dmpo_jax.errors import MissingFileError, MissingPackageError, UserError
 from dmpo_jax.extras import install_hint
 
@@ -26,10 +29,10 @@ class HuggingFaceSource(Source):
             columns. Raised before any image is read.
     """
 
-    def __init__(self, path: epath.PathLike, ties: str = "keep"):
-        super().__init__(ties)
+    def __init__(self, path: epath.PathLike, ties: str = "keep", allow_outside: bool = False):
+        super().__init__(ties, allow_outside)
         self._folder = epath.Path(path)
-        if not self._folder.exists():
+        if not self._folder.is_dir():
             raise MissingFileError(f"no folder at {self._folder}")
         self._data = _load(self._folder)
         self.layout = columns.find_layout(self._data.column_names, str(self._folder))
@@ -39,40 +42,37 @@ class HuggingFaceSource(Source):
         size = UNIT_PAIRS if len(self.layout.images) == 2 else UNIT_PAIRS // 45
         return cut(self._folder.name, self._folder, self._data.num_rows, size)
 
-    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
-        for number, row in self._rows(unit, self.layout.wanted(images=True)):
-            yield from self.layout.pairs(
-                f"{self._folder.name}:{number}",
-                row,
-                lambda cell: load_bytes(cell, self._folder),
-                self.ties,
-            )
-
-    def prompts(self, unit: Unit) -> Iterator[str]:
-        for _, row in self._rows(unit, self.layout.wanted(images=False)):
-            yield from self.layout.prompts(row, self.ties)
+    def rows(self, unit: Unit, *, images: bool) -> Iterator[Row]:
+        return self._rows(unit, self.layout.wanted(images=images))
 
     def __len__(self) -> int:
         if len(self.layout.images) == 2:
             return self._data.num_rows
         names = [self.layout.columns[name] for name in self.layout.values]
-        every = cut("", self._folder, self._data.num_rows, self._data.num_rows)
-        return sum(self.layout.most_pairs(row) for u in every for _, row in self._rows(u, names))
+        every = make_unit("", self._folder, 0, self._data.num_rows)
+        return sum(self._most_pairs(every, row) for row in self._rows(every, names))
 
-    def _rows(self, unit: Unit, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _rows(self, unit: Unit, names: list[str]) -> Iterator[Row]:
         # In Arrow format an image stays a struct of bytes and path, as stored.
         data = self._data.select_columns(names).with_format("arrow")
+        load = functools.partial(load_image, folder=self._folder, allow_outside=self.allow_outside)
         for start in range(unit.start, unit.stop, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, unit.stop)
             try:
                 table = data[start:stop]
-                table.validate(full=True)  # otherwise Arrow trusts the file's offsets
-                rows = table.to_pylist()
-            except (pa.ArrowException, UnicodeDecodeError) as error:
+            except (pa.ArrowException, OSError, ValueError) as error:
                 raise UserError(
                     f"{self._folder}, rows {start} to {stop}: damaged: {error}"
                 ) from error
-            yield from enumerate(rows, start)
+            for i in range(stop - start):
+                fetch = functools.partial(_to_row, table, i)
+                yield Row(f"{self._folder.name}:{start + i}", fetch, load)
+
+
+def _to_row(table: pa.Table, i: int) -> dict[str, Any]:
+    row = table.slice(i, 1)
+    row.validate(full=True)  # otherwise Arrow trusts the file's offsets
+    return row.to_pylist()[0]
 
 
 def _load(folder: epath.Path) -> Any:

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 8192 * 8192
-MAX_BYTES = 256 * 2**20  # of one encoded image
+from dmpo_jax.data.sources.rows import MAX_PIXELS, MAX_RATIO
+
 # Excludes formats that Pillow passes to another program (EPS), and those unused for pairs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -24,17 +24,21 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
     """Decodes an image to RGB in [0, 255]; other modes are converted, alpha is dropped.
 
     Raises:
-        BadImageError: the bytes are not a complete image of one of FORMATS, or it has no pixels or
-            more than max_pixels (so that a small file cannot fill the memory).
+        BadImageError: the bytes are not a complete image of one of FORMATS, or it has no pixels,
+            more than max_pixels, or sides of a ratio above MAX_RATIO (so that a small file cannot
+            fill the memory, when it is decoded or when its shorter side is enlarged).
     """
     # Pillow raises any error of its format plugins, OverflowError and SyntaxError included.
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         pixels = image.width * image.height
-        if 0 < pixels <= max_pixels:
+        thin = max(image.size) > MAX_RATIO * min(image.size)
+        if 0 < pixels <= max_pixels and not thin:
             return np.array(_to_8_bits(image).convert("RGB"))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImageError("absurd size", f"{error}, over the limit of {max_pixels}") from error
+    except MemoryError:
+        raise
     except Exception as error:
         # Pillow's message for an unknown format holds a memory address, different in every run.
         unknown = isinstance(error, UnidentifiedImageError)
@@ -45,6 +49,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> UInt8[np.ndarr
     size = f"an image of {image.width} x {image.height} pixels"
     if not pixels:
         raise BadImageError("zero size", f"{size} shows nothing")
+    if pixels <= max_pixels:
+        raise BadImageError("absurd shape", f"{size} has sides of a ratio above {MAX_RATIO}")
     raise BadImageError("absurd size", f"{size} is over the limit of {max_pixels}")
 
 

@@ -1,5 +1,6 @@
 """Reader and writer of Pick-a-Pic's parquet schema."""
 
+import collections
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,10 +11,11 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.data.sources.columns import Layout
-from dmpo_jax.data.sources.parquet import ROWS_AT_ONCE, ParquetSource
-from dmpo_jax.data.sources.source import SkipError
+from dmpo_jax.data.sources.parquet import ParquetSource
+from dmpo_jax.data.sources.rows import SkipError
 from dmpo_jax.errors import UserError
 
+ROWS_AT_ONCE = 64  # that are written, each of about 400 kB
 REQUIRED = ("caption", "jpg_0", "jpg_1", "label_0")
 FLAGS = ("has_label", "are_different", "label_1")
 GIVEN = {"source": "jpg_source", "mask": "mask"}  # field of RawPair -> optional column
@@ -67,7 +69,8 @@ class PickAPic(ParquetSource):
                 f"{where} is not in Pick-a-Pic's schema: it needs the columns "
                 f"{list(REQUIRED)}, lacks {missing} and has {sorted(found)}"
             )
-        if twice := sorted({name for name in found if found.count(name) > 1}):
+        count = collections.Counter(found)
+        if twice := sorted(name for name in count if count[name] > 1):
             raise UserError(f"{where} has the columns {twice} twice: keep one of each")
         for names, types, wanted in _TYPES:
             for name in names:

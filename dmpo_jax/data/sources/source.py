@@ -1,48 +1,16 @@
-"""`Source`, the base class of all sources of raw pairs, and the records that they yield."""
+"""`Source`, the base class of all sources of raw pairs."""
 
 import abc
-import errno
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from etils import epath
 
-from dmpo_jax import storage
-from dmpo_jax.data.sources.images import MAX_BYTES
-from dmpo_jax.errors import MissingFileError, UserError
+from dmpo_jax.data.sources.columns import Layout
+from dmpo_jax.data.sources.rows import RawPair, Row, Skipped, guard, printable
+from dmpo_jax.errors import UserError
 
 UNIT_PAIRS = 1000  # approximate pairs of a unit
-# Errors of a path that names no file: the row is skipped. Other storage errors stop the job.
-_NO_SUCH_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
-
-
-class RawPair(NamedTuple):
-    """Two encoded images (JPEG, PNG, ...) of one prompt, in the order of the source.
-
-    preference: the probability, in [0, 1], that image 0 is preferred; 0.5 is a tie.
-    source: the encoded image that both images edit or repaint. mask: an encoded image of the
-    source's shape, white where the source is repainted.
-    """
-
-    id: str
-    prompt: str
-    images: tuple[bytes, bytes]
-    preference: float
-    source: bytes | None = None
-    mask: bytes | None = None
-
-
-class Skipped(NamedTuple):
-    """A row, or one pair of a row, that yields no pair.
-
-    reason: a few words, the same for every such row. bad: True for a bad record, False for a
-    record skipped by rule (no label, a tie where ties are dropped).
-    """
-
-    id: str
-    reason: str
-    detail: str = ""
-    bad: bool = True
 
 
 class Unit(NamedTuple):
@@ -54,66 +22,66 @@ class Unit(NamedTuple):
     stop: int
 
 
-class SkipError(Exception):
-    """Signals, inside a source, that a row must be skipped; becomes a `Skipped`."""
-
-    def __init__(self, reason: str, detail: str = "", *, bad: bool = True):
-        super().__init__(reason, detail, bad)
-        self.reason, self.detail, self.bad = reason, detail, bad
-
-    def at(self, name: str) -> Skipped:
-        return Skipped(name, self.reason, self.detail, self.bad)
-
-
 class Source(abc.ABC):
     """Pairs in units, in a fixed order.
 
-    given: the fields, of "source" and "mask", that its pairs may have.
+    layout: of the columns of its rows. given: the fields, of "source" and "mask", that its pairs
+    may have. ties: "keep", with a preference of 0.5, or "drop". allow_outside: as `load_image`.
     """
 
+    layout: Layout
     given: frozenset[str] = frozenset()
 
-    def __init__(self, ties: str = "keep"):
+    def __init__(self, ties: str = "keep", allow_outside: bool = False):
         if ties not in ("keep", "drop"):
             raise UserError(f"ties should be 'keep' or 'drop', but is {ties!r}")
-        self.ties = ties
+        self.ties, self.allow_outside = ties, allow_outside
 
     @abc.abstractmethod
     def units(self) -> list[Unit]:
         """Returns the units, in order; together they hold every row once."""
 
     @abc.abstractmethod
-    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
-        """Yields the pairs of a unit, the same at every read.
+    def rows(self, unit: Unit, *, images: bool) -> Iterator[Row]:
+        """Yields the rows of a unit, in order, to be read by `Row.fetch`.
+
+        images: False where only prompts and labels are needed.
 
         Raises:
-            ValueError: the file is damaged, and the damaged rows cannot be identified.
+            UserError: the file is damaged, and the damaged rows cannot be identified.
         """
-
-    @abc.abstractmethod
-    def prompts(self, unit: Unit) -> Iterator[str]:
-        """Yields the prompt of each row that labels admit; avoids reading images where possible."""
 
     @abc.abstractmethod
     def __len__(self) -> int:
         """Returns an upper bound on the pairs."""
 
+    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
+        """Yields the pairs of a unit, the same at every read; raises as `rows`."""
+        for row in self.rows(unit, images=True):
+            name = printable(row.name)
+            found = guard(name, lambda row=row, name=name: self._pairs(unit, row, name))
+            yield from [found] if isinstance(found, Skipped) else found
 
-def find_files(path: epath.Path, suffix: str) -> list[epath.Path]:
-    """Returns the files of a path, a folder or a pattern, sorted.
+    def prompts(self, unit: Unit) -> Iterator[str]:
+        """Yields the prompt of each row that labels admit; avoids reading images where possible."""
+        for row in self.rows(unit, images=False):
+            found = guard(row.name, lambda row=row: self._prompts(unit, row))
+            if not isinstance(found, Skipped):
+                yield from found
 
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    if "*" in path.name:
-        files = sorted(path.parent.glob(path.name))
-    elif path.is_dir():
-        files = sorted(path.glob(f"*{suffix}"))
-    else:
-        files = [path] if path.exists() else []
-    if not files:
-        raise MissingFileError(f"no {suffix.lstrip('.')} file at {path}")
-    return files
+    def _layout_of(self, unit: Unit) -> Layout:
+        return self.layout
+
+    def _pairs(self, unit: Unit, row: Row, name: str) -> list[RawPair | Skipped]:
+        return list(self._layout_of(unit).pairs(name, row.fetch(), row.load, self.ties))
+
+    def _prompts(self, unit: Unit, row: Row) -> list[str]:
+        return list(self._layout_of(unit).prompts(row.fetch(), self.ties))
+
+    def _most_pairs(self, unit: Unit, row: Row) -> int:
+        """Returns an upper bound on the pairs of a row; a row that is skipped counts as one."""
+        found = guard(row.name, lambda: self._layout_of(unit).most_pairs(row.fetch()))
+        return 1 if isinstance(found, Skipped) else found
 
 
 def cut(name: str, file: epath.PathLike, rows: int, size: int = UNIT_PAIRS) -> list[Unit]:
@@ -124,36 +92,3 @@ def cut(name: str, file: epath.PathLike, rows: int, size: int = UNIT_PAIRS) -> l
 
 def make_unit(name: str, file: epath.PathLike, start: int, stop: int) -> Unit:
     return Unit(f"{name}:{start}-{stop}", str(file), start, stop)
-
-
-def load_bytes(cell: Any, folder: epath.Path) -> bytes:
-    """Returns the encoded image of a table's cell: bytes, a path, or a `datasets` image of either.
-
-    Paths are relative to the folder.
-
-    Raises:
-        SkipError: there is no image, or it is absurdly large.
-    """
-    if isinstance(cell, Mapping):  # datasets' Image, as stored
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, str) and cell:
-        cell = _read_file(epath.Path(cell) if storage.is_remote(cell) else folder / cell)
-    if cell is not None and not isinstance(cell, bytes | str):
-        raise SkipError("no image", f"should be bytes or a path, but is {cell!r:.80}")
-    if not cell:
-        raise SkipError("no image")
-    if len(cell) > MAX_BYTES:
-        raise SkipError("absurd size", f"an encoded image of more than {MAX_BYTES} bytes")
-    return cell  # pyright: ignore[reportReturnType] - a path was read above
-
-
-def _read_file(path: epath.Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(MAX_BYTES + 1)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError) or error.errno in _NO_SUCH_FILE:
-            raise SkipError("no image", f"no file {path}") from error
-        raise
-    except ValueError as error:  # a zero byte in the path
-        raise SkipError("no image", f"{str(path)!r:.80}: {error}") from error

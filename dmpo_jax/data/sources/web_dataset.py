@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import functools
+import itertools
 import json
 import math
 import re
@@ -12,18 +13,11 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from dmpo_jax.data.sources import columns
-from dmpo_jax.data.sources.source import (
-    MAX_BYTES,
-    UNIT_PAIRS,
-    RawPair,
-    SkipError,
-    Skipped,
-    Source,
-    Unit,
-    cut,
-    find_files,
-)
+from dmpo_jax.data import tables
+from dmpo_jax.data.sources import columns, rows
+from dmpo_jax.data.sources.files import find_files
+from dmpo_jax.data.sources.rows import MAX_SHOWN, Row, SkipError, Skipped, guard, printable
+from dmpo_jax.data.sources.source import UNIT_PAIRS, Source, Unit, cut
 from dmpo_jax.errors import UserError
 
 _KINDS = "(?:jpg|jpeg|png|webp|gif|bmp|tif|tiff)"
@@ -35,6 +29,7 @@ _TEXTS = ("txt", "text", "prompt", "caption")
 _IMAGE_COLUMNS = ("chosen", "rejected", "image_0", "image_1", "images", "source", "mask")
 _NOT_IN_JSON = {name for column in _IMAGE_COLUMNS for name in columns.NAMES[column]}
 _THREADS = 16
+_FIRST = 100  # samples of which one must show the layout
 _BLOCK = 512  # bytes of a tar header
 
 
@@ -74,22 +69,12 @@ class WebDatasetSource(Source):
             which read every shard's headers, if a shard is damaged.
     """
 
-    def __init__(self, path: epath.PathLike, ties: str = "keep"):
-        super().__init__(ties)
+    def __init__(self, path: epath.PathLike, ties: str = "keep", allow_outside: bool = False):
+        super().__init__(ties, allow_outside)  # a tar file names no others
         self._files = find_files(epath.Path(path), ".tar")
         self._indices: list[list[int]] | None = None
-        for file in self._files:
-            with _opened(file) as tar:
-                for sample in _samples(tar, file):
-                    where = f"{file}, sample {sample.key}"
-                    try:
-                        row = _to_row(tar, sample)
-                    except SkipError as skip:
-                        raise UserError(f"{where}: {skip.reason}: {skip.detail}") from skip
-                    self.layout = columns.find_layout(list(row), where)
-                    self.given = self.layout.given
-                    return
-        raise UserError(f"the shards at {path} hold no sample: members are KEY.jpg_0, ...")
+        self.layout = _find_layout(self._files, str(path))
+        self.given = self.layout.given
 
     def units(self) -> list[Unit]:
         units = []
@@ -98,19 +83,10 @@ class WebDatasetSource(Source):
             units += cut(file.name, file, len(pairs), size)
         return units
 
-    def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
+    def rows(self, unit: Unit, *, images: bool) -> Iterator[Row]:
         for tar, name, sample in self._samples_of(unit):
-            try:
-                row = _to_row(tar, sample)
-            except SkipError as skip:
-                yield skip.at(name)
-                continue
-            yield from self.layout.pairs(name, row, functools.partial(_extract, tar), self.ties)
-
-    def prompts(self, unit: Unit) -> Iterator[str]:
-        for tar, _, sample in self._samples_of(unit):
-            with contextlib.suppress(SkipError):
-                yield from self.layout.prompts(_to_row(tar, sample), self.ties)
+            fetch = functools.partial(_to_row, tar, sample)
+            yield Row(name, fetch, functools.partial(_extract, tar))
 
     def __len__(self) -> int:
         if len(self.layout.images) == 2:
@@ -139,6 +115,29 @@ class WebDatasetSource(Source):
         raise UserError(f"{file} should hold {unit.stop} samples, but holds {number}")
 
 
+def _find_layout(files: list[epath.Path], path: str) -> columns.Layout:
+    """Returns the layout of the first sample that has one.
+
+    Raises:
+        UserError: none of the first samples of the first shard that holds any has a layout.
+    """
+    for file in files:
+        first: UserError | None = None
+        with _opened(file) as tar:
+            for sample in itertools.islice(_samples(tar, file), _FIRST):
+                where = f"{file}, sample {printable(sample.key)[:MAX_SHOWN]}"
+                row = guard(where, functools.partial(_to_row, tar, sample))
+                try:
+                    if isinstance(row, Skipped):
+                        raise UserError(f"{where}: {row.reason}: {row.detail}")
+                    return columns.find_layout(list(row), where)
+                except UserError as error:
+                    first = first or error
+        if first is not None:
+            raise first
+    raise UserError(f"the shards at {path} hold no sample: members are KEY.jpg_0, ...")
+
+
 def _count_pairs(file: epath.Path) -> list[int]:
     with _opened(file) as tar:
         return [sample.pairs for sample in _samples(tar, file)]
@@ -151,7 +150,9 @@ def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 yield tar
-        except (tarfile.TarError, EOFError, UnicodeDecodeError, OverflowError) as error:
+        except UserError:
+            raise
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
             raise UserError(f"{file} is not a complete tar file: {error}") from error
 
 
@@ -167,7 +168,9 @@ def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
             if sample is not None:
                 yield sample
             if key in keys:
-                raise UserError(f"{file}: the members of {key} should stand together")
+                raise UserError(
+                    f"{file}: the members of {printable(key)[:MAX_SHOWN]} should stand together"
+                )
             keys.add(key)
             sample = Sample(key, {}, {}, [])
         image = _IMAGE.fullmatch(what)
@@ -212,20 +215,15 @@ def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
     row: dict[str, Any] = {}
     if "json" in sample.texts:
         try:
-            row = json.loads(_extract(tar, sample.texts["json"]).decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise SkipError("not UTF-8", f"json: {error}") from error
-        except (ValueError, RecursionError) as error:
+            row = tables.parse_json(_extract(tar, sample.texts["json"]))
+        except json.JSONDecodeError as error:
             raise SkipError("not JSON", str(error)) from error
         if not isinstance(row, dict):
             raise SkipError("not JSON", f"not an object: {row!r:.80}")
         row = {name: value for name, value in row.items() if name not in _NOT_IN_JSON}
     for kind in _TEXTS:
         if kind in sample.texts and not {"prompt", "caption"} & set(row):
-            try:
-                row["prompt"] = _extract(tar, sample.texts[kind]).decode("utf-8-sig").strip()
-            except UnicodeDecodeError as error:
-                raise SkipError("not UTF-8", f"{kind}: {error}") from error
+            row["prompt"] = _extract(tar, sample.texts[kind]).decode("utf-8-sig").strip()
     numbers = [int(role) for role in sample.images if role.isdigit()]
     if max(numbers, default=0) >= columns.MAX_IMAGES:
         raise SkipError("uneven lists", f"image {max(numbers)} of up to {columns.MAX_IMAGES}")
@@ -239,10 +237,10 @@ def _to_row(tar: tarfile.TarFile, sample: Sample) -> dict[str, Any]:
 def _extract(tar: tarfile.TarFile, info: tarfile.TarInfo | None) -> bytes:
     if info is None or not info.size:
         raise SkipError("no image")
-    if info.size > MAX_BYTES:
-        raise SkipError("absurd size", f"{info.name} has {info.size} bytes, above {MAX_BYTES}")
+    if info.size > rows.MAX_BYTES:
+        raise SkipError("absurd size", f"{info.name} has {info.size} bytes, above {rows.MAX_BYTES}")
     stream = tar.extractfile(info)
     data = b"" if stream is None else stream.read()
-    if len(data) != info.size:
+    if len(data) != info.size:  # the next header will not be found, and the file be refused
         raise tarfile.ReadError(f"{info.name} is cut short")
     return data

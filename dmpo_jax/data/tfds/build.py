@@ -30,6 +30,7 @@ class Job(NamedTuple):
     """Settings that every worker receives: the source, its split and the output.
 
     validation_fraction: of the prompts. max_bad: largest share of the rows that may be bad.
+    allow_outside: also read images outside the folder of the table that names them.
     folder: for the shards; any path that all workers reach.
     """
 
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     ties: str
     validation_fraction: float | int
     max_bad: float | int
+    allow_outside: bool
     folder: str
 
 
@@ -107,9 +109,15 @@ def serialize(pair: sources.RawPair) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
+@functools.lru_cache(maxsize=1)
+def open_source(job: Job) -> sources.Source:
+    """Opens the job's source once a process: opening lists files and may read their schemas."""
+    return sources.open_source(job.source, ties=job.ties, allow_outside=job.allow_outside)
+
+
 def count_rows(job: Job) -> int:
     """Returns an upper bound on the pairs of the job's source."""
-    return len(_opened(job.source, job.ties))
+    return len(open_source(job))
 
 
 def plan_shards(units: Sequence[sources.Unit], shard_pairs: int) -> list[list[sources.Unit]]:
@@ -144,17 +152,17 @@ def write_shard(job: Job, shard: Shard) -> None:
     Raises:
         TooManyBadError: this shard alone has more bad rows than the entire source may have.
     """
-    source = _opened(job.source, job.ties)
+    source = open_source(job)
     tally = Tally(job.max_bad, total=count_rows(job))
     counts = {split: PairCounts() for split in SPLITS}
     with contextlib.ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
-        for pair, shapes in _good_pairs(source, shard.units, tally):
+        for pair, record, shapes in _good_pairs(source, shard.units, tally):
             split = SPLITS[is_held_out(pair.prompt, job.validation_fraction)]
             if split not in writers:
                 writer = ShardWriter(job.folder, shard.files[split])
                 writers[split] = stack.enter_context(writer)
-            writers[split].write(serialize(pair))
+            writers[split].write(record)
             counts[split].add(pair.prompt, pair.preference, shapes)
         sizes = {split: writer.close().record_bytes for split, writer in writers.items()}
     report = {
@@ -203,7 +211,7 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
         LOG.warning("no prompt of %s falls into the validation split: there is none", job.source)
     return {
         "source": job.source,
-        "given": sorted(_opened(job.source, job.ties).given),
+        "given": sorted(open_source(job).given),
         "ties": job.ties,
         "validation_fraction": job.validation_fraction,
         "rows_at_most": count_rows(job),
@@ -214,8 +222,8 @@ def summarize(job: Job, reports: Sequence[Report]) -> dict[str, Any]:
 
 def _good_pairs(
     source: sources.Source, units: Sequence[sources.Unit], tally: Tally
-) -> Iterator[tuple[sources.RawPair, list[tuple[int, int]]]]:
-    """Yields each pair that decodes, with its images' (height, width); tallies every row."""
+) -> Iterator[tuple[sources.RawPair, bytes, list[tuple[int, int]]]]:
+    """Yields (pair, record, its images' (height, width)) of each good pair; tallies every row."""
     for unit in units:
         for pair in source.read(unit):
             if isinstance(pair, sources.Skipped):
@@ -227,15 +235,13 @@ def _good_pairs(
             if isinstance(decoded, sources.Skipped):
                 tally.skip(decoded)
                 continue
+            record = sources.guard(pair.id, functools.partial(serialize, pair))
+            if isinstance(record, sources.Skipped):
+                tally.skip(record)
+                continue
             tally.ok(pair.preference)
             shapes = [(image.shape[0], image.shape[1]) for image in decoded.images]
-            yield pair, shapes
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(source: str, ties: str) -> sources.Source:
-    """Opens the source once a process: opening lists files and may read their schemas."""
-    return sources.open_source(source, ties=ties)
+            yield pair, record, shapes
 
 
 @functools.cache

@@ -43,6 +43,7 @@ class PairsConfig(tfds.core.BuilderConfig):
 
     source: KIND:PATH; an empty PATH stands for the manual folder. ties: "keep" or "drop".
     validation_fraction: of the prompts. max_bad: largest share of the rows that may be bad.
+    allow_outside: also read images outside the folder of the table that names them.
     shard_pairs: approximate rows a shard, since units of the source are not split.
     """
 
@@ -50,6 +51,7 @@ class PairsConfig(tfds.core.BuilderConfig):
     ties: str = "keep"
     validation_fraction: float | int = 0.01
     max_bad: float | int = 0.01
+    allow_outside: bool = False
     shard_pairs: int = 1000
 
 
@@ -115,9 +117,10 @@ class PreferencePairs(FileReaderBuilder):
             ties=config.ties,
             validation_fraction=config.validation_fraction,
             max_bad=config.max_bad,
+            allow_outside=config.allow_outside,
             folder=os.fspath(self.data_path),
         )
-        units = sources.open_source(job.source, ties=job.ties).units()
+        units = build.open_source(job).units()
         planned = build.plan_shards(units, config.shard_pairs)
         templates = {split: self._get_filename_template(split) for split in build.SPLITS}
         shards = []
