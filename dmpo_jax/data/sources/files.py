@@ -11,7 +11,7 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.data.sources import rows
-from dmpo_jax.data.sources.rows import SkipError, guard
+from dmpo_jax.data.sources.rows import SkipError
 from dmpo_jax.errors import MissingFileError, UserError
 
 REMOTE = ("gs://", "s3://")
@@ -66,11 +66,7 @@ def load_image(cell: Any, folder: epath.Path, *, allow_outside: bool) -> bytes:
     if isinstance(cell, Mapping):  # datasets' Image, as stored
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, str) and cell:
-        path = _locate(cell, folder, allow_outside)
-        found = guard(cell, lambda: _read_file(path), timed=True)
-        if isinstance(found, rows.Skipped):
-            raise SkipError(found.reason, found.detail)
-        cell = found
+        cell = _read_file(_locate(cell, folder, allow_outside))
     if cell is not None and not isinstance(cell, bytes | str):
         raise SkipError("no image", f"should be bytes or a path, but is {cell!r:.80}")
     if not cell:

@@ -21,7 +21,7 @@ MAX_PIXELS = 8192 * 8192  # of an image
 MAX_RATIO = 32  # of the longer side of an image to the shorter
 MAX_BYTES = 256 * 2**20  # of the encoded images of a row
 MAX_TEXT = 2**15  # characters of a prompt or an id
-MAX_SECONDS = 120  # to load an image file, or to decode and resize the images of a pair
+MAX_SECONDS = 120  # to decode and resize the images of a pair
 
 MAX_SHOWN = 300  # characters of an id or a reason's detail in messages
 _SLICES = 10  # of MAX_SECONDS
