@@ -81,6 +81,9 @@ def read_delimited(
         ValueError: a column occurs twice, a quotation mark is not closed, or `columns` raises it.
         pa.ArrowException: the content is not a valid CSV or TSV file.
     """
+    # pyarrow sees Latin-1, in which any bytes are text: a cell that is no UTF-8 is then the fault
+    # of its row alone. `_decoded` reverts it.
+    content = content.removeprefix(BOM).decode("latin-1").encode()
     bad: dict[int, str] = {}
     # A row must fit into one block. In one thread, pyarrow knows the numbers of bad rows.
     block = min(max(len(content), 1), _LARGEST_BLOCK)
@@ -93,19 +96,21 @@ def read_delimited(
 
     def skip(row: pyarrow.csv.InvalidRow) -> str:
         said = f"has {row.actual_columns} cells, but the header has {row.expected_columns}"
-        bad[row.number - 2] = f"{said}: {row.text!r:.80}"  # numbered from 1, with the header
+        shown = row.text.encode("latin-1").decode(errors="replace")
+        bad[row.number - 2] = f"{said}: {shown!r:.80}"  # numbered from 1, with the header
         return "error" if "\n" in row.text.strip() else "skip"  # a quotation mark is not closed
 
     head = parse(lambda row: "skip")
     with pyarrow.csv.open_csv(pa.BufferReader(content), read, head) as reader:
-        names = reader.schema.names
-    count = collections.Counter(names)
-    if twice := sorted(name for name in count if count[name] > 1):
+        stored = {name: _decoded(name.encode()) for name in reader.schema.names}
+        count = collections.Counter(reader.schema.names)
+    if twice := sorted(stored[name] for name in count if count[name] > 1):
         raise UserError(f"has the columns {twice} twice: keep one of each")
-    # Bytes only: "007" is a prompt, not 7, "2024-01-01" is no date, and one cell may not be UTF-8.
+    wanted = columns(list(stored.values())) if columns else stored.values()
+    # Bytes only: "007" is a prompt, not 7, and "2024-01-01" is not a date.
     convert = pyarrow.csv.ConvertOptions(
-        column_types=dict.fromkeys(names, pa.binary()),
-        include_columns=columns(names) if columns else None,
+        column_types=dict.fromkeys(stored, pa.binary()),
+        include_columns=[name for name in stored if stored[name] in wanted],
     )
     table = pyarrow.csv.read_csv(pa.BufferReader(content), read, parse(skip), convert)
     last = table.slice(table.num_rows - 1).to_pylist() if table.num_rows else [{}]
@@ -118,14 +123,18 @@ def read_delimited(
             raise ValueError(bad[i])
         row = i - bisect.bisect(numbers, i)
         cells = zip(table.column_names, table.columns, strict=True)
-        return {name: column[row].as_py().decode() or None for name, column in cells}
+        return {stored[name]: _decoded(column[row].as_py()) or None for name, column in cells}
 
     return Rows(table.num_rows + len(bad), parse_row)
 
 
+def _decoded(cell: bytes) -> str:
+    return cell.decode().encode("latin-1").decode()
+
+
 def _check_quotes(content: bytes, delimiter: str) -> None:
     """Raises ValueError if the last quotation mark is not closed, which pyarrow does not tell."""
-    text = io.StringIO(content.decode("utf-8", "replace"), newline="")
+    text = io.StringIO(content.decode(), newline="")
     try:
         for _ in csv.reader(text, delimiter=delimiter, strict=True):
             pass
