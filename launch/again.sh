@@ -27,6 +27,8 @@ trap 'stopped=yes; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null' TERM
 for ((run = 1; ; run++)); do
   "$@" &
   child=$!
+  # A SIGTERM before that line found no child to pass it to.
+  [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null
   wait "$child"
   status=$?
   # A trap ends `wait` early, with a status of its own.

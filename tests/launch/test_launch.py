@@ -71,6 +71,16 @@ def test_it_runs_again_until_the_work_is_done(tmp_path):
     assert "gave up after 2 runs" in given_up.stderr
 
 
+def test_a_sigterm_before_the_command_runs_is_not_lost(tmp_path):
+    """The shell reads the script as it runs it: the signal comes just after the command began."""
+    text = AGAIN.read_text().replace("  child=$!\n", "  kill -TERM $$; child=$!\n", 1)
+    script = tmp_path / "again.sh"
+    script.write_text(text)
+    command = "trap 'exit 143' TERM; while :; do sleep 0.05; done"
+    run = subprocess.run(["bash", script, "bash", "-c", command], timeout=60)
+    assert run.returncode == 143
+
+
 def test_a_sigterm_goes_on_to_the_command_which_is_let_finish(tmp_path):
     ready = tmp_path / "ready"
     command = (
@@ -150,32 +160,35 @@ class Cloud:
         self.environ["SHELL"] = shutil.which(shell) or pytest.skip(f"needs {shell}")
 
     def start(self, *flags: str, **environ: str) -> subprocess.Popen:
-        return subprocess.Popen(
-            [ROOT / "launch/tpu/train.sh", *flags],
-            cwd=self.folder,
-            env=self.environ | environ,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        """Starts the launcher; what it says is appended to the file `said`."""
+        with (self.folder / "said").open("a") as said:
+            return subprocess.Popen(
+                [ROOT / "launch/tpu/train.sh", *flags],
+                cwd=self.folder,
+                env=self.environ | environ,
+                stdout=said,
+                stderr=said,
+            )
 
     def run(self, *flags: str, **environ: str) -> tuple[int, str]:
         """(exit status, messages) of the launcher."""
         process = self.start(*flags, **environ)
         try:
-            said = process.communicate(timeout=60)[1]
+            process.wait(timeout=300)
         finally:
             process.kill()
-        return process.returncode, said
+        return process.returncode, (self.folder / "said").read_text()
 
     def trainings(self) -> list[str]:
         """Folder and process of each training that was started."""
         file = self.folder / "trainings"
         return file.read_text().splitlines() if file.exists() else []
 
-    def wait_for(self, name: str) -> None:
-        deadline = time.monotonic() + 60
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline, f"there is no {name}"
+    def wait_for(self, name: str, words: str = "") -> None:
+        """Waits until a file is there and holds these words."""
+        deadline, file = time.monotonic() + 300, self.folder / name
+        while not (file.exists() and words in file.read_text()):
+            assert time.monotonic() < deadline, f"there is no {words} in {name}"
             time.sleep(0.02)
 
 
@@ -202,13 +215,11 @@ def test_a_second_launcher_watches_the_training_that_runs(tmp_path):
     first = cloud.start("--workdir=w")
     cloud.wait_for("runs")
     first.kill()
-    first.communicate()
+    first.wait()
     second = cloud.start("--workdir=w")
-    time.sleep(2)
-    assert second.poll() is None
+    cloud.wait_for("said", "training runs here already")
     (tmp_path / "end").touch()
-    said = second.communicate(timeout=60)[1]
-    assert second.returncode == 3, said
+    assert second.wait(timeout=300) == 3
     assert len(cloud.trainings()) == 1
     status, said = cloud.run("--workdir=w")  # it has ended: this is another attempt
     assert status == 3, said
