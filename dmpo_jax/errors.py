@@ -24,6 +24,13 @@ class MissingFileError(UserError, FileNotFoundError):
     """A missing file or folder that the user named."""
 
 
+def printable(text: str) -> str:
+    """Escapes control characters, with which text of a data set could write to the terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def message_of(error: BaseException) -> str:
     """Returns the message of a user error; '' for a bug."""
     if isinstance(error, UserError):

@@ -177,6 +177,19 @@ def local_file(path: epath.Path) -> Iterator[epath.Path]:
         yield path.copy(epath.Path(folder) / path.name)
 
 
+@contextlib.contextmanager
+def local_copy(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields a local folder: `folder` itself, or a temporary copy of a remote one's files."""
+    if not is_remote(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for path in folder.iterdir():
+            if path.is_file():
+                path.copy(epath.Path(local) / path.name)
+        yield epath.Path(local)
+
+
 def stage(folder: epath.Path, files: Mapping[str, int], kind: str) -> epath.Path:
     """Copies a remote folder's files (name -> size) to a local folder that later runs reuse."""
     key = hashlib.sha256(json.dumps([os.fspath(folder), files]).encode()).hexdigest()[:16]

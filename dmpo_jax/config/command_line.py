@@ -57,7 +57,7 @@ class _OneLine(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        return record.getMessage()
+        return errors.printable(record.getMessage())
 
 
 def _debugging() -> bool:

@@ -107,7 +107,7 @@ class Timesteps(Section):
 class Model(Section):
     folder: str = leaf(
         "",
-        "diffusers pipeline folder or hub id; '' must be set",
+        "diffusers pipeline folder or hub id[@revision]; '' must be set",
         affects=RUN,
         content="model weights",
     )

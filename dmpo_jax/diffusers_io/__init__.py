@@ -1,9 +1,10 @@
 """Reads and writes PyTorch diffusers folders.
 
-`pipeline` handles a complete folder, `components` one part of it by class, `weights` one
-model, `lora_file` adapters, `schedules` the scheduler's config; `digests` tells weights apart.
-Below them: `folders` (which files), `layout` (names and axes), `tensor_files` (safetensors, one
-tensor at a time) and `placement` (arrays between host and devices).
+`pipeline` handles a complete folder, `parts` copies what is not trained, `components` handles
+one part by class, `weights` one model, `lora_file` adapters, `schedules` the scheduler's config;
+`digests` tells weights apart. Below them: `folders` (which files, hub ids), `layout` (names and
+axes), `tensor_files` (safetensors, one tensor at a time) and `placement` (arrays between host and
+devices).
 """
 
 from dmpo_jax.diffusers_io.components import (
@@ -18,12 +19,13 @@ from dmpo_jax.diffusers_io.components import (
     save_vae,
 )
 from dmpo_jax.diffusers_io.digests import digest_encoders, digest_model, digest_variants
-from dmpo_jax.diffusers_io.folders import find_folder, read_json
+from dmpo_jax.diffusers_io.folders import find_folder, hub_id, pinned, read_json, resolve
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
 from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
+    check_export,
     embed_prompts,
     load_pipeline,
     make_index,
@@ -38,12 +40,14 @@ __all__ = [
     "SHARD_BYTES",
     "Pipeline",
     "Sampling",
+    "check_export",
     "check_finite",
     "digest_encoders",
     "digest_model",
     "digest_variants",
     "embed_prompts",
     "find_folder",
+    "hub_id",
     "load_family",
     "load_lora",
     "load_model",
@@ -53,7 +57,9 @@ __all__ = [
     "load_unet",
     "load_vae",
     "make_index",
+    "pinned",
     "read_json",
+    "resolve",
     "save_lora",
     "save_model",
     "save_pipeline",

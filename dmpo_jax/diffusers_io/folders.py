@@ -1,14 +1,18 @@
 """Files of a diffusers folder: its location, its JSON, and the files of its weights."""
 
+import functools
+import logging
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.errors import UserError
 
+LOG = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"(?P<id>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w-][\w./-]*))?")
 SHOWN = 4  # names listed in a message before the rest is counted
 
 
@@ -24,28 +28,83 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 600 else f"{text[:600]} ..."
 
 
-def find_folder(folder: epath.PathLike) -> epath.Path:
-    """Returns a local or object-storage path as is; downloads and caches a hub id (`org/name`).
+class Located(NamedTuple):
+    """A model folder. commit: of the hub repository that it was fetched from, else ""."""
+
+    folder: epath.Path
+    commit: str
+
+
+def resolve(name: epath.PathLike) -> Located:
+    """Finds a model folder: a local or object-storage path, or a hub id.
+
+    A hub id is `org/name` or `org/name@revision`, a branch, tag or commit. Its repository is
+    downloaded and cached; this process keeps to the commit that it found first.
 
     Raises:
         ValueError: neither a folder nor an id that the hub client could fetch.
     """
-    path = epath.Path(folder)
+    path = epath.Path(name)
     if path.is_dir():
-        return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not str(folder).startswith("."):
-        from huggingface_hub import snapshot_download
+        return Located(path, "")
+    if path.exists():
+        raise UserError(f"{str(name)!r} is a file, but a model is a diffusers pipeline folder")
+    found = _HUB_ID.fullmatch(str(name))
+    if found is None:
+        raise UserError(f"model folder {str(name)!r} does not exist")
+    repository, revision = found["id"], found["revision"]
+    if not revision and path.parent.is_dir():
+        # A name typed wrong must not be fetched from whoever has registered it.
+        raise UserError(
+            f"model folder {str(name)!r} does not exist, though {str(path.parent)!r} does; if the "
+            f"hub's repository of that name is meant, add a revision: {name}@main"
+        )
+    folder = _fetch(repository, revision)
+    return Located(folder, folder.name)  # the hub's cache names a snapshot by its commit
 
-        try:
-            # Weights are safetensors only: no code or pickle of a repository is downloaded.
-            patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
-            return epath.Path(snapshot_download(str(folder), allow_patterns=patterns))
-        except Exception as error:
-            reason = one_line(error)
-            raise UserError(
-                f"{str(folder)!r} is no local folder, and fetching it as a hub id failed: {reason}"
-            ) from error
-    raise UserError(f"model folder {str(folder)!r} does not exist")
+
+def find_folder(folder: epath.PathLike) -> epath.Path:
+    """Returns a path as is; downloads and caches a hub id. As `resolve`, without the commit."""
+    return resolve(folder).folder
+
+
+def pinned(name: str, before: str = "") -> str:
+    """Returns a hub id with its commit, `org/name@commit`; a path and "" are unchanged.
+
+    before: a name that an earlier run recorded; it is kept if it is of this repository and
+        `name` asks for no revision, even if the repository has changed since.
+
+    Raises:
+        ValueError: as `resolve`.
+    """
+    if not name:
+        return name
+    if before and before.partition("@")[0] == name and not epath.Path(name).is_dir():
+        return before
+    commit = resolve(name).commit
+    return f"{hub_id(name)}@{commit}" if commit else name
+
+
+def hub_id(name: str) -> str:
+    """Returns a hub id without its revision; a path is unchanged."""
+    found = None if epath.Path(name).is_dir() else _HUB_ID.fullmatch(name)
+    return found["id"] if found else name
+
+
+@functools.cache
+def _fetch(repository: str, revision: str | None) -> epath.Path:
+    from huggingface_hub import snapshot_download
+
+    LOG.info("%s is no local folder: fetching it from the hub", repository)
+    # Weights are safetensors only: no code or pickle of a repository is downloaded.
+    patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
+    try:
+        return epath.Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(
+            f"{repository!r} is no local folder, and fetching it as a hub id "
+            f"(revision {revision or 'main'}) failed: {one_line(error)}"
+        ) from error
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.diffusers_io import components
-from dmpo_jax.diffusers_io.folders import component, read_json
+from dmpo_jax.diffusers_io import components, parts
+from dmpo_jax.diffusers_io.folders import component, one_line, read_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.errors import UserError
@@ -81,7 +81,7 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     """Loads a tokenizer of a pipeline folder, by the class in its tokenizer_config.json.
 
     Raises:
-        ValueError: the folder has no such part.
+        ValueError: the folder has no such part, or its files are not valid.
     """
     from transformers import AutoTokenizer, CLIPTokenizer
 
@@ -90,7 +90,12 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     config = read_json(path / name / "tokenizer_config.json")
     # Old CLIP folders name no class, and AutoTokenizer needs a config.json to infer one.
     clip = str(config.get("tokenizer_class", "CLIPTokenizer")).startswith("CLIPTokenizer")
-    return (CLIPTokenizer if clip else AutoTokenizer).from_pretrained(str(path / name))
+    kind = CLIPTokenizer if clip else AutoTokenizer
+    with storage.local_copy(path / name) as folder:  # the library reads local folders only
+        try:
+            return kind.from_pretrained(str(folder))
+        except Exception as error:  # the libraries raise many types, some of them bare
+            raise UserError(f"{path / name} holds no valid tokenizer: {one_line(error)}") from error
 
 
 def check_parts(path: epath.Path, family: Family) -> None:
@@ -187,33 +192,33 @@ def save_pipeline(model: Any, source: epath.PathLike, out: epath.PathLike, **kw:
     Every process must call it. Process 0 writes; a barrier follows. model_index.json is the
     commit marker: removed first, written last. `kw`: params, dtype and shard_bytes of
     `weights.save_weights`.
+
+    Raises:
+        ValueError: as `parts.check_copy`, before anything is written.
     """
     source, family = components.load_family(source)
     out = epath.Path(out)
     index = read_json(source / "model_index.json")
+    copied = parts.check_copy(source, out, family.component)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "model_index.json").unlink(missing_ok=True)
-        for part in source.iterdir() if out.resolve() != source.resolve() else ():
-            if part.name != family.component and part.is_dir():
-                _copy_folder(part, out / part.name)
+        for name, part in copied.items():
+            parts.copy_part(part, out / name)
     components.save_model(model, out / family.component, **kw)
     if jax.process_index() == 0:
         storage.write_json(out / "model_index.json", index)
     processes.barrier(f"saved {out}")
 
 
-def _copy_folder(source: epath.Path, out: epath.Path) -> None:
-    """Replaces `out` by a copy of `source`; config.json is removed first and copied last."""
-    (out / "config.json").unlink(missing_ok=True)
-    if out.exists():  # another pipeline's stale files could be loaded before ours
-        out.rmtree()
-    out.mkdir(parents=True, exist_ok=True)
-    for file in sorted(source.iterdir(), key=lambda f: (f.name == "config.json", f.name)):
-        if file.is_dir():
-            _copy_folder(file, out / file.name)
-        else:
-            file.copy(out / file.name, overwrite=True)
+def check_export(source: epath.PathLike, out: epath.PathLike) -> None:
+    """Raises ValueError if `out` is the source, or `save_pipeline` would refuse to write to it."""
+    path, family = components.load_family(source)
+    if parts.is_same(path, out):
+        raise UserError(
+            f"{out} is the model that was trained, its reference: choose another folder"
+        )
+    parts.check_copy(path, out, family.component)
 
 
 def make_index(kind: str, parts: dict[str, tuple[str, str]]) -> dict[str, Any]:

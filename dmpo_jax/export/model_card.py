@@ -42,12 +42,13 @@ def write_card(card: Card, out: epath.Path, *, step: int, ema: bool) -> None:
     """Writes `out/README.md`: front matter for model hubs, then tables for readers."""
     if jax.process_index() != 0:
         return
-    name = card.trained.folder.rstrip("/").rpartition("/")[2]
+    base = diffusers_io.hub_id(card.trained.folder)
+    name = base.rstrip("/").rpartition("/")[2]
     parts = [
         front_matter(card, out),
         f"# {name}, aligned with {card.objective}",
         summary(card, step=step, ema=ema),
-        how_to_use(card.trained.folder, out),
+        how_to_use(base, out),
         "## Data\n\n" + table(about_data(card.pairs)),
         "## Settings\n\n" + table(flat(card.settings)),
         "## Metrics\n\n" + table(metrics(card.workdir, step)),
@@ -63,7 +64,7 @@ def front_matter(card: Card, out: epath.Path) -> str:
     lines = [
         "---",
         # Quoted, so that any text is a valid YAML string.
-        f"base_model: {json.dumps(card.trained.folder)}",
+        f"base_model: {json.dumps(diffusers_io.hub_id(card.trained.folder))}",
         f"base_model_relation: {'adapter' if adapter else 'finetune'}",
         "library_name: diffusers",
         f"pipeline_tag: {'image-to-image' if family.given else 'text-to-image'}",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.errors import UserError
 from dmpo_jax.export.pipeline import Trained
 from dmpo_jax.extras import install_hint
@@ -88,13 +88,15 @@ def predict_in_pytorch(
     """Returns diffusers' prediction `[N, H, W, C]`, with a folder's adapters if one is given."""
     diffusers: Any = importlib.import_module("diffusers")
     torch: Any = importlib.import_module("torch")
-    model = getattr(diffusers, family.torch_class).from_pretrained(
-        str(source / family.component), variant=variant, torch_dtype=torch.float32
-    )
-    if adapters is not None:
-        model.load_lora_adapter(
-            str(adapters), weight_name=diffusers_io.LORA_FILE, prefix=family.component
+    with storage.local_copy(source / family.component) as folder:  # diffusers reads no gs://
+        model = getattr(diffusers, family.torch_class).from_pretrained(
+            str(folder), variant=variant, torch_dtype=torch.float32
         )
+    if adapters is not None:
+        with storage.local_copy(adapters) as folder:
+            model.load_lora_adapter(
+                str(folder), weight_name=diffusers_io.LORA_FILE, prefix=family.component
+            )
     told = jax.tree.map(torch.tensor, family.torch_inputs(*inputs))
     with torch.no_grad():
         predicted = model.eval()(**told).sample

@@ -57,6 +57,8 @@ def convert(
         raise UserError(f"{workdir} trained every parameter: there is no LoRA to merge")
     if weights == "ema" and not card.ema_decay:
         raise UserError(f"{workdir} kept no moving average (train.ema_decay is 0)")
+    if merge or not adapters:
+        diffusers_io.check_export(card.trained.folder, out)
     field = "ema" if weights != "policy" and card.ema_decay else "params"
     with checkpoint.Checkpoints(
         workdir / "checkpoints",

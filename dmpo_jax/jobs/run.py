@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import family_named
@@ -47,11 +48,12 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
     check_processes(config)
     if config.debug.family:
         config = with_debug_files(config, workdir)
+    config = with_commits(config, workdir)
     collected = f"pickapic:{workdir / 'pairs.parquet'}"
     checks = {
         "collect": lambda: collect.check(config),
         "encode": lambda: encode.check(config, source=collected),
-        "train": lambda: train.check(config),
+        "train": lambda: train.check(config, workdir),
         "evaluate": lambda: evaluate.check(config),
     }
     jobs = {
@@ -89,6 +91,19 @@ def check_processes(config: Config) -> None:
         )
     if jax.process_index() > 0:  # process 0 logs for all
         logging.getLogger("dmpo_jax").setLevel(logging.WARNING)
+
+
+def with_commits(config: Config, workdir: epath.Path) -> Config:
+    """Returns the config with the commit of each hub id.
+
+    A resumed run keeps those of its config.json: its reference must not change with the hub.
+    """
+    before = storage.find_json(workdir / "config.json") or {}
+    config = config.copy_and_resolve_references()
+    for leaf in ("folder", "vae"):
+        name, recorded = config.model[leaf], before.get(f"model.{leaf}") or ""
+        config.model[leaf] = diffusers_io.pinned(name, recorded)
+    return config
 
 
 def with_debug_files(config: Config, workdir: epath.Path) -> Config:

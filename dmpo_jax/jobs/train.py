@@ -115,8 +115,8 @@ def grids(run: Run, workdir: epath.Path) -> list[Draw]:
     return [Draw(built, make_draw(open_sampler, prompts, workdir / "samples"), every=every)]
 
 
-def check(config: configs.Config) -> None:
+def check(config: configs.Config, workdir: epath.Path) -> None:
     """Raises ValueError if the model or the prompts of image grids are missing."""
-    diffusers_io.load_family(config.model.folder)
+    diffusers_io.check_export(config.model.folder, workdir / "export")
     if config.log.sample_every and config.sample.prompts:
         load_texts(config.sample.prompts)

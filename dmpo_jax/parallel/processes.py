@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from dmpo_jax import locks
-from dmpo_jax.errors import UserError
+from dmpo_jax.errors import UserError, printable
 from dmpo_jax.parallel import jax_internals
 
 LOG = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ def join(
     if peers is None:
         return
     LOG.info("one of %d processes (%s)", peers.processes, peers.where)
+    if peers.process_id == 0 and peers.coordinator:
+        _check_port(peers.coordinator)
     alarm = threading.Timer(join_limit, _give_up, (peers, join_limit))
     alarm.daemon = True
     alarm.start()
@@ -220,20 +222,20 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def end(status: int, words: str) -> NoReturn:
-    """Prints `words` and ends this process; in a multi-process run, all processes.
+    """Prints `words`, control characters escaped, and ends this process; in a multi-process run, all processes.
 
     Otherwise the others would wait, in a collective or for a file: until `heartbeat` if this
     process is gone, for ever if it waits for them in turn.
     """
     if not _joined.is_set():
-        print(words, file=sys.stderr, flush=True)
+        _say(words)
         sys.exit(status)
     abort(status, words)
 
 
 def abort(status: int, words: str) -> NoReturn:
     """Ends as `end`, from any thread and at once: without cleanup."""
-    print(words, file=sys.stderr, flush=True)
+    _say(words)
     if _joined.is_set():
         with contextlib.suppress(Exception):  # another was first, or the coordinator is gone
             told = json.dumps([jax_internals.process_index(), status, words.splitlines()[-1]])
@@ -263,7 +265,7 @@ def _watch(client: Any, index: int) -> None:
         who, status, words = json.loads(found)
         if who == index:
             return
-        print(f"process {who} has failed, so this one ends: {words}", file=sys.stderr, flush=True)
+        _say(f"process {who} has failed, so this one ends: {words}")
         _leave(status)
 
 
@@ -282,6 +284,23 @@ def _give_up(peers: Peers, limit: int) -> None:
     )
 
 
+def _check_port(address: str) -> None:
+    """Ends with RESTART if another program listens on the coordinator's port, where JAX crashes."""
+    port = int(address.rpartition(":")[2])
+    with socket.socket() as probe:
+        # As for JAX's own server, a connection that has just been closed does not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            end(
+                RESTART,
+                f"process 0 cannot listen on port {port} of distributed.coordinator: "
+                f"{error.strerror}. Is another run on this machine, or still ending? If not, choose "
+                "another port",
+            )
+
+
 def _answers(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
@@ -297,6 +316,10 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # no exit handlers: JAX's would wait for the other processes
+
+
+def _say(words: str) -> None:
+    print(printable(words), file=sys.stderr, flush=True)
 
 
 def _integer(environ: Mapping[str, str], name: str, unset: int) -> int:

@@ -128,6 +128,9 @@ def test_a_killed_save_never_mixes_weights(before, after, tmp_path, monkeypatch)
     assert None in seen
 
 
+PARTS = {name: ["diffusers", "x"] for name in ("unet", "vae", "scheduler")}
+
+
 def make_pipeline(folder, value, index):
     """A pipeline folder whose every number is `value`."""
     diffusers_io.save_unet(filled(UNet2DConditionModel, UNET, value), folder / "unet")
@@ -139,7 +142,7 @@ def make_pipeline(folder, value, index):
 
 
 def test_a_killed_pipeline_save_never_passes_for_whole(tmp_path, monkeypatch):
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "x"]}
+    index = {"_class_name": "StableDiffusionPipeline", **PARTS}
     make_pipeline(tmp_path / "source", 2.0, index)
     make_pipeline(tmp_path / "old", 1.0, {**index, "old": True})
     unet = filled(UNet2DConditionModel, UNET, 3.0)
@@ -168,7 +171,7 @@ def test_a_killed_pipeline_save_never_passes_for_whole(tmp_path, monkeypatch):
 
 def test_a_pipeline_replaces_what_another_left(tmp_path):
     """The target's own files would be found before the copied ones."""
-    index = {"_class_name": "StableDiffusionPipeline"}
+    index = {"_class_name": "StableDiffusionPipeline", **PARTS}
     make_pipeline(tmp_path / "source", 2.0, index)
     make_pipeline(tmp_path / "out", 1.0, index)
     unet = filled(UNet2DConditionModel, UNET, 3.0)

@@ -1,6 +1,7 @@
 """Tests for dmpo_jax/parallel/processes.py and training/stopping.py: what needs no training run."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -146,6 +147,25 @@ def test_who_waits_in_vain_is_told_so(index, words):
     )
     assert run.returncode == processes.RESTART, run.stderr
     assert f"{words} {address} within 2 s (distributed.join_limit)" in run.stderr
+
+
+def test_a_port_in_use_is_said(capsys):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            processes.join(coordinator=f"127.0.0.1:{port}", processes=2, process_id=0)
+    assert ended.value.code == processes.RESTART
+    said = capsys.readouterr().err
+    assert f"cannot listen on port {port} of distributed.coordinator: Address already in" in said
+
+
+def test_messages_cannot_write_to_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        processes.end(1, "no file \x1b]0;owned\x07\r\x9b2J\u202e.png,\n\tnaïve 猫")
+    said = capsys.readouterr().err
+    assert said == r"no file \x1b]0;owned\x07\r\x9b2J\u202e.png," + "\n\tnaïve 猫\n"
 
 
 FAIL = """
