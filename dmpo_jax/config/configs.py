@@ -124,12 +124,15 @@ def nearest(path: str, known: Iterable[str]) -> str:
 def identity(config: Config) -> dict[str, Any]:
     """Settings that must match to resume a run, JSON-serialisable.
 
-    Excludes settings that change rounding at most (mesh, accumulation, threads), the length and
-    logging of the run (train.steps, log, sample), and the other jobs. Includes train.steps if
-    the learning rate decays towards it.
+    Excludes settings that change rounding at most (mesh, threads), the length and logging of the
+    run (train.steps, log, sample), and the other jobs. Includes train.steps if the learning rate
+    decays towards it, and train.accumulation if something is computed over a microbatch.
     """
     nested: dict[str, Any] = {"objectives": {config.objective: {}}}
-    for path, value in _affected(config, RUN).items():
+    counted = _affected(config, RUN)
+    if config.train.accumulation > 1 and works_by_microbatch(config):
+        counted["train.accumulation"] = config.train.accumulation
+    for path, value in counted.items():
         *sections, name = path.split(".")
         section = nested
         for part in sections:
@@ -141,6 +144,16 @@ def identity(config: Config) -> dict[str, Any]:
 def places() -> dict[str, str]:
     """Returns {leaf: content that it names} of the leaves that are paths (`Leaf.content`)."""
     return {path: found.content for path, found in declared().items() if found.content}
+
+
+def works_by_microbatch(config: Config) -> bool:
+    """True if the update depends on how its pairs are cut into microbatches."""
+    objective = OBJECTIVES.get(config.objective)
+    return bool(
+        (objective and objective.couples_pairs)
+        or config.safeguard.mu is not None
+        or (config.lora.rank and config.lora.dropout)
+    )
 
 
 def _affected(config: Config, what: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from dmpo_jax.models.attention import KERNELS
 from dmpo_jax.models.execution import REMAT
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.safeguard import MU
+from dmpo_jax.sampling.seeds import EACH, SEEDS
 from dmpo_jax.scoring.labels import LABELS
-from dmpo_jax.training.optim import OPTIMIZERS, SCHEDULES
+from dmpo_jax.training.optim import OPTIMIZERS, SCHEDULES, SMALLEST_EPS
 
 JOBS = ("collect", "encode", "train", "evaluate")
 DTYPES = ("bfloat16", "float32")
@@ -116,7 +117,12 @@ class Model(Section):
         "of the weight files: 'fp16' reads *.fp16.safetensors; '' reads the plain",
         affects=RUN,
     )
-    vae: str = leaf("", "another VAE's folder, such as SDXL's fp16 fix; '' takes the pipeline's")
+    vae: str = leaf(
+        "",
+        "another VAE's folder, such as SDXL's fp16 fix; '' takes the pipeline's",
+        affects=RUN,
+        counts_with=ITSELF,
+    )
     compute_dtype: str = leaf(
         "bfloat16",
         "of activations; parameters are always float32",
@@ -219,7 +225,11 @@ class Train(Section):
     )
     batch_size: int = leaf(2048, "pairs an update, over all devices", "[1, inf)", affects=BOTH)
     accumulation: int = leaf(
-        1, "microbatches an update is cut into, to save memory", "[1, inf)", affects=PROGRAM
+        1,
+        "microbatches an update is cut into, to save memory; with diffusion_kto, safeguard.mu or "
+        "lora.dropout, which work by microbatch, also of the run",
+        "[1, inf)",
+        affects=PROGRAM,
     )
     skip_limit: int = leaf(0, "updates with a non-finite loss to skip before giving up", "[0, inf)")
     hang_limit: int = leaf(
@@ -277,7 +287,9 @@ class Optimizer(Section):
     schedule: str = leaf("constant", "after the warmup", OneOf(SCHEDULES), affects=BOTH)
     b1: float = leaf(0.9, "decay of the first moment (AdamW)", "[0, 1)", affects=BOTH)
     b2: float = leaf(0.999, "decay of the second moment (AdamW)", "[0, 1)", affects=BOTH)
-    eps: float = leaf(1e-8, "added to the denominator (AdamW)", "[0, inf)", affects=BOTH)
+    eps: float = leaf(
+        1e-8, "added to the denominator (AdamW)", f"[{SMALLEST_EPS}, inf)", affects=BOTH
+    )
     weight_decay: float = leaf(
         0.01, "times the learning rate, on every parameter", "[0, inf)", affects=BOTH
     )
@@ -367,7 +379,7 @@ class Sample(Section):
 
 class Collect(Section):
     prompts: str = leaf("", "text file, one prompt a line; '' takes sample.prompts")
-    pairs: int = leaf(1024, "pairs to make; prompts take turns", "[1, inf)")
+    pairs: int = leaf(1024, "pairs to make; prompts take turns", f"[1, {EACH // 2}]")
     scorer: str = leaf("", "what judges the two images; '' must be set for the collect job")
     temperature: float = leaf(
         1.0, "Bradley-Terry: preference = sigmoid(score difference / this)", "(0, inf)"
@@ -381,7 +393,7 @@ class Collect(Section):
 
 
 class Evaluate(Section):
-    seeds: int = leaf(256, "held-out images a judge sees of each model", "[1, inf)")
+    seeds: int = leaf(256, "held-out images a judge sees of each model", f"[1, {EACH}]")
     judges: tuple[str, ...] | None = leaf(
         None, "names of scorers; unset: collect.scorer", Check(_NAMES.fits, "names of scorers")
     )
@@ -401,7 +413,10 @@ class Settings(Root):
 
     objective: str = leaf("dmpo", "the loss", OneOf(OBJECTIVES), affects=BOTH)
     seed: int = leaf(
-        0, "of the data's order, noise, timesteps, dropout and images", "[0, inf)", affects=RUN
+        0,
+        "of the data's order, noise, timesteps, dropout and images",
+        f"[0, {SEEDS})",
+        affects=RUN,
     )
     jobs: tuple[str, ...] = leaf(("train",), f"what to do, in order; of {', '.join(JOBS)}")
     profile: str = leaf("", "START:STOP, the updates, both included, to trace into WORKDIR/profile")

@@ -94,6 +94,12 @@ def make_timesteps(
                 f"no timestep of shift={shift} lies between low={low} and high={high}: widen them"
             )
         first, last = int(inside[0]), int(inside[-1]) + 1
+    drawn = np.arange(first, last) if moved is None else moved[first:last]
+    if weights is not None and not weights[drawn].any():
+        raise UserError(
+            f"weighting {weighting!r} is 0 at every timestep from low={low} to high={high}, so "
+            "nothing would be trained: lower timesteps.low, or use timesteps.weighting=uniform"
+        )
     return Timesteps(first, last, weights, density, mean, std, steps, moved)
 
 

@@ -98,6 +98,7 @@ def dspo(
 @objective(
     needs_reference=True,
     needs_rejected=True,
+    couples_pairs=True,
     beta=Hyperparameter(1000.0, "of an image's gain, as in published code", "(0, inf)"),
     chosen_weight=Hyperparameter(meaning="of chosen images", within="[0, inf)"),
     rejected_weight=Hyperparameter(meaning="of rejected images", within="[0, inf)"),
@@ -130,7 +131,9 @@ def diffusion_kto(
     Source: Aligning Diffusion Models by Optimizing Human Utility, arXiv 2404.04465.
     """
     gain = gains(policy, reference, target)
-    base = jax.lax.stop_gradient(jnp.maximum(gain.mean(), 0.0))
+    counted = ~jnp.isnan(preference)  # NaN: padding
+    mean = gain.mean(where=counted[:, None])
+    base = jax.lax.stop_gradient(jnp.maximum(mean, 0.0))
     # 1 - sigmoid(x) loses all digits for large x; the equal sigmoid(-x) does not.
     chosen = chosen_weight * jax.nn.sigmoid(-beta * (gain[:, 0] - base))
     rejected = rejected_weight * jax.nn.sigmoid(beta * (gain[:, 1] - base))

@@ -18,6 +18,8 @@ from dmpo_jax.objectives.interval import Interval
 from dmpo_jax.types import PerPair
 
 Images = Float[Array, "B n H W C"]
+# Sizes of a hyperparameter for which every loss and its gradient stay inside float32.
+SMALLEST, LARGEST = 1e-15, 1e15
 
 
 class Hyperparameter(NamedTuple):
@@ -41,6 +43,11 @@ class Hyperparameter(NamedTuple):
                 + f", got {name}={value}"
                 + (f"; {self.meaning}" if self.meaning else "")
             )
+        if value and not SMALLEST <= abs(value) <= LARGEST:
+            raise UserError(
+                f"{name} must be 0 or between {SMALLEST} and {LARGEST:g} in size, or losses leave "
+                f"float32's range, got {name}={value}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Objective:
         needs_reference: the frozen model's predictions are used. If not, its forward pass
             can be left out and `reference` may be None.
         needs_rejected: image 1 is used. If not, n may be 1.
+        couples_pairs: a pair's loss depends on the other pairs of the batch given.
         implied_logit: the loss is a function of u = beta/2 * margin, the logit of the
             preference that the policy implies.
         declared: `fn`'s keyword-only arguments by name, each with its default.
@@ -64,6 +72,7 @@ class Objective:
     needs_rejected: bool
     implied_logit: bool
     declared: Mapping[str, Hyperparameter] = dataclasses.field(hash=False, compare=False)
+    couples_pairs: bool = False
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -80,13 +89,14 @@ class Objective:
     ) -> PerPair:
         """Computes one loss per pair, float32 `[B]`, not reduced.
 
-        Pairs do not affect one another, unless an objective states that it takes a mean over B.
+        Pairs do not affect one another, unless an objective `couples_pairs` by a mean over B.
 
         Args:
             policy: predictions of the trained model, `[B, n, H, W, C]`, any float type.
             reference: the frozen model's predictions. Differentiate `policy` only.
             target: the correct predictions (epsilon, v, x0 or velocity).
-            preference: the probability that image 0 is preferred; None is 1 everywhere.
+            preference: the probability that image 0 is preferred; None is 1 everywhere. NaN marks
+                a row that is padding: no mean over B counts it, and its loss has no meaning.
             **hyperparameters: Python numbers, checked before anything compiles.
 
         Raises:
@@ -137,6 +147,7 @@ def objective(
     needs_reference: bool,
     needs_rejected: bool,
     implied_logit: bool = False,
+    couples_pairs: bool = False,
     **hyperparameters: Hyperparameter,
 ) -> Callable[[Callable[..., PerPair]], Objective]:
     """Registers a function as an objective that configs can select by its name.
@@ -158,7 +169,7 @@ def objective(
             raise UserError(f"objective {name!r} is already defined; give this one another name")
         declared = _declare(fn, hyperparameters)
         OBJECTIVES[name] = Objective(
-            fn, name, needs_reference, needs_rejected, implied_logit, declared
+            fn, name, needs_reference, needs_rejected, implied_logit, declared, couples_pairs
         )
         return OBJECTIVES[name]
 

@@ -2,19 +2,24 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.errors import UserError
 
+SEEDS = 2**31  # seeds of runs, from 0
 GRIDS = 2**30  # first seed of image grids, the same at every step
 EVALUATED = 2**31  # first seed of evaluations, above all collected ones
 EACH = 2**20  # images per run
 
 
 def collected_seeds(seed: int, count: int) -> list[int]:
-    """Returns the seeds of a run's collected images; no two runs overlap.
+    """Returns the seeds of a run's collected images.
+
+    Runs of seeds 0 to 2047 never share an image. Others begin at a random place.
 
     Raises:
-        ValueError: `count` or the run's seed exceeds the range of seeds.
+        ValueError: `count` or the run's seed exceeds its range.
     """
     return _seeds(0, seed, count)
 
@@ -29,12 +34,19 @@ def evaluated_seeds(seed: int, count: int) -> list[int]:
 
 
 def _seeds(first: int, seed: int, count: int) -> list[int]:
-    if count > EACH or not 0 <= seed < EVALUATED // EACH:
+    if count > EACH or not 0 <= seed < SEEDS:
         raise UserError(
-            f"seeds are given out for 2**20 images a run and runs 0 to 2047, but got {count} "
+            f"a run draws at most {EACH} images and its seed is in [0, {SEEDS}), but got {count} "
             f"images and seed {seed}"
         )
-    return [first + seed * EACH + i for i in range(count)]
+    blocks = EVALUATED // EACH
+    if seed < blocks:
+        start = seed * EACH
+    else:
+        start = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) % (
+            EVALUATED - EACH
+        )
+    return [first + start + i for i in range(count)]
 
 
 def prompt_seeds(prompts: Sequence[Prompt], images_per_prompt: int, first: int) -> list[int]:

@@ -132,7 +132,7 @@ class TrainingStep(NamedTuple):
         return step.jit_train_step(self.setup, jax.tree.map(lambda x: x.sharding, state))
 
     def make_validate(self) -> Any:
-        """Jits `step.validate_batch`: (params, reference, batch, weights, key) -> sums."""
+        """Jits `step.validate_batch`: its arguments without setup -> sums."""
         return jax.jit(
             functools.partial(step.validate_batch, setup=step.on_mesh(self.setup, self.mesh)),
             compiler_options=step.COMPILER_OPTIONS,

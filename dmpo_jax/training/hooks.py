@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from etils import epath
 from jaxtyping import Array, Key
 
@@ -101,7 +102,7 @@ def as_hook(hook: Any) -> Hook:
 class Validate(Hook):
     """Measures loss and implicit accuracy on the validation split, always under the same noise.
 
-    batch_size: pairs at a time. key: the run's.
+    batch_size: pairs at a time; the noise does not depend on it. key: the run's.
     """
 
     name = "validation"
@@ -127,9 +128,9 @@ class Validate(Hook):
             self._pairs, "validation", global_batch=self._size, rows=self._rows
         )
         for i, local in enumerate(epoch):
-            batch, weights = meshes.shard_batch(local, self._sharding, self._size)
-            key = jax.random.fold_in(self._key, i)
-            sums = self._one(params, self._built.reference, batch, weights, key)
+            numbers = np.asarray(i * self._size + self._rows, np.int32)
+            given = meshes.shard_batch((*local, numbers), self._sharding, self._size)
+            sums = self._one(params, self._built.reference, *given, self._key)
             for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         weight = totals.pop("weight")

@@ -4,6 +4,7 @@ Parameters are a flat dict, `{dotted path: array}`; nothing here depends on it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from dmpo_jax.errors import UserError
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
+SMALLEST_EPS = 1e-30  # well inside float32's normal numbers; smaller ones may become 0
 
 
 def make_learning_rate(
@@ -63,6 +65,22 @@ def make_learning_rate(
     return learning_rate
 
 
+def at_step(opt_state: Any, step: jax.typing.ArrayLike) -> Any:
+    """Returns an optimizer's state whose learning rate is that of update `step`.
+
+    optax counts the updates that it has made, and so falls behind with every skipped one.
+    """
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda x: x._replace(count=jnp.asarray(step, x.count.dtype)) if is_schedule(x) else x,
+        opt_state,
+        is_leaf=is_schedule,
+    )
+
+
 def make_optimizer(
     learning_rate: float | Callable,
     *,
@@ -83,7 +101,8 @@ def make_optimizer(
             size, updates clipped to a root mean square of 1.
         b1: decay of AdamW's first moment; Adafactor keeps none.
         b2: decay of AdamW's second moment; Adafactor's follows `1 - step**-0.8`.
-        eps: added to AdamW's denominator; Adafactor adds 1e-30 to the squares.
+        eps: added to AdamW's denominator, at least SMALLEST_EPS: 0 / 0 where a gradient was always
+            0; Adafactor adds 1e-30 to the squares.
         weight_decay: decoupled, times the learning rate, on *every* parameter, also norms and
             biases, like torch's optimizers in the published scripts.
         clip_norm: largest global gradient norm; 0 turns clipping off.
@@ -96,7 +115,9 @@ def make_optimizer(
     for what, value in {"b1": b1, "b2": b2}.items():
         if not 0 <= value < 1:
             raise UserError(f"{what} must be in [0, 1), but got {value}")
-    for what, value in {"eps": eps, "weight_decay": weight_decay, "clip_norm": clip_norm}.items():
+    if not eps >= SMALLEST_EPS:
+        raise UserError(f"eps must be at least {SMALLEST_EPS}, but got {eps}")
+    for what, value in {"weight_decay": weight_decay, "clip_norm": clip_norm}.items():
         if not value >= 0:  # also rejects NaN
             raise UserError(f"{what} must be at least 0, but got {value}")
 

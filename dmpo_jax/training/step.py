@@ -18,7 +18,7 @@ from dmpo_jax.diffusion.timesteps import Timesteps, noise_pair
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.objectives import winner_preserving
 from dmpo_jax.parallel import meshes, placement
-from dmpo_jax.training import health
+from dmpo_jax.training import health, optim
 from dmpo_jax.types import Condition, Noised, PairBatch, PerPair
 
 # Otherwise XLA keeps bfloat16 intermediates of one forward pass in float32 and not of the
@@ -90,7 +90,9 @@ def train_step(
     Returns:
         The next state, and float32 scalars; under "pairs", `health.by_pair` of each pair, in
         arbitrary order. If loss or gradient is not finite, the parameters, the optimizer and the
-        average stay unchanged and `skipped` increases by one.
+        average stay unchanged and `skipped` increases by one. If the optimizer makes parameters
+        of finite gradients that are not finite, they are kept and "update_norm" is not finite:
+        undoing that too would need memory for a second state.
     """
     key = jax.random.fold_in(key, state.step)
     noised = noise_batch(key, batch, setup)
@@ -110,7 +112,8 @@ def train_step(
     metrics |= health.summary(pairs, reference=setup.needs_reference, rejected=setup.needs_rejected)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    updates, opt_state = setup.tx.update(grads, state.opt_state, state.params)
+    opt_state = optim.at_step(state.opt_state, state.step)
+    updates, opt_state = setup.tx.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = (params, opt_state, average(state.ema, params, state.step, setup.ema_decay))
     old = (state.params, state.opt_state, state.ema)
@@ -232,18 +235,42 @@ def accumulate(gradient: Callable, parts: Any, count: int) -> tuple[Any, Any]:
     return jax.tree.map(lambda x: x / count, total), beside
 
 
+def noise_each(
+    key: Key[Array, ""], numbers: Int[Array, " B"], batch: PairBatch, setup: Setup
+) -> Noised:
+    """Noises each pair by itself: its noise depends on its number, and not on the batch."""
+
+    def noise_one(number, moments):
+        alone = batch._replace(moments=moments[None])
+        noised = noise_batch(jax.random.fold_in(key, number), alone, setup)
+        return jax.tree.map(lambda x: x[0], noised)
+
+    return jax.vmap(noise_one)(numbers, batch.moments)
+
+
 def validate_batch(
-    params, reference, batch: PairBatch, weights: PerPair, key: Key[Array, ""], *, setup: Setup
+    params,
+    reference,
+    batch: PairBatch,
+    weights: PerPair,
+    numbers: Int[Array, " B"],
+    key: Key[Array, ""],
+    *,
+    setup: Setup,
 ) -> dict[str, jax.Array]:
-    """Returns weighted sums over pairs: `loss`, `implicit_accuracy` and `weight`."""
+    """Returns weighted sums over pairs: `loss`, `implicit_accuracy` and `weight`.
+
+    weights: 0 for padding. numbers: of the pairs in the split, which their noise depends on.
+    """
     setup = setup._replace(needs_rejected=True)  # accuracy compares the two images
-    noised = noise_batch(key, batch, setup)
+    noised = noise_each(key, numbers, batch, setup)
     predictions = predict_both(params, reference, noised, batch.condition, setup)
-    losses = pair_losses(*predictions, noised, batch.preference, setup)
+    preference = jnp.where(weights > 0, batch.preference.astype(jnp.float32), jnp.nan)
+    losses = pair_losses(*predictions, noised, preference, setup)
     seen = (*predictions, noised.target, batch.preference, noised.timesteps, losses)
     right = health.correct(health.by_pair(*seen))
     return {
-        "loss": (losses * weights).sum(),
+        "loss": (losses * weights).sum(where=weights > 0),
         "implicit_accuracy": (right * weights).sum(),
         "weight": weights.sum(),
     }

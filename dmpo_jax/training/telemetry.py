@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import pathlib
 import time
@@ -27,7 +28,7 @@ _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
 class NonFiniteError(RuntimeError):
-    """More updates than `train.skip_limit` had a non-finite loss or gradient."""
+    """More updates than `train.skip_limit` were not finite, or one broke the parameters."""
 
 
 class Cost(NamedTuple):
@@ -186,8 +187,17 @@ class Watch:
 
 
 def check_finite(number: int, values: dict[str, float], limit: int) -> None:
-    """Raises NonFiniteError if more than `limit` updates were skipped up to update `number`."""
+    """Raises NonFiniteError if update `number` left a state that must not be saved.
+
+    More than `limit` updates were skipped, or the parameters are no longer finite.
+    """
     skipped = int(values["skipped"])
+    if not math.isfinite(values["update_norm"]):
+        raise NonFiniteError(
+            f"update {number} made parameters that are not finite (loss {values['loss']}, gradient "
+            f"norm {values['grad_norm']}). They are not saved: the newest checkpoint is of an "
+            "earlier update. Lower optimizer.learning_rate, or raise optimizer.eps."
+        )
     if skipped > limit:
         raise NonFiniteError(
             f"update {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is "

@@ -288,9 +288,13 @@ def test_seeds_of_one_use_are_never_anothers():
     drawn = [seed for part in (*collected, *evaluated) for seed in part]
     assert len(set(drawn)) == len(drawn)
     assert max(drawn) < 2**32
-    for run, count in ((2048, 1), (-1, 1), (0, 2**20 + 1)):
+    others = [seeds.collected_seeds(run, 100) for run in (2048, 31337, seeds.SEEDS - 1)]
+    assert len({start for start, *_ in (*others, *collected)}) == 6
+    assert max(map(max, others)) < seeds.EVALUATED <= min(seeds.evaluated_seeds(31337, 100))
+    assert max(seeds.evaluated_seeds(31337, seeds.EACH)) < 2**32
+    for run, count in ((seeds.SEEDS, 1), (-1, 1), (0, 2**20 + 1)):
         for give_out in (seeds.collected_seeds, seeds.evaluated_seeds):
-            with pytest.raises(ValueError, match="runs 0 to 2047"):
+            with pytest.raises(ValueError, match="at most 1048576 images and its seed is in"):
                 give_out(run, count)
 
 

@@ -20,6 +20,7 @@ from dmpo_jax.training.metrics import MetricsWriter
 from dmpo_jax.training.trace import Trace
 
 METRICS = {"loss": 0.5, "implicit_accuracy": 1.0, "grad_norm": 2.0, "skipped": 0.0}
+METRICS["update_norm"] = 0.1
 PAIRS = np.arange(16.0).reshape(8, 2)  # of `health.FIELDS`: margins of 6 and 7
 CURVES = set(health.Curves(beta=2.0, alpha=0.1, timesteps=10).add(PAIRS))
 BATCH, FLOPS, CHIPS, PEAK = 8, 10**12, 2, 4e13
