@@ -58,6 +58,11 @@ def _train(config: Config, options: dict[str, Any]) -> Any:
     return run(config, **options)
 
 
+def _check_train(config: Config, options: dict[str, Any]) -> None:
+    if not options["dry_run"]:  # which lists these faults among the others
+        checks.validate(config)
+
+
 def _encode(config: Config, options: dict[str, Any]) -> Any:
     if options["inspect"]:
         from dmpo_jax.jobs.inspect import inspect
@@ -157,14 +162,20 @@ COMMANDS = {
     {me} --config=sdxl_dmpo:debug
 
 --config is the name of a config that the package brings, or the path of your own, PATH.py. Run
-again with the same --workdir, it resumes where it stopped.""",
+again with the same --workdir, it resumes where it stopped. --fork=NEW goes on from its newest
+checkpoint with other settings, as a new run in NEW: same model and reference, step and schedule
+from 0, the optimizer's moments too unless optimizer.name differs.""",
         Interface(
             {},
-            {"workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG")},
+            {
+                "workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG"),
+                "fork": Leaf("", "a new folder: go on there from workdir's newest checkpoint"),
+                "dry_run": Leaf(False, "print what would be done, needed and refused; then exit"),
+            },
             config=None,
         ),
         _train,
-        lambda config, options: checks.validate(config),
+        _check_train,
     ),
     "encode": Command(
         """Encodes raw preference pairs: VAE latents of the images, embeddings of each prompt once.

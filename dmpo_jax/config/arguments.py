@@ -4,11 +4,13 @@ from typing import Any
 
 from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.config.configs import Config, identity, places
 from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.export.model_card import Card
 from dmpo_jax.export.pipeline import Trained
 from dmpo_jax.models.lora import Adapters
+from dmpo_jax.training.fork import FORK
 
 
 def pipeline(config: Config) -> dict[str, Any]:
@@ -102,4 +104,5 @@ def card(config: Config, workdir: epath.PathLike) -> Card:
         pairs=tuple(config.data.mix) if config.data.mix else encoded,
         settings=identity(config),
         workdir=epath.Path(workdir),
+        forked=storage.find_json(epath.Path(workdir) / FORK),
     )

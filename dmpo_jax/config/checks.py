@@ -4,9 +4,13 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from dmpo_jax.config.configs import Config, declared, flatten, nearest
+from dmpo_jax.config.recipes import RECIPES
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES
+
+FAR = 16  # times the published learning rate a pair, or 1 / 16 of it
+LARGE = 10**8  # parameters; the published recipes are for 0.86 and 2.6 billion
 
 
 def validate(config: Config) -> None:
@@ -88,6 +92,19 @@ def _check_jobs(config: Config) -> Iterator[str]:
         yield "model.folder must be a diffusers pipeline folder or hub id, but got '': set it"
     if "collect" in jobs and not config.collect.scorer and not config.debug.family:
         yield "the collect job needs collect.scorer, but got '': set it, or drop collect from jobs"
+    prompts = config.collect.prompts or config.sample.prompts
+    for job in ("collect", "evaluate"):
+        if job in jobs and not prompts and not config.debug.family:
+            yield (
+                f"the {job} job needs prompts, but collect.prompts and sample.prompts are '': set "
+                f"one, or drop {job} from jobs"
+            )
+    judges = config.evaluate.judges or config.collect.scorer
+    if "evaluate" in jobs and not judges and not config.debug.family:
+        yield (
+            "the evaluate job needs evaluate.judges or collect.scorer, but neither is set: set "
+            "one, or drop evaluate from jobs"
+        )
     yield from _check_train(config)
     yield from _check_mix(config)
     yield from _check_profile(config)
@@ -113,6 +130,58 @@ def _check_mix(config: Config) -> Iterator[str]:
             "data.mix names folders that are encoded already, but jobs has encode: drop it from "
             "jobs, or data.mix"
         )
+
+
+def advice(config: Config, pairs: int, parameters: int) -> list[str]:
+    """Returns warnings about settings that run, and are likely to be a mistake.
+
+    Args:
+        pairs: distinct ones to train on. parameters: of the model.
+    """
+    found, optimizer, batch = [], config.optimizer, config.train.batch_size
+    if optimizer.warmup_steps > config.train.steps:
+        share = config.train.steps / optimizer.warmup_steps
+        found.append(
+            f"optimizer.warmup_steps={optimizer.warmup_steps} is longer than the run of "
+            f"train.steps={config.train.steps}: the learning rate ends at {share:.0%} of its peak"
+        )
+    if pairs < batch:
+        found.append(
+            f"train.batch_size={batch} is more than the {pairs} pairs there are: every update "
+            "takes some of them twice or more. Lower it"
+        )
+    low, high = published_rates(config.objective)
+    rate = optimizer.learning_rate / batch
+    far = not low / FAR <= rate <= high * FAR
+    # Nothing is published for adapters, nor for small models, which take higher rates.
+    if far and rate and parameters > LARGE and not config.lora.rank:
+        found.append(
+            f"optimizer.learning_rate={optimizer.learning_rate:.4g} is {rate:.3g} a pair with "
+            f"train.batch_size={batch}, {describe_rate(config)}: a rate is published for its "
+            f"batch, and for {batch} pairs would be {low * batch:.3g} to {high * batch:.3g}"
+        )
+    return found
+
+
+def published_rates(objective: str) -> tuple[float, float]:
+    """Returns the lowest and the highest learning rate a pair of the recipes with an objective.
+
+    Of all recipes, if none has it.
+    """
+    rates = {
+        name: r.leaves["optimizer.learning_rate"] / r.leaves["train.batch_size"]
+        for name, r in RECIPES.items()
+    }
+    own = [x for name, x in rates.items() if RECIPES[name].leaves["objective"] == objective]
+    return min(own or rates.values()), max(own or rates.values())
+
+
+def describe_rate(config: Config) -> str:
+    """Returns "N times the published rate a pair", of the nearest recipe."""
+    low, high = published_rates(config.objective)
+    rate = config.optimizer.learning_rate / config.train.batch_size
+    nearest_one = min(max(rate, low), high)
+    return f"{rate / nearest_one:.3g} times the published {nearest_one:.3g}"
 
 
 def parse_mix(entries: Sequence[str]) -> list[tuple[str, float]]:

@@ -56,6 +56,7 @@ def debug(config: Config, family: str) -> Config:
     """Sets a config to a tiny debug run: random weights, synthetic pairs, three steps, no files."""
     config.debug.family = family
     config.train.steps, config.train.batch_size = 3, 16
+    config.optimizer.warmup_steps = 1
     config.data.validation_fraction, config.data.num_threads = 0.25, 2
     config.log.every = config.log.validate_every = 1
     config.log.sample_every = config.log.checkpoint_every = 3

@@ -1,13 +1,28 @@
-"""Converts a config to the plain arguments of training: `StepSettings` and `LoopSettings`."""
+"""Converts a config to the plain arguments of training: `StepSettings`, `LoopSettings`, hooks."""
 
+import logging
 from typing import Any
 
-from dmpo_jax.config import arguments, checks
+from etils import epath
+
+from dmpo_jax import diffusers_io, storage
+from dmpo_jax.config import arguments, checks, configs
 from dmpo_jax.config.configs import Config
+from dmpo_jax.data.batches.mixture import Mixture, open_mixture
+from dmpo_jax.data.encoded.records import EncodedPairs, open_pairs
+from dmpo_jax.data.prompt_files import load_texts
+from dmpo_jax.families import family_named
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
-from dmpo_jax.training.build import Rate, StepSettings
+from dmpo_jax.parallel import meshes
+from dmpo_jax.sampling.grids import make_draw, why_no_grids
+from dmpo_jax.sampling.sampler import make_sampler
+from dmpo_jax.toy.debug import write_debug_files
+from dmpo_jax.training.build import Rate, StepSettings, TrainingStep
+from dmpo_jax.training.hooks import Draw
 from dmpo_jax.training.loop import LoopSettings
+
+LOG = logging.getLogger(__name__)
 
 OPTIMIZER = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
 
@@ -55,7 +70,94 @@ def mesh_axes(config: Config) -> dict[str, Any]:
     return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
 
 
+def make_mesh(config: Config) -> Any:
+    """Returns the mesh of a config; UserError if the devices or the batch do not fit it."""
+    devices = meshes.make_mesh(**mesh_axes(config))
+    meshes.check_batch(config.train.batch_size, config.train.accumulation, devices)
+    return devices
+
+
+def open_data(config: Config, workdir: epath.Path) -> EncodedPairs | Mixture:
+    """Opens a config's encoded pairs."""
+    mix = checks.parse_mix(config.data.mix or ())
+    return open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
+
+
+def warn(config: Config, pairs: EncodedPairs | Mixture, built: TrainingStep) -> None:
+    """Logs the warnings of `checks.advice`."""
+    for words in checks.advice(config, pairs.meta.counts["train"], built.model_size()):
+        LOG.warning("%s", words)
+
+
 def data_settings(config: Config) -> dict[str, Any]:
     """Arguments of `build.make_batches` that a config sets."""
     names = ("prompt_dropout", "flip", "num_threads", "prefetch")
     return {"seed": config.seed, **{name: config.data[name] for name in names}}
+
+
+def grids(config: Config, built: TrainingStep, pairs: Any, workdir: epath.Path) -> list[Draw]:
+    """Returns the hook that draws image grids of the config's or the data's prompts, or []."""
+    every = config.log.sample_every
+    if every and (reason := why_no_grids(built.family)):
+        LOG.warning(reason)
+        every = 0
+    if not every:
+        return []
+
+    def open_sampler() -> Any:
+        loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+        return make_sampler(loaded, built.model, devices=built.mesh, **arguments.sampling(config))
+
+    given, count = config.sample.prompts, config.sample.count
+    prompts = load_texts(given)[:count] if given else pairs.first_texts(count)
+    return [Draw(built, make_draw(open_sampler, prompts, workdir / "samples"), every=every)]
+
+
+def for_fork(config: Config, workdir: epath.Path) -> Config:
+    """Returns a config as a fork of `workdir` runs it: on the data that are there, and no others.
+
+    Collect and encode are left out: their results would not be those that the weights have seen.
+    """
+    found: Config = config.copy_and_resolve_references()
+    found.jobs = tuple(job for job in config.jobs if job in ("train", "evaluate"))
+    encoded = workdir / "encoded"
+    if not config.data.encoded and not config.data.mix and encoded.exists():
+        found.data.encoded = str(encoded)
+    return found
+
+
+def of_forked(workdir: epath.Path) -> dict[str, Any]:
+    """Arguments of `fork.fork` that say what the run in `workdir` keeps."""
+    config = configs.from_flat(storage.read_json(workdir / "config.json"))
+    optimizer = {name: config.optimizer[name] for name in OPTIMIZER}
+    return {"optimizer": optimizer, "ema": config.train.ema_decay > 0}
+
+
+def with_commits(config: Config, workdir: epath.Path) -> Config:
+    """Returns the config with the commit of each hub id.
+
+    A resumed run keeps those of its config.json: its reference must not change with the hub.
+    """
+    before = storage.find_json(workdir / "config.json") or {}
+    config = config.copy_and_resolve_references()
+    for leaf in ("folder", "vae"):
+        name, recorded = config.model[leaf], before.get(f"model.{leaf}") or ""
+        config.model[leaf] = diffusers_io.pinned(name, recorded)
+    return config
+
+
+def with_debug_files(config: Config, workdir: epath.Path, *, write: bool = True) -> Config:
+    """Returns the config with a tiny random model and synthetic pairs, written into workdir.
+
+    The real jobs then run on them unchanged: encode, and train to `train.steps`.
+    """
+    model, pairs = "", "synthetic"
+    if write:
+        model, pairs = write_debug_files(workdir, family_named(config.debug.family))
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.folder, config.model.vae = str(model), ""
+        config.data.source = f"pickapic:{pairs}"
+        config.data.encoded, config.data.mix, config.data.flip = "", None, False
+        config.jobs = ("encode", "train")
+    return config

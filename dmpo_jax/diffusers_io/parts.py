@@ -67,8 +67,8 @@ def _check_links(source: epath.Path, folder: epath.Path) -> None:
     for path in (folder, *folder.iterdir()):
         if allowed.isdisjoint(_real(path).parents):
             raise UserError(
-                f"{path} is a link to {os.path.realpath(path)}, outside the model folder, and would "
-                "be copied into the export: put a copy in its place"
+                f"{path} is a link to {os.path.realpath(path)}, outside the model folder, and "
+                "would be copied into the export: put a copy in its place"
             )
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.scoring import Scorer
 
 
@@ -27,13 +28,24 @@ def judge(
     Args:
         batches: uint8 `[n, H, W, 3]`; together as many images as there are prompts.
         keep: numbers of the images to keep.
+
+    Raises:
+        UserError: a score is not finite; names the judge, the image and its prompt.
     """
     scores: dict[str, list[np.ndarray]] = {name: [] for name in judges}
     kept, first, wanted = {}, 0, set(keep)
     for images in batches:
         own = prompts[first : first + len(images)]
         for name, scorer in judges.items():
-            scores[name].append(scorer(images, own))
+            found = scorer(images, own)
+            if not np.isfinite(found).all():
+                bad = int(np.flatnonzero(~np.isfinite(found))[0])
+                raise UserError(
+                    f"judge {name!r} gave the score {found[bad]} to image {first + bad} (prompt "
+                    f"{own[bad]!r}), which is neither a win nor a loss: look at that image, or "
+                    "leave the judge out of evaluate.judges"
+                )
+            scores[name].append(found)
         kept |= {i: x.copy() for i, x in enumerate(images, first) if i in wanted}
         first += len(images)
     return Judged({name: np.concatenate(parts) for name, parts in scores.items()}, kept)

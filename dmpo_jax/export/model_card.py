@@ -1,17 +1,24 @@
 """Writes README.md beside exported weights: their base model, data, settings and metrics."""
 
 import dataclasses
+import html
 import importlib.metadata
 import json
+import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
+from dmpo_jax.data.encoded.meta import MARKER
+from dmpo_jax.export import record
 from dmpo_jax.export.pipeline import Trained
 
+LOG = logging.getLogger(__name__)
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 USE = """```python
 import torch
 from diffusers import DiffusionPipeline
@@ -26,7 +33,7 @@ class Card:
 
     pairs_per_update: of the training batch. ema_decay: of the moving average, 0 if none is
     kept. pairs: the folder of encoded pairs, or FOLDER=WEIGHT of each in a mixture.
-    settings: sections of the run's identity. workdir: the run's.
+    settings: sections of the run's identity. workdir: the run's. forked: fork.json, or None.
     """
 
     trained: Trained
@@ -36,24 +43,35 @@ class Card:
     pairs: str | tuple[str, ...]
     settings: Mapping[str, Any]
     workdir: epath.Path
+    forked: Mapping[str, Any] | None = None
 
 
 def write_card(card: Card, out: epath.Path, *, step: int, ema: bool) -> None:
-    """Writes `out/README.md`: front matter for model hubs, then tables for readers."""
+    """Writes `out/README.md`: front matter for model hubs, then tables for readers.
+
+    A card that cannot be written is a warning: the weights beside it are whole.
+    """
     if jax.process_index() != 0:
         return
-    base = diffusers_io.hub_id(card.trained.folder)
-    name = base.rstrip("/").rpartition("/")[2]
+    try:
+        storage.write_bytes(out / "README.md", render(card, out, step=step, ema=ema).encode())
+    except Exception as error:  # of the disk, or of files that a person has changed
+        LOG.warning("no model card in %s: %s: %s", out, type(error).__name__, error)
+
+
+def render(card: Card, out: epath.Path, *, step: int, ema: bool) -> str:
+    """Returns the card. It names hub ids, and of other paths the last part only."""
+    name = public(card.trained.folder).rpartition("/")[2]
     parts = [
         front_matter(card, out),
         f"# {name}, aligned with {card.objective}",
         summary(card, step=step, ema=ema),
-        how_to_use(base, out),
+        how_to_use(card.trained.folder, out),
         "## Data\n\n" + table(about_data(card.pairs)),
         "## Settings\n\n" + table(flat(card.settings)),
-        "## Metrics\n\n" + table(metrics(card.workdir, step)),
+        "## Metrics\n\n" + table(metrics(card.workdir, step, ema)),
     ]
-    (out / "README.md").write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
 
 
 def front_matter(card: Card, out: epath.Path) -> str:
@@ -61,11 +79,14 @@ def front_matter(card: Card, out: epath.Path) -> str:
     tags += ["lora"] if card.trained.adapters else []
     adapter = not (out / "model_index.json").exists()
     _, family = diffusers_io.load_family(card.trained.folder)
+    base = [
+        # Quoted, so that any text is a valid YAML string.
+        f"base_model: {json.dumps(card.trained.folder.partition('@')[0])}",
+        f"base_model_relation: {'adapter' if adapter else 'finetune'}",
+    ]
     lines = [
         "---",
-        # Quoted, so that any text is a valid YAML string.
-        f"base_model: {json.dumps(diffusers_io.hub_id(card.trained.folder))}",
-        f"base_model_relation: {'adapter' if adapter else 'finetune'}",
+        *(base if is_hub_id(card.trained.folder) else []),
         "library_name: diffusers",
         f"pipeline_tag: {'image-to-image' if family.given else 'text-to-image'}",
         "tags:",
@@ -79,10 +100,15 @@ def summary(card: Card, *, step: int, ema: bool) -> str:
     adapters = card.trained.adapters
     what = f"LoRA adapters of rank {adapters.rank}" if adapters else "every parameter"
     kept = f", the moving average of decay {card.ema_decay}" if ema else ""
+    distinct = sum(meta["counts"].get("train", 0) for meta in encoded_metas(card.pairs))
+    among = f"from {distinct:,} distinct" if distinct else "of"
+    before = ""
+    if card.forked:
+        before = f"It went on from step {card.forked['step']} of another run. "
     return (
-        f"`{card.trained.folder}` after {step} updates of `{card.objective}` on "
-        f"{step * card.pairs_per_update:,} preference pairs ({what} trained{kept}). "
-        f"Made by dmpo_jax {importlib.metadata.version('dmpo_jax')}."
+        f"`{public(card.trained.folder)}` after {step} updates of `{card.objective}` on "
+        f"{step * card.pairs_per_update:,} draws {among} preference pairs ({what} trained{kept}). "
+        f"{before}Made by dmpo_jax {importlib.metadata.version('dmpo_jax')}."
     )
 
 
@@ -91,18 +117,39 @@ def how_to_use(folder: str, out: epath.Path) -> str:
     if (out / "model_index.json").exists():
         return "## Use\n\n" + USE.format(load='"THIS_FOLDER"', lora="")
     lora = 'pipeline.load_lora_weights("THIS_FOLDER")\n'
-    return "## Use\n\n" + USE.format(load=repr(folder), lora=lora)
+    return "## Use\n\n" + USE.format(load=repr(public(folder)), lora=lora)
+
+
+def encoded_metas(pairs: str | tuple[str, ...]) -> list[dict[str, Any]]:
+    """Returns encoded.json of each folder; [] if one is not there."""
+    folders = [pairs] if isinstance(pairs, str) else [x.rpartition("=")[0] for x in pairs]
+    found = [storage.find_json(epath.Path(folder) / MARKER) for folder in folders]
+    return found if all(found) else []
 
 
 def about_data(pairs: str | tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(pairs, str):
-        return {"pairs (folder=weight)": ", ".join(pairs)}
-    marker = epath.Path(pairs) / "encoded.json"
-    if not marker.exists():
+        return {"pairs (folder=weight)": ", ".join(map(public, pairs))}
+    metas = encoded_metas(pairs)
+    if not metas:
         return {"pairs": pairs}
-    meta = json.loads(marker.read_text())
+    (meta,) = metas
     about = {k: meta[k] for k in ("source", "resolution", "vae", "model") if meta.get(k)}
     return {**about, **{f"{name} (count)": n for name, n in meta["counts"].items()}}
+
+
+def is_hub_id(folder: str) -> bool:
+    """True for `org/name` that is no path."""
+    return bool(HUB_ID.fullmatch(folder)) and not epath.Path(folder).exists()
+
+
+def public(text: str) -> str:
+    """Returns a hub id as it is, and of a path, or KIND:PATH, the last part alone."""
+    if is_hub_id(text):
+        return text
+    if found := re.match(r"(\w+):(?!//)(.*)", text, re.DOTALL):
+        return f"{found[1]}:{public(found[2])}"
+    return text.rstrip("/").rpartition("/")[2]
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -114,19 +161,24 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {path: value for path, value in found.items() if value not in ("", None)}
 
 
-def metrics(workdir: epath.Path, step: int) -> dict[str, Any]:
-    """Returns the last values logged up to `step`, and the judges' results if there are any."""
+def metrics(workdir: epath.Path, step: int, ema: bool) -> dict[str, Any]:
+    """Returns the last values logged up to `step`, and the judges' results on these weights."""
     last: dict[str, Any] = {}
     for file in sorted(workdir.glob("metrics*.jsonl")):
         for line in file.read_text().splitlines():
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a full disk
+                continue
             if row["step"] <= step:
                 last |= row
     keys = ("loss", "implicit_accuracy", "margin", "validation_loss")
     found = {k: last[k] for k in (*keys, "validation_implicit_accuracy") if last.get(k) is not None}
-    result = workdir / "result.json"
-    if result.exists():
-        for judge, values in json.loads(result.read_text())["judges"].items():
+    result = storage.find_json(workdir / "result.json") or {}
+    exported = storage.find_json(workdir / "export" / record.FILE) or {}
+    same = exported.get("step") == step and exported.get("ema") == ema
+    if same and result.get("export") == exported:
+        for judge, values in result["judges"].items():
             low, high = values["win_rate_ci95"]
             found[f"win rate over the base by {judge}"] = (
                 f"{values['win_rate']:.3f} (95 % interval {low:.3f} to {high:.3f})"
@@ -136,8 +188,12 @@ def metrics(workdir: epath.Path, step: int) -> dict[str, Any]:
 
 def table(rows: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return ", ".join(map(shown, value))
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        return text.replace("|", "\\|")
+        if "/" in text:
+            text = public(text)
+        return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
     lines = [f"| {name} | {shown(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

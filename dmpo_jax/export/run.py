@@ -4,7 +4,8 @@ import logging
 
 import jax
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, storage
+from dmpo_jax.export import record
 from dmpo_jax.export.model_card import Card, write_card
 from dmpo_jax.export.pipeline import write_adapters, write_pipeline
 
@@ -16,16 +17,19 @@ def write_run(card: Card, params: dict[str, jax.Array], *, step: int) -> None:
 
     params: the moving average's if the run keeps one.
     """
-    workdir, ema = card.workdir, card.ema_decay > 0
+    out = card.workdir / "export"
+    if jax.process_index() == 0:
+        (out / record.FILE).unlink(missing_ok=True)
     if card.trained.adapters:
-        write_adapters(card.trained, params, workdir / "lora")
-        write_card(card, workdir / "lora", step=step, ema=ema)
-    write_pipeline(
-        card.trained,
-        params,
-        workdir / "export",
-        dtype="float32",
-        shard_bytes=diffusers_io.SHARD_BYTES,
-    )
-    write_card(card, workdir / "export", step=step, ema=ema)
-    LOG.info("exported to %s", workdir / "export")
+        write_adapters(card.trained, params, card.workdir / "lora")
+    write_pipeline(card.trained, params, out, dtype="float32", shard_bytes=diffusers_io.SHARD_BYTES)
+    record.write_record(out, step=step, ema=card.ema_decay > 0)
+    write_cards(card)
+    LOG.info("exported to %s", out)
+
+
+def write_cards(card: Card) -> None:
+    """Writes the cards of a run's export again, with what is known by now: the judges' results."""
+    if made := storage.find_json(card.workdir / "export" / record.FILE):
+        for folder in ("export", "lora") if card.trained.adapters else ("export",):
+            write_card(card, card.workdir / folder, step=made["step"], ema=made["ema"])

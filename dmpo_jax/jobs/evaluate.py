@@ -11,6 +11,7 @@ from dmpo_jax.data.prompt_files import Prompt, load_texts
 from dmpo_jax.evaluation.judging import Judged, judge
 from dmpo_jax.evaluation.page import before_after, render, rows_shown, summary
 from dmpo_jax.evaluation.statistics import compare
+from dmpo_jax.export.record import describe
 from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.images import save_png
@@ -68,6 +69,7 @@ def evaluate(
         "seeds": len(asked),
         "base": str(a),
         "policy": str(b),
+        "export": describe(b),
         "sampler": {
             "name": sampler.name,
             "steps": config.sample.steps,

@@ -8,20 +8,26 @@ from typing import Any
 import jax
 from etils import epath
 
-from dmpo_jax import diffusers_io, storage
+from dmpo_jax.config import arguments, step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
-from dmpo_jax.families import family_named
-from dmpo_jax.jobs import collect, encode, evaluate, train
+from dmpo_jax.export.run import write_cards
+from dmpo_jax.jobs import collect, encode, evaluate, plan, train
+from dmpo_jax.jobs import dry_run as said
 from dmpo_jax.parallel import processes
 from dmpo_jax.parallel.compilation import cache_compilations
-from dmpo_jax.toy.debug import write_debug_files
 from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
 
 
-def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> epath.Path:
+def run(
+    config: Config,
+    workdir: epath.PathLike,
+    hooks: Sequence[Any] = (),
+    fork: epath.PathLike = "",
+    dry_run: bool = False,
+) -> epath.Path:
     """Runs `config.jobs` in order in `workdir`; completed work is not repeated.
 
     Collect and encode keep what they have completed, and training resumes from its checkpoint.
@@ -29,31 +35,38 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
 
     Args:
         hooks: `training.hooks.HookLike`, called by training after the run's own.
+        fork: another folder, to run in instead, from the newest checkpoint of `workdir`.
+        dry_run: only print what would be done, needed and refused; exits with 1 if anything is.
 
     Returns:
-        The workdir.
+        The folder of the run.
 
     Raises:
         ValueError: the config cannot be run; raised before compiling.
         SystemExit: training was stopped by a signal; its state is saved.
     """
-    processes.join(**config.distributed)
-    workdir = epath.Path(workdir)
+    if not dry_run:
+        processes.join(**config.distributed)
+    workdir, source = epath.Path(workdir), None
+    if fork:
+        config = step_settings.for_fork(config, workdir)
+        workdir, source = epath.Path(fork), workdir
     if "train" in config.jobs:
         checkpoint.check_folder(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     cache_compilations()
     if config.mesh.cpu_devices > 1:  # no effect if there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
     check_processes(config)
+    if not dry_run:
+        workdir.mkdir(parents=True, exist_ok=True)
     if config.debug.family:
-        config = with_debug_files(config, workdir)
-    config = with_commits(config, workdir)
+        config = step_settings.with_debug_files(config, workdir, write=not dry_run)
+    config = step_settings.with_commits(config, workdir)
     collected = f"pickapic:{workdir / 'pairs.parquet'}"
     checks = {
         "collect": lambda: collect.check(config),
         "encode": lambda: encode.check(config, source=collected),
-        "train": lambda: train.check(config, workdir),
+        "train": lambda: train.check(config, workdir, source),
         "evaluate": lambda: evaluate.check(config),
     }
     jobs = {
@@ -61,14 +74,19 @@ def run(config: Config, workdir: epath.PathLike, hooks: Sequence[Any] = ()) -> e
         "encode": lambda: encode.encode(
             config, source=collected, out=config.data.encoded or workdir / "encoded"
         ),
-        "train": lambda: train.train(config, workdir, hooks),
-        "evaluate": lambda: evaluate.evaluate(
-            config, a=config.model.folder, b=workdir / "export", out=workdir
+        "train": lambda: train.train(config, workdir, hooks, found["train"]),
+        "evaluate": lambda: (
+            evaluate.evaluate(config, a=config.model.folder, b=workdir / "export", out=workdir),
+            write_cards(arguments.card(config, workdir)),
         ),
     }
+    if dry_run:  # nothing of a debug run is there to be checked
+        each = {} if config.debug.family else checks
+        if said.dry_run(config, workdir, each, plan.load_model):
+            raise SystemExit(1)
+        return workdir
     with processes.writing(workdir, "train"):
-        for job in config.jobs:
-            checks[job]()
+        found = {job: checks[job]() for job in config.jobs}
         for job in config.jobs:
             LOG.info("%s ...", job)
             began = time.monotonic()
@@ -91,31 +109,3 @@ def check_processes(config: Config) -> None:
         )
     if jax.process_index() > 0:  # process 0 logs for all
         logging.getLogger("dmpo_jax").setLevel(logging.WARNING)
-
-
-def with_commits(config: Config, workdir: epath.Path) -> Config:
-    """Returns the config with the commit of each hub id.
-
-    A resumed run keeps those of its config.json: its reference must not change with the hub.
-    """
-    before = storage.find_json(workdir / "config.json") or {}
-    config = config.copy_and_resolve_references()
-    for leaf in ("folder", "vae"):
-        name, recorded = config.model[leaf], before.get(f"model.{leaf}") or ""
-        config.model[leaf] = diffusers_io.pinned(name, recorded)
-    return config
-
-
-def with_debug_files(config: Config, workdir: epath.Path) -> Config:
-    """Returns the config with a tiny random model and synthetic pairs, written into workdir.
-
-    The real jobs then run on them unchanged: encode, and train to `train.steps`.
-    """
-    model, pairs = write_debug_files(workdir, family_named(config.debug.family))
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.model.folder, config.model.vae = str(model), ""
-        config.data.source = f"pickapic:{pairs}"
-        config.data.encoded, config.data.mix, config.data.flip = "", None, False
-        config.jobs = ("encode", "train")
-    return config

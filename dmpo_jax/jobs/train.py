@@ -1,7 +1,6 @@
 """Trains on encoded pairs: open, check, build, loop, export."""
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,22 +9,17 @@ from etils import epath
 
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, configs, step_settings
-from dmpo_jax.config.checks import parse_mix
-from dmpo_jax.data.batches.mixture import Mixture, open_mixture
-from dmpo_jax.data.encoded.records import EncodedPairs, open_pairs
+from dmpo_jax.data.batches.mixture import Mixture
+from dmpo_jax.data.encoded.records import EncodedPairs, load_meta
 from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.export.run import write_run
 from dmpo_jax.parallel import meshes
 from dmpo_jax.planning.flops import make_cost
-from dmpo_jax.sampling.grids import make_draw, why_no_grids
-from dmpo_jax.sampling.sampler import make_sampler
-from dmpo_jax.training import checkpoint
+from dmpo_jax.training import checkpoint, fork
 from dmpo_jax.training.build import TrainingStep, build, make_batches
-from dmpo_jax.training.hooks import Draw, standard, trained
+from dmpo_jax.training.hooks import standard, trained
 from dmpo_jax.training.loop import run_loop, start_state
 from dmpo_jax.training.provenance import check_encoders, content
-
-LOG = logging.getLogger(__name__)
 
 
 class Run(NamedTuple):
@@ -41,13 +35,18 @@ class Run(NamedTuple):
         return make_batches(self.step, self.pairs, start=start, **settings)
 
 
-def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()) -> None:
+def train(
+    config: configs.Config,
+    workdir: epath.Path,
+    hooks: Sequence[Any] = (),
+    source: epath.Path | None = None,
+) -> None:
     """Trains to `config.train.steps`, resuming from the newest valid checkpoint in workdir.
 
-    Writes metrics, checkpoints and sample grids during training, and `workdir/export` at the end.
+    Writes metrics, checkpoints and grids during training, and `workdir/export` at the end.
 
     Args:
-        hooks: further hooks (`hooks.HookLike`), called after the run's own.
+        hooks: `hooks.HookLike`, called after the run's own. source: workdir to fork from.
 
     Raises:
         ValueError: model, data, mesh or workdir do not fit; raised before compiling.
@@ -62,6 +61,9 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
     ) as checkpoints:
         if jax.process_index() == 0:  # after the identity check
             storage.write_json(workdir / "config.json", configs.flatten(config))
+        if source:
+            theirs = step_settings.of_forked(source)
+            fork.fork(run.step, params, source, workdir, checkpoints, **theirs)
         state = start_state(run.step, params, checkpoints)
         every = config.log.validate_every, config.log.checkpoint_every
         own = standard(run.step, run.pairs, run.key, checkpoints, *every)
@@ -70,7 +72,7 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
             state,
             run.batches(int(state.step)),
             run.key,
-            [*own, *grids(run, workdir), *hooks],
+            [*own, *step_settings.grids(config, run.step, run.pairs, workdir), *hooks],
             step_settings.read_loop(config),
             workdir=workdir,
             cost=make_cost(run.step),
@@ -81,10 +83,8 @@ def train(config: configs.Config, workdir: epath.Path, hooks: Sequence[Any] = ()
 def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str, jax.Array]]:
     """Opens and checks everything; returns (run, parameters to train). Compiles no step."""
     settings = step_settings.read_step(config)
-    devices = meshes.make_mesh(**step_settings.mesh_axes(config))
-    meshes.check_batch(settings.batch_size, settings.accumulation, devices)
-    mix = parse_mix(config.data.mix or ())
-    pairs = open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
+    devices = step_settings.make_mesh(config)
+    pairs = step_settings.open_data(config, workdir)
     check_encoders(pairs, **arguments.encoders(config))
     folder, family = diffusers_io.load_family(config.model.folder)
     noise, _ = diffusers_io.load_schedule(folder)
@@ -94,29 +94,25 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
         sharding=functools.partial(meshes.parameter_sharding, devices),
     )
     built, params = build(family, model, noise, pairs.meta, devices, settings)
+    step_settings.warn(config, pairs, built)
     return Run(config, pairs, built, built.make_key(config.seed)), params
 
 
-def grids(run: Run, workdir: epath.Path) -> list[Draw]:
-    """Returns the hook that draws image grids of the config's or the data's prompts, or []."""
-    config, built, every = run.config, run.step, run.config.log.sample_every
-    if every and (reason := why_no_grids(built.family)):
-        LOG.warning(reason)
-        every = 0
-    if not every:
-        return []
+def check(
+    config: configs.Config, workdir: epath.Path, source: epath.Path | None = None
+) -> epath.Path | None:
+    """Raises ValueError for what can be known before the jobs ahead of this one have run.
 
-    def open_sampler() -> Any:
-        loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
-        return make_sampler(loaded, built.model, devices=built.mesh, **arguments.sampling(config))
-
-    given, count = config.sample.prompts, config.sample.count
-    prompts = load_texts(given)[:count] if given else run.pairs.first_texts(count)
-    return [Draw(built, make_draw(open_sampler, prompts, workdir / "samples"), every=every)]
-
-
-def check(config: configs.Config, workdir: epath.Path) -> None:
-    """Raises ValueError if the model or the prompts of image grids are missing."""
+    Returns:
+        `source`, as `train` takes it.
+    """
     diffusers_io.check_export(config.model.folder, workdir / "export")
+    step_settings.make_mesh(config)
     if config.log.sample_every and config.sample.prompts:
         load_texts(config.sample.prompts)
+    if not config.data.mix and "encode" not in config.jobs:
+        load_meta(config.data.encoded or workdir / "encoded")
+    made_from = content(*arguments.weights(config))
+    known = {**configs.identity(config), "content": made_from}, configs.places()
+    checkpoint.check_identity(workdir / "checkpoints", *known)
+    return source if fork.check(source, workdir, *known) else None

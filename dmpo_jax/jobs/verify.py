@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import pyarrow.parquet as pq
 from etils import epath
@@ -13,7 +13,8 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.training.verify import verify_checkpoints
 
 LOG = logging.getLogger(__name__)
-Findings = Iterator[tuple[str, str]]  # (part of the folder, its fault or "")
+Findings = Iterable[tuple[str, str]]  # (part of the folder, its fault or "")
+Look = Callable[[epath.Path], Findings]
 
 
 def verify(*, folder: epath.PathLike) -> list[str]:
@@ -89,26 +90,14 @@ def _checkpoints(folder: epath.Path) -> Findings:
         yield str(folder / "checkpoints" / str(step)), fault
 
 
-def _pairs(folder: epath.Path) -> Findings:
-    path = folder / "pairs.parquet"
-
-    def read() -> None:
-        with path.open("rb") as file:
-            for batch in pq.ParquetFile(file, page_checksum_verification=True).iter_batches(64):
-                batch.validate(full=True)
-
-    yield str(path), _fault(read)
+def _read_pairs(path: epath.Path) -> None:
+    with path.open("rb") as file:
+        for batch in pq.ParquetFile(file, page_checksum_verification=True).iter_batches(64):
+            batch.validate(full=True)
 
 
-def _adapters(folder: epath.Path) -> Findings:
-    yield str(folder), _fault(lambda: diffusers_io.check_finite(folder))
-
-
-def _json(name: str) -> Callable[[epath.Path], Findings]:
-    def look(folder: epath.Path) -> Findings:
-        yield str(folder / name), _fault(lambda: storage.read_json(folder / name))
-
-    return look
+def _one(name: str, read: Callable[[epath.Path], object]) -> tuple[str, Look]:
+    return name, lambda folder: [(str(folder / name), _fault(lambda: read(folder / name)))]
 
 
 def _fault(read: Callable[[], object]) -> str:
@@ -119,13 +108,13 @@ def _fault(read: Callable[[], object]) -> str:
     return ""
 
 
-KINDS: tuple[tuple[str, Callable[[epath.Path], Findings]], ...] = (
+KINDS: tuple[tuple[str, Look], ...] = (
     (records.MARKER, _encoded),
     ("parts", _unfinished),
     ("model_index.json", _pipeline),
-    (diffusers_io.LORA_FILE, _adapters),
-    ("pairs.parquet", _pairs),
     ("checkpoints", _checkpoints),
-    ("config.json", _json("config.json")),
-    ("result.json", _json("result.json")),
+    _one(diffusers_io.LORA_FILE, lambda path: diffusers_io.check_finite(path.parent)),
+    _one("pairs.parquet", _read_pairs),
+    _one("config.json", storage.read_json),
+    _one("result.json", storage.read_json),
 )

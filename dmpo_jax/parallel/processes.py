@@ -222,7 +222,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def end(status: int, words: str) -> NoReturn:
-    """Prints `words`, control characters escaped, and ends this process; in a multi-process run, all processes.
+    """Prints `words`, control characters escaped, and ends this process, or all of a job's.
 
     Otherwise the others would wait, in a collective or for a file: until `heartbeat` if this
     process is gone, for ever if it waits for them in turn.
@@ -296,8 +296,8 @@ def _check_port(address: str) -> None:
             end(
                 RESTART,
                 f"process 0 cannot listen on port {port} of distributed.coordinator: "
-                f"{error.strerror}. Is another run on this machine, or still ending? If not, choose "
-                "another port",
+                f"{error.strerror}. Is another run on this machine, or still ending? If not, "
+                "choose another port",
             )
 
 

@@ -26,19 +26,24 @@ def why_no_grids(family: Family) -> str:
 
 def make_draw(
     open_sampler: Callable[[], Sampler], prompts: Sequence[str], out: epath.Path
-) -> Callable[[Any, int], None]:
-    """Returns (all parameters of the model, step) -> out/<step>.png, one row per prompt.
+) -> Callable[[Any, int], Callable[[], None]]:
+    """Returns (all parameters of the model, step) -> a function that writes the grid.
 
-    Seeds are the same at every step.
+    It is out/<step>.png, one row per prompt. Seeds are the same at every step.
     open_sampler: called before the first grid only, since its models may never be needed.
     """
     opened = functools.cache(open_sampler)
 
-    def draw(params: Any, number: int) -> None:
+    def draw(params: Any, number: int) -> Callable[[], None]:
         asked = [prompt for prompt in prompts for _ in range(COLUMNS)]
         seeds = [GRIDS + i for i in range(len(asked))]
         images = opened()(params, asked, seeds, f"samples at step {number}")
         scale = max(1, 128 // images.shape[1])
-        save_png(out / f"{number}.png", image_grid(images, COLUMNS, labels=prompts, scale=scale))
+
+        def write() -> None:
+            grid = image_grid(images, COLUMNS, labels=prompts, scale=scale)
+            save_png(out / f"{number}.png", grid)
+
+        return write
 
     return draw

@@ -1,5 +1,6 @@
 """Image grids and PNG files."""
 
+import bisect
 import io
 import json
 from collections.abc import Sequence
@@ -66,7 +67,8 @@ def image_grid(
 def _wrap(text: str, font: Any, width: int, most: int = 3) -> list[str]:
     """Wraps text to lines of `width` pixels; cuts it off, with dots, after `most` lines."""
     lines = [""]
-    for word in text.split():
+    # No letter that shows is narrower than a pixel; a caption may have a million.
+    for word in text[: most * width].split():
         joined = f"{lines[-1]} {word}".strip()
         if lines[-1] and font.getlength(joined) > width:
             lines.append(word)
@@ -80,9 +82,9 @@ def _shorten(text: str, font: Any, width: int, dots: bool) -> str:
     """Returns the text, or as much of it as fits before three dots."""
     if not dots and font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+    ends = range(1, len(text) + 1)
+    fits = bisect.bisect_right(ends, width, key=lambda end: font.getlength(text[:end] + "..."))
+    return text[:fits] + "..."
 
 
 def save_png(path: epath.PathLike, image: Image.Image, about: dict[str, Any] | None = None) -> None:

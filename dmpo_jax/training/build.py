@@ -7,6 +7,7 @@ With shapes nothing is computed, and the step is the same program.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -106,6 +107,10 @@ class TrainingStep(NamedTuple):
     def policy(self, params: Params) -> Params:
         """Returns all parameters of the policy from a state's parameters or adapters."""
         return parameters.completed(params, self.reference)
+
+    def model_size(self) -> int:
+        """Returns the number of the model's parameters, adapters included."""
+        return sum(math.prod(x.shape) for x in parameters.shapes(self.model).values())
 
     def batch_sharding(self) -> jax.sharding.NamedSharding:
         return meshes.batch_sharding(self.mesh)

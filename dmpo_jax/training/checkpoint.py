@@ -76,9 +76,7 @@ class Checkpoints:
         self._read_only, self._writing = read_only, False
         self._last = -1  # step of the last save that was started
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
-        identity = {**identity, **({"content": content} if content else {})}
-        # As it is read back: tuples are lists.
-        self._claim(json.loads(json.dumps(identity)), places or {})
+        self._claim(identity | ({"content": content} if content else {}), places or {})
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=not read_only,
@@ -279,11 +277,15 @@ class Checkpoints:
         self._reader.close()
 
     def _claim(self, identity: dict[str, Any], places: Mapping[str, str]) -> None:
-        """Writes the identity, or compares it with an existing one."""
+        """Writes the identity, or compares it with that of the checkpoints that are there.
+
+        A start that failed before its first checkpoint leaves nothing to protect.
+        """
         path = self._folder / "identity.json"
         if self._read_only and not path.exists():
             raise UserError(f"there are no checkpoints in {self._folder}")
-        if jax.process_index() == 0 and not path.exists():
+        empty = not self._read_only and not has_checkpoints(self._folder)
+        if jax.process_index() == 0 and (empty or not path.exists()):
             self._folder.mkdir(parents=True, exist_ok=True)
             storage.write_json(path, identity, sort_keys=True)
         processes.barrier("identity")
@@ -292,22 +294,7 @@ class Checkpoints:
                 f"process {jax.process_index()} does not see {path}, which process 0 has written: "
                 "--workdir must be a folder that all processes share"
             )
-        ours, theirs = _flatten(identity), _flatten(storage.read_json(path))
-        known = {key for key in ours.keys() & theirs.keys() if key.startswith("content.")}
-        ignored = {path for path, content in places.items() if f"content.{content}" in known}
-        ignored |= {key for key in ours | theirs if key.startswith("content.")} - known
-        missing = "(not set)"
-        differing = [
-            f"{key}: {theirs.get(key, missing)!r} there, {ours.get(key, missing)!r} now"
-            for key in sorted((ours | theirs).keys() - ignored)
-            if ours.get(key, missing) != theirs.get(key, missing)
-        ]
-        if differing:
-            raise UserError(
-                f"{self._folder} holds the checkpoints of another run:\n  "
-                + "\n  ".join(differing)
-                + "\nChange these back to continue it, or choose another --workdir."
-            )
+        check_identity(self._folder, identity, places)
 
     def _read(self, step: int, abstract: Any, *, part: bool = False) -> Any:
         """Reads one checkpoint, or some of its fields, and verifies it.
@@ -368,6 +355,14 @@ class Checkpoints:
         return name
 
 
+def has_checkpoints(folder: epath.PathLike) -> bool:
+    """True if a folder holds a committed checkpoint, valid or set aside as corrupt."""
+    folder = epath.Path(folder)
+    return folder.exists() and any(
+        re.fullmatch(r"\d+(\.corrupt.*)?", path.name) for path in folder.iterdir()
+    )
+
+
 def check_folder(folder: epath.PathLike) -> None:
     """Raises ValueError if Orbax cannot write there: object storage other than Google's."""
     scheme, url, _ = os.fspath(folder).partition("://")
@@ -384,6 +379,42 @@ class SaveError(UserError):
 
 class _Unreadable(Exception):
     """A checkpoint is invalid; the message says why."""
+
+
+def check_identity(
+    folder: epath.PathLike, identity: Any, places: Mapping[str, str] | None = None
+) -> None:
+    """Raises UserError if a folder's checkpoints are of a run with another identity.
+
+    places: as of `Checkpoints`.
+    """
+    path = epath.Path(folder) / "identity.json"
+    if not (path.exists() and has_checkpoints(folder)):
+        return
+    found = differences(storage.read_json(path), identity, places or {})
+    differing = [f"{key}: {theirs!r} there, {ours!r} now" for key, (theirs, ours) in found.items()]
+    if differing:
+        raise UserError(
+            f"{folder} holds the checkpoints of another run:\n  "
+            + "\n  ".join(differing)
+            + "\nChange these back to continue it, choose another --workdir, or go on from it with "
+            "other settings by --fork=NEW_WORKDIR."
+        )
+
+
+def differences(theirs: Any, ours: Any, places: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    """Returns {dotted key: (their value, our value)} of what two identities differ in.
+
+    Content counts where both know it, and then in place of the `places` that name it.
+    """
+    theirs, ours = (_flatten(json.loads(json.dumps(x))) for x in (theirs, ours))  # tuples: lists
+    content = {key for key in ours | theirs if key.startswith("content.")}
+    known = {key for key in content if key in ours and key in theirs}
+    ignored = (content - known) | {path for path, x in places.items() if f"content.{x}" in known}
+    missing = "(not set)"
+    keys = sorted((ours | theirs).keys() - ignored)
+    pairs = {key: (theirs.get(key, missing), ours.get(key, missing)) for key in keys}
+    return {key: (a, b) for key, (a, b) in pairs.items() if a != b}
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,7 @@ The loop receives its hooks and does not know what they do. A custom hook is any
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ from jaxtyping import Array, Key
 
 from dmpo_jax.data.batches import pipeline
 from dmpo_jax.parallel import meshes
+from dmpo_jax.training.background import CLOSE_SECONDS, Background
 from dmpo_jax.training.build import TrainingStep
 from dmpo_jax.training.step import TrainState
 from dmpo_jax.training.trace import Trace
@@ -67,6 +69,9 @@ class Hook:
 
     def wait(self) -> None:
         """Waits for the hook's background work to end."""
+
+    def close(self) -> None:
+        """Called once at the end of the run, however it ends; must return within a minute."""
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
         raise NotImplementedError
@@ -140,18 +145,32 @@ class Validate(Hook):
 class Draw(Hook):
     """Draws image grids at the start, at every `every`-th update and at the end.
 
-    draw: (all parameters of the policy, update) -> None.
+    A grid that cannot be drawn or written is a warning: it must not end a run.
+
+    draw: (all parameters of the policy, update) -> a function that writes the grid, which needs
+        no device and is called in a thread.
     """
 
     name = "sampling"
     at_start = at_end = True
     when_stopping = False
 
-    def __init__(self, built: TrainingStep, draw: Callable[[Any, int], None], *, every: int):
+    def __init__(
+        self, built: TrainingStep, draw: Callable[[Any, int], Callable[[], None]], *, every: int
+    ):
         self.every, self._built, self._draw = every, built, draw
+        self._background = Background("an image grid", size=4)
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
-        self._draw(self._built.policy(trained(state)), update)
+        try:
+            write = self._draw(self._built.policy(trained(state)), update)
+        except Exception as error:  # the model's, the sampler's or a file's
+            LOG.warning("no image grid at step %d: %s: %s", update, type(error).__name__, error)
+            return
+        self._background.call(write)
+
+    def close(self) -> None:
+        self._background.close(time.monotonic() + CLOSE_SECONDS)
 
 
 class Save(Hook):

@@ -1,5 +1,6 @@
 """The loop around `step.train_step`: reads metrics one step late and calls hooks between steps."""
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
@@ -71,6 +72,7 @@ def run_loop(
     watch = make_watch(built, settings, start, cost)
     LOG.info("%s", built.settings.describe_rate())
     with (
+        contextlib.ExitStack() as closing,
         profile.trace,
         MetricsWriter(
             workdir,
@@ -82,6 +84,8 @@ def run_loop(
         Stopping() as stop,
         Watchdog(settings.hang_limit) as watchdog,
     ):
+        for hook in known:
+            closing.callback(hook.close)
         if start == 0:
             call([hook for hook in known if hook.at_start], state, 0, watch, writer)
         update, unread = built.make_update(state), None  # the last update's number and metrics

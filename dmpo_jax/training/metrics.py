@@ -1,7 +1,13 @@
-"""Writes a run's scalars to metrics.jsonl, TensorBoard and W&B."""
+"""Writes a run's scalars to metrics.jsonl, TensorBoard and W&B.
 
+Neither of these can end a run, and the last two cannot block one (`background`).
+"""
+
+import functools
 import hashlib
+import importlib
 import json
+import logging
 import math
 import os
 import time
@@ -14,6 +20,9 @@ from etils import epath
 from dmpo_jax import storage
 from dmpo_jax.errors import MissingPackageError
 from dmpo_jax.extras import install_hint
+from dmpo_jax.training.background import CLOSE_SECONDS, Background
+
+LOG = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -21,7 +30,8 @@ class MetricsWriter:
 
     `metrics.jsonl` has one JSON object per line, "step" first; non-finite values are null, since
     JSON has no NaN. A file on object storage cannot be appended to, so there it is
-    `metrics-<n>.jsonl`, a part every `PART_SECONDS` and one at the end.
+    `metrics-<n>.jsonl`, a part every `PART_SECONDS` and one at the end. Lines that cannot be
+    written, because the disk is full, are kept and tried again with the next.
 
     Only process 0 writes; on the others every method does nothing. A context manager.
 
@@ -47,13 +57,16 @@ class MetricsWriter:
         wandb: str | None = None,
         resume_step: int | None = None,
     ):
-        self._file = self._events = self._wandb = None
-        self._lines: list[str] = []  # of the part that is not yet written
+        self._file: Any = None
+        self._sinks: list[tuple[Background, _TensorBoard | _Wandb]] = []
+        self._unwritten = b""  # complete lines, or the rest of one
+        self._warned = False
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        if wandb:
-            self._wandb = _start_wandb(wandb, workdir)  # first: nothing is dropped if it fails
+        if wandb:  # first: nothing is dropped if it is not installed
+            sink = _Wandb(_import_wandb(wandb), wandb, workdir)
+            self._sinks.append((Background("W&B", once=True), sink))
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._in_parts = storage.is_remote(self._workdir)
@@ -64,16 +77,12 @@ class MetricsWriter:
             self._part = 1 + max((int(n) for n in taken if n.isdigit()), default=-1)
             self._part_began = time.monotonic()
         else:
-            self._file = open(self._workdir / "metrics.jsonl", "a")  # noqa: SIM115
+            # Unbuffered: a kill loses no line, `tail -f` shows it at once, and a write says how
+            # much of a line has got onto a full disk.
+            self._file = open(self._workdir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
         if tensorboard:
-            # Imported only if requested: it takes most of a second.
-            from tensorboardX import SummaryWriter
-
-            # purge_step makes TensorBoard drop what the killed run wrote after the checkpoint.
-            self._events = SummaryWriter(
-                os.fspath(self._workdir / "tensorboard"),
-                purge_step=None if resume_step is None else resume_step + 1,
-            )
+            events = _TensorBoard(os.fspath(self._workdir / "tensorboard"), resume_step)
+            self._sinks.append((Background("TensorBoard", once=True), events))
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -93,51 +102,106 @@ class MetricsWriter:
         scalars = {name: float(value) for name, value in metrics.items() if name != "step"}
         finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
         line = json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n"
-        if self._file is not None:
-            self._file.write(line)
-            self._file.flush()  # a kill loses no line, and `tail -f` shows it at once
-        else:
-            self._lines.append(line)
-            if time.monotonic() - self._part_began >= self.PART_SECONDS:
-                self._write_part()
-        if self._events is not None:
-            for name, value in {**scalars, **(detail or {})}.items():
-                if math.isfinite(value):  # curves cannot show the others
-                    self._events.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log({**scalars, **(detail or {})}, step=int(step))
+        self._unwritten += line.encode()
+        if not self._in_parts or time.monotonic() - self._part_began >= self.PART_SECONDS:
+            self._write_lines()
+        for background, sink in self._sinks:
+            background.call(sink.write, int(step), {**scalars, **(detail or {})})
 
     def close(self) -> None:
-        """Writes buffered lines and closes every destination."""
-        if self._lines:
-            self._write_part()
+        """Writes buffered lines and closes every destination, within CLOSE_SECONDS."""
+        if self._unwritten:
+            self._write_lines()
         if self._file is not None:
             self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._events = self._wandb = None
-        self._active = False
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for background, sink in self._sinks:
+            background.call(sink.close)
+        for background, _ in self._sinks:
+            background.close(deadline)
+        self._file, self._sinks, self._active = None, [], False
 
-    def _write_part(self) -> None:
-        (self._workdir / f"metrics-{self._part:05d}.jsonl").write_text("".join(self._lines))
-        self._lines.clear()
-        self._part, self._part_began = self._part + 1, time.monotonic()
+    def _write_lines(self) -> None:
+        try:
+            if self._in_parts:
+                part = self._workdir / f"metrics-{self._part:05d}.jsonl"
+                part.write_bytes(self._unwritten)
+                self._unwritten = b""
+                self._part, self._part_began = self._part + 1, time.monotonic()
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._warned:
+                LOG.warning("metrics.jsonl cannot be written, and is tried again: %s", error)
+            self._warned = True
 
 
-def _start_wandb(project: str, workdir: epath.PathLike) -> Any:
+class _TensorBoard:
+    """One event file. resume_step: TensorBoard drops what a killed run wrote after it."""
+
+    def __init__(self, folder: str, resume_step: int | None):
+        self._folder, self._resume_step = folder, resume_step
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        # tensorboardX's SummaryWriter writes in a thread of its own, and if that fails, blocks
+        # in `add_scalar` for ever.
+        from tensorboardX.event_file_writer import EventsWriter, directory_check
+        from tensorboardX.proto import event_pb2
+
+        events: Any = event_pb2  # generated: its names are not there to be read
+        directory_check(self._folder)
+        writer = EventsWriter(os.path.join(self._folder, "events"))
+        if self._resume_step is not None:
+            start = events.SessionLog(status=events.SessionLog.START)
+            step = self._resume_step + 1
+            writer.write_event(events.Event(wall_time=time.time(), step=step, session_log=start))
+        return writer
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+
+        events: Any = event_pb2
+        for name, value in scalars.items():
+            if math.isfinite(value):  # curves cannot show the others
+                event = events.Event(wall_time=time.time(), step=step)
+                event.summary.CopyFrom(summary.scalar(name, value))
+                self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    """One W&B run. Its id is derived from the folder: a resumed run continues its own curves."""
+
+    def __init__(self, wandb: Any, project: str, workdir: epath.PathLike):
+        self._wandb, self._project, self._path = wandb, project, storage.absolute(workdir)
+
+    @functools.cached_property
+    def _run(self) -> Any:
+        run_id = hashlib.sha256(os.fspath(self._path).encode()).hexdigest()[:16]
+        return self._wandb.init(
+            project=self._project, name=self._path.name, id=run_id, resume="allow"
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _import_wandb(project: str) -> Any:
     try:
-        import wandb  # pyright: ignore[reportMissingImports]  (an extra)
+        return importlib.import_module("wandb")  # an extra
     except ImportError as error:
         raise MissingPackageError(
             f"logging to the W&B project {project!r} needs wandb, which is not installed: "
             f"{install_hint('wandb')}, or set log.wandb to ''"
         ) from error
-    path = storage.absolute(workdir)
-    # The id is derived from the folder, so that a resumed run continues its own curves.
-    run_id = hashlib.sha256(os.fspath(path).encode()).hexdigest()[:16]
-    return wandb.init(project=project, name=path.name, id=run_id, resume="allow")
 
 
 def _drop_after(path: epath.Path, last_step: int | None) -> None:

@@ -6,10 +6,15 @@ from dmpo_jax.data.encoded.records import EncodedPairs
 from dmpo_jax.errors import UserError
 
 
-def content(folder: str, variant: str | None, pairs: EncodedPairs | Mixture) -> dict[str, str]:
-    """Returns hashes of what a run is made from, by the names that `Leaf.content` has."""
-    weights = diffusers_io.digest_model(folder, variant)
-    return {"model weights": weights, "encoded pairs": pairs.identity}
+def content(
+    folder: str, variant: str | None, pairs: EncodedPairs | Mixture | None = None
+) -> dict[str, str]:
+    """Returns hashes of what a run is made from, by the names that `Leaf.content` has.
+
+    pairs: None if they are not encoded yet.
+    """
+    weights = {"model weights": diffusers_io.digest_model(folder, variant)}
+    return weights | ({"encoded pairs": pairs.identity} if pairs else {})
 
 
 def check_encoders(

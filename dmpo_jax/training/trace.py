@@ -46,9 +46,12 @@ class Trace:
         with self._local as name:
             jax.profiler.stop_trace()
             # The profiler's writer supports fewer kinds of storage than the rest of a run.
-            for file in sorted(p for p in pathlib.Path(name).rglob("*") if p.is_file()):
-                target = self._folder / str(file.relative_to(name))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(file.read_bytes())
+            try:
+                for file in sorted(p for p in pathlib.Path(name).rglob("*") if p.is_file()):
+                    target = self._folder / str(file.relative_to(name))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+                LOG.info("traced into %s", self._folder)
+            except OSError as error:  # a trace must not end a run
+                LOG.warning("the trace cannot be written: %s", error)
         self._local, self._steps = None, None
-        LOG.info("traced into %s", self._folder)

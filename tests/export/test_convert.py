@@ -108,9 +108,14 @@ def test_dtype_shards_and_card(made, lora_run, tmp_path):
     assert {x.dtype.name for p in shards for x in load_file(p).values()} == {"float16"}
     card = (out / "README.md").read_text()
     front = card.split("---")[1]
-    for line in (f'base_model: "{made[0]}"', "library_name: diffusers", "- dmpo", "- lora"):
+    for line in ("library_name: diffusers", "- dmpo", "- lora"):
         assert line in front
-    for words in ("after 4 updates", "32 preference pairs", "| lora.rank | 2 |", "| loss |"):
+    for words in (
+        "after 4 updates",
+        "48 distinct preference pairs",
+        "| lora.rank | 2 |",
+        "| loss |",
+    ):
         assert words in card
 
 

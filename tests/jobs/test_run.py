@@ -47,7 +47,7 @@ def test_what_the_last_job_lacks_is_said_before_the_first(changes, message, star
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "OtherPipeline"}))
     made = {"PROMPTS": str(tmp_path / "prompts.txt"), "MODEL": str(tmp_path)}
     changes = {path: made.get(value, value) for path, value in changes.items()}
-    config = from_flat({**DIGITS, "jobs": ("train", "evaluate"), **changes})
+    config = from_flat({**DIGITS, "jobs": ("encode", "train", "evaluate"), **changes})
     with pytest.raises(ValueError, match=message):
         run(config, tmp_path / "run")
     assert started == []

@@ -115,7 +115,7 @@ def test_weights_that_are_all_0_are_refused():
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
     )
-    with pytest.raises(ValueError, match="is 0 at every timestep .* lower timesteps.low"):
+    with pytest.raises(ValueError, match=r"is 0 at every timestep .* lower timesteps\.low"):
         make_timesteps(table, weighting="min_snr", low=0.999)
     assert make_timesteps(table, weighting="min_snr", low=0.99).weights is not None
     assert make_timesteps(SCHEDULE, weighting="min_snr", low=0.999).weights is not None
