@@ -3,8 +3,11 @@
     python launch/train.py --config=configs/sdxl_dmpo.py --workdir=DIR \\
         --config.model.folder=stabilityai/stable-diffusion-xl-base-1.0 \\
         --config.model.vae=madebyollin/sdxl-vae-fp16-fix \\
-        --config.data.encoded=ENCODED   # made by launch/encode.py
-        --config.mesh.fsdp=16           # shard parameters and optimizer
+        --config.data.encoded=ENCODED \\
+        --config.mesh.fsdp=16
+
+ENCODED is made by launch/encode.py, with the same --model and --vae; mesh.fsdp shards parameters
+and optimizer over that many chips.
 
 Settings: those of AIDC-AI/Diffusion-SDPO's launcher for DMPO on SDXL, without its safeguard:
 beta 6000, learning rate 1e-9 x 2048 pairs, 500 steps of warmup, 2,000 steps.

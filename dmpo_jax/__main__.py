@@ -5,6 +5,8 @@ Imports little, so that an unknown command is rejected before JAX is imported.
 
 import sys
 
+from dmpo_jax.errors import in_words
+
 NAMES = (
     "train",
     "encode",
@@ -40,9 +42,10 @@ def main(name: str = "") -> None:
             sys.exit(0 if asked and argv else 1)
         name, *argv = argv
         called = f"dmpo-jax {name}"
-    from dmpo_jax import commands
+    with in_words():  # importing takes seconds
+        from dmpo_jax import commands
 
-    commands.main(name, [called, *argv])
+        commands.main(name, [called, *argv])
 
 
 if __name__ == "__main__":

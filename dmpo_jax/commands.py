@@ -4,6 +4,7 @@
 Every command takes every leaf as `--config.section.key`; its interface adds short names.
 """
 
+import logging
 import pathlib
 import sys
 from collections.abc import Callable
@@ -11,17 +12,21 @@ from typing import Any, NamedTuple
 
 from absl import app
 
+from dmpo_jax import storage
 from dmpo_jax.config import checks, parsing, reference
 from dmpo_jax.config.command_line import in_words, log_to_console
 from dmpo_jax.config.configs import Config
-from dmpo_jax.config.declare import Leaf, OneOf
+from dmpo_jax.config.declare import Check, Leaf, OneOf
+from dmpo_jax.config.files import load_config
 from dmpo_jax.config.parsing import Interface
 from dmpo_jax.config.sections import DTYPES
-from dmpo_jax.errors import UserError
+from dmpo_jax.errors import STOPPED, STOPPED_ANEW, UserError
 from dmpo_jax.families import PUBLISHED
 from dmpo_jax.scoring import SCORERS
 
-OUT = Leaf(None, "folder to write")
+LOG = logging.getLogger(__name__)
+FOLDER = Check(storage.may_be_folder, "a folder that can be made and written")
+OUT = Leaf(None, "folder to write", FOLDER)
 PROMPTS = Leaf(None, "file of prompts, one a line")
 PIPELINE = {"model": "model.folder", "variant": "model.variant", "vae": "model.vae"}
 SAMPLING = {
@@ -44,18 +49,30 @@ class Command(NamedTuple):
     about: help text; its first line is a summary. call: (config, options) -> result.
     check: raises ValueError for a config that the command cannot run, beyond each leaf's own
         check. It may set leaves that are unset.
+    resumes: after Ctrl-C, the same command continues the work.
     """
 
     about: str
     interface: Interface
     call: Callable[[Config, dict[str, Any]], Any]
     check: Callable[[Config, dict[str, Any]], None] = lambda config, options: None
+    resumes: bool = False
+
+
+def _next(command: str) -> None:
+    LOG.info("next: dmpo-jax %s", command)
 
 
 def _train(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.run import run
 
-    return run(config, **options)
+    workdir = run(config, **options)
+    if config.jobs[-1:] == ("train",):
+        base, tuned = config.model.folder or "BASE", workdir / "export"
+        _next(f"evaluate --a={base} --b={tuned} --prompts=FILE --out={workdir / 'evaluation'}")
+    elif config.jobs[-1:] == ("evaluate",):
+        _next(f"sample --model={workdir / 'export'} --prompts=FILE --out=DIR")
+    return workdir
 
 
 def _check_train(config: Config, options: dict[str, Any]) -> None:
@@ -67,12 +84,18 @@ def _encode(config: Config, options: dict[str, Any]) -> Any:
     if options["inspect"]:
         from dmpo_jax.jobs.inspect import inspect
 
-        return inspect(config, out=options["inspect"])
+        page = inspect(config, out=options["inspect"])
+        _next(f"encode --source={config.data.source} --model=FOLDER --out=DIR")
+        return page
     from dmpo_jax.jobs.encode import encode
     from dmpo_jax.parallel import processes
 
     processes.join(**config.distributed)
-    return encode(config, out=options["out"])
+    out = encode(config, out=options["out"])
+    vae = f" --config.model.vae={config.model.vae}" if config.model.vae else ""
+    model = f"--config.model.folder={config.model.folder}{vae}"
+    _next(f"train --config=CONFIG {model} --config.data.encoded={out}")
+    return out
 
 
 def _check_encode(config: Config, options: dict[str, Any]) -> None:
@@ -83,7 +106,9 @@ def _check_encode(config: Config, options: dict[str, Any]) -> None:
 def _collect(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.collect import collect
 
-    return collect(config, **options)
+    path = collect(config, **options)
+    _next(f"encode --source=pickapic:{path} --model={config.model.folder} --out=DIR")
+    return path
 
 
 def _sample(config: Config, options: dict[str, Any]) -> Any:
@@ -110,13 +135,18 @@ def _convert(config: Config, options: dict[str, Any]) -> Any:
         return single_file(file=options["single_file"], out=options["out"], like=options["like"])
     from dmpo_jax.jobs.convert import convert
 
-    return convert(
+    out = convert(
         workdir=options["checkpoint"],
         out=options["out"],
         at=options["step"],
         shard_bytes=int(options["shard_gb"] * 10**9),
         **{name: options[name] for name in ("weights", "merge", "dtype", "verify")},
     )
+    if (out / "model_index.json").exists():
+        _next(f"sample --model={out} --prompts=FILE --out=DIR")
+    else:
+        LOG.info("next, in PyTorch: pipeline.load_lora_weights(%r)", str(out))
+    return out
 
 
 def _check_convert(config: Config, options: dict[str, Any]) -> None:
@@ -138,6 +168,8 @@ def _plan(config: Config, options: dict[str, Any]) -> Any:
     rest = {name: options[name] for name in ("out", "cache")}
     plans = plan(config, options["topology"], published=options["model"], **rest)
     print(printed(plans))
+    if options["out"]:
+        LOG.info("the plans are in %s", options["out"])
     return plans
 
 
@@ -168,7 +200,7 @@ from 0, the optimizer's moments too unless optimizer.name differs.""",
         Interface(
             {},
             {
-                "workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG"),
+                "workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG", FOLDER),
                 "fork": Leaf("", "a new folder: go on there from workdir's newest checkpoint"),
                 "dry_run": Leaf(False, "print what would be done, needed and refused; then exit"),
             },
@@ -176,6 +208,7 @@ from 0, the optimizer's moments too unless optimizer.name differs.""",
         ),
         _train,
         _check_train,
+        resumes=True,
     ),
     "encode": Command(
         """Encodes raw preference pairs: VAE latents of the images, embeddings of each prompt once.
@@ -205,14 +238,15 @@ pairs, DIR/index.html.""",
                 "num_threads": "data.num_threads",
             },
             {
-                "out": Leaf(None, "folder for the encoded pairs"),
-                "inspect": Leaf(None, "folder for a page about the source, instead"),
+                "out": Leaf(None, "folder for the encoded pairs", FOLDER),
+                "inspect": Leaf(None, "folder for a page about the source, instead", FOLDER),
                 "distributed": Leaf(False, "of no effect: clusters are found without"),
             },
             required=("source",),
         ),
         _encode,
         _check_encode,
+        resumes=True,
     ),
     "collect": Command(
         """Makes preference pairs from a model's own images: two a prompt, labelled by a scorer.
@@ -372,7 +406,11 @@ def main(name: str, argv: list[str]) -> None:
     def parse(argv: list[str]) -> list[str]:
         nonlocal options
         if parsing.HELP & set(argv):
-            print(help_of(name, argv[0]))
+            try:
+                named = parsing.named_config(argv)
+                print(help_of(name, argv[0], load_config(named) if named else None))
+            except ValueError as error:
+                sys.exit(f"{argv[0]}: {error}")
             sys.exit(0)
         try:
             options["config"], options["rest"] = parsing.parse(argv, command.interface)
@@ -392,17 +430,19 @@ def main(name: str, argv: list[str]) -> None:
             rest["workdir"] = f"runs/{stem.replace('.py', '').replace(':', '_')}"
         command.call(config, rest)
 
-    app.run(in_words(run), argv=argv, flags_parser=parse)
+    stopped = STOPPED if command.resumes else STOPPED_ANEW
+    app.run(in_words(run, stopped), argv=argv, flags_parser=parse)
 
 
-def help_of(name: str, me: str) -> str:
-    """Returns the text that --help prints."""
+def help_of(name: str, me: str, config: Config | None = None) -> str:
+    """Returns the text that --help prints, with the values of a config or the defaults."""
     command = COMMANDS[name]
     own = parsing.describe(command.interface)
+    values = "its default" if config is None else "this config's value"
     return (
         f"{command.about.replace('{me}', me)}\n\n{own}\n  --config=NAME or PATH.py"
         f"{'':<8}a config to start from, with :VARIANT if need be\n"
         "  --debug                         show where an error was raised\n\n"
-        "Every leaf of a config, as --config.LEAF=VALUE, with its default:\n\n"
-        f"{reference.describe()}"
+        f"Every leaf of a config, as --config.LEAF=VALUE, with {values}:\n\n"
+        f"{reference.describe(config)}"
     )

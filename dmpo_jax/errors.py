@@ -3,10 +3,17 @@
 Every other exception is a bug in this package or a library, and shows its traceback.
 """
 
+import contextlib
 import errno
+import sys
+from collections.abc import Iterator
 
 # Errors of the system that only a person can resolve: a full disk, a missing permission.
 _NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+
+INTERRUPTED = 130  # exit status of shells for Ctrl-C
+STOPPED = "stopped; the same command resumes"
+STOPPED_ANEW = "stopped; the same command starts over"
 
 
 class UserError(ValueError):
@@ -36,5 +43,20 @@ def message_of(error: BaseException) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _NEEDS_A_PERSON:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+        # Of a copy, filename2 is the file that could not be written.
+        return f"{error.filename2 or error.filename or 'a file'}: {error.strerror}"
     return ""
+
+
+@contextlib.contextmanager
+def in_words(stopped: str = STOPPED) -> Iterator[None]:
+    """Ends the process on Ctrl-C and on user errors, with a message in place of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if message := message_of(error):
+            sys.exit(message)
+        raise

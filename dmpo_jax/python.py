@@ -1,12 +1,14 @@
 """The commands as Python functions, for `import dmpo_jax as dj`."""
 
 import inspect
+import logging
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dmpo_jax.commands import COMMANDS
 from dmpo_jax.config import parsing
+from dmpo_jax.config.command_line import log_to_console
 from dmpo_jax.config.configs import Config, declared
 
 
@@ -21,6 +23,7 @@ def python_function(name: str) -> Callable[..., Any]:
     def call(config: Config | str | None = None, **keywords: Any) -> Any:
         found, options = parsing.from_keywords(name, config, keywords, command.interface)
         command.check(found, options)
+        _show_log()
         return command.call(found, options)
 
     known, interface = declared(), command.interface
@@ -50,4 +53,11 @@ def train(config: Config | str, workdir: str | pathlib.Path, hooks: Sequence[Any
     command, keywords = COMMANDS["train"], {"workdir": str(workdir)}
     found, options = parsing.from_keywords("train", config, keywords, command.interface)
     command.check(found, options)
+    _show_log()
     return command.call(found, options | ({"hooks": tuple(hooks)} if hooks else {}))
+
+
+def _show_log() -> None:
+    """Prints log lines as the commands do, unless the program has set up its own logging."""
+    if not logging.getLogger().handlers:
+        log_to_console()

@@ -8,13 +8,16 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import fsspec
 from etils import epath
 
-from dmpo_jax.errors import UserError
+from dmpo_jax.errors import MissingPackageError, UserError
+from dmpo_jax.extras import install_hint
 
 PART = ".part"  # suffix of temporary names
 HASH_AT_ONCE = 2**22
@@ -26,6 +29,34 @@ BLOCK, BLOCKS, REMOTE_BLOCKS = 2**16, 64, 2
 def is_remote(path: epath.PathLike) -> bool:
     """True if a path is in object storage."""
     return "://" in os.fspath(path)
+
+
+def check_filesystem(path: epath.PathLike) -> None:
+    """Raises UserError if the package is missing that reads a remote path's file system."""
+    protocol = os.fspath(path).partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        extra = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}.get(protocol)
+        how = install_hint(extra) if extra else error
+        raise MissingPackageError(f"{path} needs a package that is not installed: {how}") from error
+    except ValueError:
+        return  # no protocol of fsspec: opening it fails
+
+
+def may_be_folder(path: epath.PathLike) -> bool:
+    """True if `path` is a folder that can be written, or may become one; any remote path may.
+
+    Raises:
+        UserError: as `check_filesystem`.
+    """
+    if is_remote(path):
+        check_filesystem(path)
+        return True
+    found = pathlib.Path(path).absolute()
+    while not os.path.lexists(found):
+        found = found.parent
+    return found.is_dir() and os.access(found, os.W_OK)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -54,7 +85,9 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     try:
         yield part
         part.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # the system does not say which file met a full disk
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise

@@ -1,6 +1,9 @@
 """Tests for dmpo_jax/progress.py."""
 
 import io
+import logging
+import re
+import time
 
 import jax.numpy as jnp
 import rich.console
@@ -9,8 +12,29 @@ from dmpo_jax import progress as progress_bar
 from dmpo_jax.progress import Progress
 
 
-def console(terminal):
-    return rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=120)
+def console(terminal, width=120):
+    return rich.console.Console(file=io.StringIO(), force_terminal=terminal, width=width)
+
+
+def screen(out):
+    """The lines that a terminal holds in the end."""
+    lines, row, column = [""], 0, 0
+    for text, count, code in re.findall(
+        r"([^\x1b\r\n]|\r|\n)|\x1b\[([?\d;]*)([A-Za-z])", out.file.getvalue()
+    ):
+        if code == "A":
+            row -= int(count or 1)
+        elif code == "K":
+            lines[row] = ""
+        elif text == "\r":
+            column = 0
+        elif text == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif text:
+            lines[row] = lines[row][:column].ljust(column) + text + lines[row][column + 1 :]
+            column += 1
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def test_progress_off_a_terminal_is_a_line_a_tenth():
@@ -49,3 +73,90 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "4/4" in shown
     assert "loss 0.25" in shown
     assert "ETA" in shown
+
+
+def test_at_80_columns_nothing_is_cut_off():
+    out = console(terminal=True, width=80)
+    with Progress(150, description="dmpo", console=out) as progress:
+        for _ in range(3):
+            progress.advance(
+                loss=1.3812, implicit_accuracy=0.4375, pairs_per_second=70.14, wait="1 %"
+            )
+    bar, values = screen(out)
+    assert re.fullmatch(r"dmpo \S+ +3/150 0:00:00 ETA \S+", bar)
+    assert values == "  loss 1.381  accuracy 0.4375  pairs/s 70.14  wait 1 %"
+
+
+def test_log_lines_stand_above_the_bar_and_are_never_wrapped(monkeypatch):
+    out = console(terminal=True, width=80)
+    monkeypatch.setattr(progress_bar, "standard_error", lambda: out)
+    log = logging.Logger("a")
+    log.addHandler(progress_bar.ConsoleHandler())
+    command = "next: " + "[b]/a/long/path " * 10
+    with Progress(4, description="dmpo") as progress:
+        log.info("compiled")
+        progress.advance(2)
+        log.info(command)
+    first, second, bar = screen(out)
+    assert (first, second) == ("compiled", command.rstrip())
+    assert bar.startswith("dmpo")
+    assert "2/4" in bar
+
+
+def test_a_job_within_a_job_leaves_no_bar_behind():
+    out = console(terminal=True)
+    with Progress(8, description="dmpo", console=out) as progress:
+        with Progress(2, description="samples", console=out) as inner:
+            inner.advance(2)
+        progress.advance(8)
+    assert "samples" in out.file.getvalue()
+    (bar,) = screen(out)
+    assert bar.startswith("dmpo")
+    assert "8/8" in bar
+
+
+def test_a_job_with_nothing_left_shows_no_bar():
+    out = console(terminal=True)
+    with Progress(5, 5, "prompts", console=out):
+        pass
+    assert out.file.getvalue() == ""
+
+
+def test_an_activity_that_counts_nothing_is_shown_while_it_runs():
+    out = console(terminal=True)
+    with Progress(8, description="dmpo", console=out) as progress:
+        with progress.doing("checkpoint"):
+            progress_bar._bars[0].refresh()
+            assert screen(out)[-1] == "  checkpoint ..."
+        progress.advance(1)
+    assert "checkpoint" not in "".join(screen(out))
+
+
+def test_off_a_terminal_a_long_activity_says_that_it_goes_on(monkeypatch, caplog):
+    monkeypatch.setattr(progress_bar, "EVERY", 0.05)
+    with (
+        caplog.at_level(logging.INFO),
+        Progress(8, console=console(terminal=False)) as progress,
+        progress.doing("compiling the step"),
+    ):
+        time.sleep(0.12)
+    assert caplog.messages[0] == "compiling the step, 0 s"
+
+
+def test_what_ends_a_job_is_printed_below_its_bar():
+    """The bar of a generator's job is still there while its consumer's error is printed."""
+    out = console(terminal=True)
+
+    def batches():
+        with Progress(8, description="sampling", console=out) as progress:
+            while True:
+                progress.advance(1)
+                yield
+
+    running = batches()
+    next(running)
+    progress_bar.stop_bars()
+    out.print("stopped")
+    assert screen(out)[-1] == "stopped"
+    running.close()
+    assert screen(out)[-1] == "stopped"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 
 import pytest
 from etils import epath
@@ -78,3 +79,30 @@ def test_users_errors_are_what_python_s_callers_expect():
     assert issubclass(errors.MissingFileError, FileNotFoundError)
     assert issubclass(errors.MissingPackageError, ImportError)
     assert issubclass(errors.MissingFileError, ValueError)
+
+
+def test_a_full_disk_names_the_file_that_could_not_be_written(tmp_path):
+    def full(*names):
+        raise OSError(errno.ENOSPC, "No space left on device", *names)
+
+    def write():
+        with storage.replacing(tmp_path / "a.png"):
+            full()
+
+    with pytest.raises(OSError) as raised:
+        write()
+    assert errors.message_of(raised.value) == f"{tmp_path}/a.png: No space left on device"
+    with pytest.raises(OSError) as raised:
+        full("source", None, "copy")
+    assert errors.message_of(raised.value) == "copy: No space left on device"
+
+
+def test_what_may_become_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert storage.may_be_folder(tmp_path)
+    assert storage.may_be_folder(tmp_path / "a" / "b")
+    assert not storage.may_be_folder(tmp_path / "file")
+    assert not storage.may_be_folder(tmp_path / "file" / "a")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ImportError, match=r"gs://b/a needs a package.*gcs"):
+        storage.may_be_folder("gs://b/a")

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config.configs import Config, declared, flatten, nearest
+from dmpo_jax.config.configs import Config, declared, flatten
 from dmpo_jax.config.recipes import RECIPES
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
@@ -42,10 +42,7 @@ def _check_leaves(config: Config) -> Iterator[str]:
         if path.startswith("objectives."):  # the chosen objective checks its own leaves
             continue
         if not leaf.fits(flat[path]):
-            hint = ""
-            if path == "objective":
-                hint = f": did you mean {nearest(flat[path], OBJECTIVES)!r}?"
-            yield f"{path} must be {leaf.words}, but got {flat[path]!r}{hint}"
+            yield f"{path} {leaf.wrong(flat[path])}"
 
 
 def _check_objective(config: Config) -> Iterator[str]:

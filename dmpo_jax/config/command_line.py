@@ -8,20 +8,19 @@ from typing import Any
 
 from absl import flags
 
-from dmpo_jax import errors
+from dmpo_jax import errors, progress
 from dmpo_jax.parallel import processes
 
 DEBUG = flags.DEFINE_bool("debug", False, "show the traceback of errors that are for the user")
-INTERRUPTED = 130  # exit status of shells for Ctrl-C
 
 
-def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
+def in_words(main: Callable[[Any], object], stopped: str = errors.STOPPED) -> Callable[[Any], None]:
     """Wraps `main` for absl's app.run: an exception ends the process with an exit status.
 
     A UserError, or an OSError that needs a person (`errors.message_of`), prints its message. Any
     other exception is a bug and prints its traceback. Both end this process and the other
-    processes of the job with status 1. Ctrl-C ends with 130, and the loss of a process with
-    `processes.RESTART`.
+    processes of the job with status 1. Ctrl-C prints `stopped` and ends with 130; the loss of a
+    process ends with `processes.RESTART`.
     """
 
     @functools.wraps(main)
@@ -29,8 +28,10 @@ def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
         try:
             main(argument)
         except KeyboardInterrupt:
-            processes.end(INTERRUPTED, "\nstopped; run the same command again to go on")
+            progress.stop_bars()
+            processes.end(errors.INTERRUPTED, f"\n{stopped}")
         except Exception as error:
+            progress.stop_bars()
             message = errors.message_of(error)
             if not message and processes.is_lost_peer(error):
                 processes.end_for_lost_peer(error)
@@ -43,10 +44,9 @@ def in_words(main: Callable[[Any], object]) -> Callable[[Any], None]:
 
 def log_to_console() -> None:
     """Prints this package's messages as plain lines, and other libraries' from warnings up."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    if not _debugging():
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(_OneLine("%(message)s"))
+    handler = progress.ConsoleHandler()
+    handler.setFormatter((logging.Formatter if _debugging() else _OneLine)("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("dmpo_jax").setLevel(logging.INFO)
 
 

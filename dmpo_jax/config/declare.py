@@ -1,6 +1,7 @@
 """`Leaf`: one option, declared once. Help, checks, identity, flags and docs derive from it."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -74,6 +75,16 @@ class Leaf:
             return ""
         words = Interval(self.check).words
         return f"{words} and finite" if self.kind is float and "inf" in self.check else words
+
+    def wrong(self, value: Any) -> str:
+        """Returns what is wrong with a value that does not fit, to follow the option's name."""
+        near = ""
+        if isinstance(self.check, OneOf):
+            choices = [name for name in self.check if name]
+            named = [name for name in choices if str(value) in name.split("_")]
+            named = named or difflib.get_close_matches(str(value), choices, n=1)
+            near = f": did you mean {' or '.join(map(repr, named))}?" if named else ""
+        return f"must be {self.words}, but got {value!r}{near}"
 
     def fits(self, value: Any) -> bool:
         if value is None:

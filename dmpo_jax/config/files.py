@@ -55,11 +55,13 @@ def _find(start: str) -> str:
     known = shipped()
     if start in known:
         return str(known[start])
-    if start.endswith(".py") or pathlib.Path(start).exists():
+    if pathlib.Path(start).exists():
         return start
-    near = f"did you mean {nearest(start, known)}? " if known else ""
+    near = nearest(pathlib.Path(start).stem, known) if known else ""
+    near = f"did you mean --config={near}? " if near else ""
+    what = "no such file" if start.endswith(".py") else "no config of this name"
     raise UserError(
-        f"--config={start}: there is no config of this name; {near}There are {', '.join(known)}; "
+        f"--config={start}: there is {what}; {near}There are {', '.join(known)}; "
         "a file of your own is named by its path, PATH.py"
     )
 

@@ -7,11 +7,13 @@ as one job, rejects an override before --config, and prints a traceback for an u
 
 import ast
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from absl import flags
 
+from dmpo_jax import storage
 from dmpo_jax.config import checks
 from dmpo_jax.config.configs import Config, declared, defaults, flatten, nearest, set_leaf
 from dmpo_jax.config.declare import Leaf
@@ -172,7 +174,7 @@ class _Parser(flags.ArgumentParser):
         except ValueError:
             raise UserError(f"{self._called} must be {_WORDS[kind]}, but got {text!r}") from None
         if not self._leaf.fits(value):
-            raise UserError(f"{self._called} must be {self._leaf.words}, but got {text!r}")
+            raise UserError(f"{self._called} {self._leaf.wrong(text)}")
         return value
 
 
@@ -210,6 +212,9 @@ def _unknown(name: str, argument: str, config: Config, interface: Interface) -> 
             return f"{argument}: {path} is a section; its leaves are {', '.join(inside)}"
         near = nearest(path, leaves)
         return f"{argument}: there is no {path}; did you mean --config.{near}?"
+    if leaves := [leaf for leaf in flatten(config) if leaf.rpartition(".")[2] == name]:
+        near = " or ".join(f"--config.{leaf}" for leaf in leaves)
+        return f"{argument}: there is no flag --{name}; did you mean {near}?"
     near = nearest(name, ["config", *interface.short, *interface.options])
     return f"{argument}: there is no flag --{name}; did you mean --{near}?"
 
@@ -224,5 +229,13 @@ def _check(config: Config, options: Mapping[str, Any], interface: Interface, das
             raise UserError(f"{dashes}{name} is required: {leaf.meaning}")
     for name, option in interface.options.items():
         if not option.fits(options[name]):
-            raise UserError(f"{dashes}{name} must be {option.words}, but got {options[name]!r}")
+            raise UserError(f"{dashes}{name} {option.wrong(options[name])}")
     checks.check_leaves(config)
+    for name, value in (given | flatten(config)).items():
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, str) and (found := re.search(r"(?:^|[:=])([a-z0-9]+://.*)", part)):
+                shown = dashes + name if name in given else name
+                try:
+                    storage.check_filesystem(found[1])
+                except UserError as error:
+                    raise UserError(f"{shown}: {error}") from error

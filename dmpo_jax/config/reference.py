@@ -31,7 +31,7 @@ def describe(config: Config | None = None) -> str:
         text = ""
         if path in known:
             text = "; ".join(filter(None, (known[path].meaning, known[path].words)))
-        lines.append(f"{path + '=' + _shown(flat[path]):<46}{text}".rstrip())
+        lines.append(f"{path + '=' + _shown(flat[path]):<45} {text}".rstrip())
     return "\n".join(lines)
 
 

@@ -113,6 +113,16 @@ def grids(config: Config, built: TrainingStep, pairs: Any, workdir: epath.Path) 
     return [Draw(built, make_draw(open_sampler, prompts, workdir / "samples"), every=every)]
 
 
+def check_grids(config: Config) -> None:
+    """Raises UserError if the sampler or the prompts of a config's image grids are missing."""
+    _, family = diffusers_io.load_family(config.model.folder)
+    if not config.log.sample_every or why_no_grids(family):
+        return
+    diffusers_io.load_schedule(config.model.folder)[1].check(config.sample.sampler)
+    if config.sample.prompts:
+        load_texts(config.sample.prompts)
+
+
 def for_fork(config: Config, workdir: epath.Path) -> Config:
     """Returns a config as a fork of `workdir` runs it: on the data that are there, and no others.
 

@@ -1,5 +1,6 @@
 """Readers of prompt files: lines of text, JSON, JSON lines and tables."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,10 @@ from dmpo_jax.errors import UserError
 
 COLUMNS = ("prompt", "caption")  # of the prompt, in any case; the first one present
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+_WEIGHT = re.compile(r"\([^()]+:\d+(\.\d+)?\)")
+LOG = logging.getLogger(__name__)
 
 
 class Prompt(NamedTuple):
@@ -62,6 +67,8 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
             raise UserError(f"prompts file {file}, row {number}: {error}") from error
     if not prompts:
         raise UserError(f"prompts file {file} holds no prompt: write one a line")
+    if weighted := sum(bool(_WEIGHT.search(prompt.text)) for prompt in prompts):
+        LOG.warning("%d prompts weight words, as in (word:1.3); that is read literally", weighted)
     return prompts
 
 
@@ -116,7 +123,7 @@ def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
     if not isinstance(row, Mapping):
         raise UserError(f"should be a text or an object, but is {row!r:.80}")
     text = row[_text_key(list(row))]
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str):
         raise UserError(f"prompt should be a text, but is {text!r:.80}")
     texts: dict[str, Any] = {key: row.get(key) for key in ("negative_prompt", "image", "mask")}
     for key, value in (texts | {"prompt": text}).items():

@@ -46,6 +46,7 @@ def resolve(name: epath.PathLike) -> Located:
     """
     path = epath.Path(name)
     if path.is_dir():
+        _refuse_run(path)
         return Located(path, "")
     if path.exists():
         raise UserError(f"{str(name)!r} is a file, but a model is a diffusers pipeline folder")
@@ -107,6 +108,19 @@ def _fetch(repository: str, revision: str | None) -> epath.Path:
         ) from error
 
 
+def _refuse_run(path: epath.Path) -> None:
+    """Raises UserError, naming its pipeline, if a folder is a run's workdir."""
+    if (path / "model_index.json").exists() or not (path / "config.json").exists():
+        return
+    if (path / "export" / "model_index.json").exists():
+        raise UserError(f"{path} is a run's folder; its pipeline is {path / 'export'}: give that")
+    if (path / "checkpoints").exists():
+        raise UserError(
+            f"{path} is a run's folder without a pipeline yet: dmpo-jax convert "
+            f"--checkpoint={path} --out=DIR makes one of its newest checkpoint"
+        )
+
+
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Reads a JSON object of a diffusers folder; UserError names a missing or broken file."""
     if not path.exists():
@@ -147,14 +161,28 @@ def weight_files(
     if index.exists():
         return _shards(index)
     found = sorted(p.name for p in folder.iterdir() if "json" not in p.suffix)
-    hint = (
-        "; pickles (.bin, .ckpt) are never opened: save it again with safe_serialization=True"
-        if any(name.endswith((".bin", ".ckpt", ".pt")) for name in found)
-        else "; choose one of these with variant="
-        if found
-        else ""
+    raise UserError(
+        f"{single} (or its index) is missing in {folder}; found {found}{_hint(folder, stem, found)}"
     )
-    raise UserError(f"{single} (or its index) is missing in {folder}; found {found}{hint}")
+
+
+def _hint(folder: epath.Path, stem: str, found: Sequence[str]) -> str:
+    """Returns what to do where a folder holds other weight files than the ones asked for."""
+    matches = (re.fullmatch(rf"{re.escape(stem)}\.(\w+)\.safetensors", name) for name in found)
+    variants = [match[1] for match in matches if match]
+    if f"{stem}.safetensors" in found:
+        return "; leave model.variant unset: --config.model.variant="
+    if variants:
+        return f"; choose a variant with --config.model.variant={variants[0]}"
+    if not any(name.endswith((".bin", ".ckpt", ".pt")) for name in found):
+        return ""
+    pipeline = folder.parent
+    return (
+        "; pickles (.bin, .ckpt) are never opened. If you trust them, convert them in PyTorch:\n"
+        "  from diffusers import DiffusionPipeline\n"
+        f"  DiffusionPipeline.from_pretrained({str(pipeline)!r}, use_safetensors=False)"
+        f".save_pretrained({str(pipeline.with_name(pipeline.name + '-safetensors'))!r})"
+    )
 
 
 def _shards(index: epath.Path) -> dict[epath.Path, frozenset[str]]:

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +84,8 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     Raises:
         ValueError: the folder has no such part, or its files are not valid.
     """
+    # Or it advises to install PyTorch, which nothing here uses.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, CLIPTokenizer
 
     if not (path / name / "tokenizer_config.json").exists():
@@ -137,7 +140,7 @@ def embed_prompts(
             tokens = tokenizer(texts, padding="max_length", max_length=limit, truncation=True)
             ids.append(jnp.asarray(tokens["input_ids"], jnp.int32))
             masks.append(jnp.asarray(tokens["attention_mask"], jnp.int32))
-            whole = tokenizer(texts[: len(batch)])["input_ids"]
+            whole = tokenizer(texts[: len(batch)], verbose=False)["input_ids"]
             over |= [len(tokens) > limit for tokens in whole]
         cut += int(over.sum())
         found = _embed(pipeline.family, structures, params, ids, masks)

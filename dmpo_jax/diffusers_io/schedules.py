@@ -24,6 +24,7 @@ DDPM_KEYS = (
     "rescale_betas_zero_snr",
     "trained_betas",
 )
+FEW_STEPS = ("LCMScheduler", "TCDScheduler")  # no other sampler draws what these models learnt
 # Their noise matches no table here, so training with them would be wrong.
 OTHER_NOISE = ("EDM", "FlowMatch", "FlowMap")
 
@@ -55,18 +56,33 @@ class Sampling:
         return solver_of(self.scheduler, self.noise)[0].name
 
     def resolve(self, sampler: str = "auto") -> str:
-        """Returns the sampler's name; auto is the folder's own, and a stand-in is logged."""
+        """Returns the sampler's name; auto is the folder's own, and a stand-in is logged.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(sampler)
         if sampler != "auto":
             return sampler
         solver, own = solver_of(self.scheduler, self.noise)
         if not own:
             LOG.warning(
-                "%s names %s; %s (deterministic) stands in",
+                "%s names %s; %s (deterministic) stands in. sample.sampler chooses another",
                 self.file,
                 self.scheduler or "no scheduler",
                 solver.name,
             )
         return solver.name
+
+    def check(self, sampler: str = "auto") -> None:
+        """Raises UserError if auto would sample a few-step model as it was not trained to be."""
+        if sampler == "auto" and self.scheduler in FEW_STEPS:
+            names = [name for name, solver in SAMPLERS.items() if solver.noise == self.noise]
+            raise UserError(
+                f"{self.file} names {self.scheduler}, the sampler of a model distilled to few "
+                f"steps, which this package does not have. Choose one of {', '.join(names)} with "
+                "--config.sample.sampler: images will differ from those of its own sampler"
+            )
 
     def settings(self, sampler: str, *, tokens: int | None = None) -> dict[str, Any]:
         """Returns keyword arguments of `samplers.<sampler>`.
@@ -132,4 +148,7 @@ def _make_table(file: epath.Path, config: dict[str, Any]) -> NoiseTable:
             f"{file} names {name}, whose noise is not that of DDPM or of rectified flow as this "
             f"package reads it; supported: {own} and others of alphas_cumprod"
         )
-    return make_ddpm_table(**{key: config[key] for key in DDPM_KEYS if key in config})
+    try:
+        return make_ddpm_table(**{key: config[key] for key in DDPM_KEYS if key in config})
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from error

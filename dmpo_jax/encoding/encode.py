@@ -48,7 +48,7 @@ def encode(settings: Settings, pipeline: diffusers_io.Pipeline, out: epath.PathL
     out = epath.Path(out)
     about = plans.describe(settings, pipeline)
     if plans.is_done(out, {**about, "flipped": settings.flip}):
-        LOG.info("%s is encoded already", out)
+        LOG.info("%s is encoded already: delete it to encode anew", out)
         return
     source = sources.open_source(
         settings.source, ties=settings.ties, allow_outside=settings.allow_outside

@@ -256,13 +256,13 @@ class Watch:
         self._bytes = sum(held) // work.batch_size
         self._bytes *= 1 + work.flip
         LOG.info(
-            "%d pairs, %d of them encoded before, %d prompts; %s to come for pairs, %d bytes each, "
+            "%d pairs, %d of them encoded before, %d prompts; %s to write, %s a pair, "
             "before compression",
             total,
             total - self._left,
             len(table.number),
             in_bytes(self._left * self._bytes),
-            self._bytes,
+            in_bytes(self._bytes),
         )
         self._progress = Progress(total, total - self._left, "encoding")
 
@@ -289,20 +289,23 @@ class Watch:
         self._progress.advance(pairs)
         if self._batches == self.SPEED_AFTER and self._timed:
             speed = self._timed / (time.monotonic() - self._began)
-            LOG.info(
-                "%.1f pairs a second: %.1f hours and %s to come",
-                speed,
-                self._left / speed / 3600,
-                in_bytes(self._left * self._bytes),
-            )
+            LOG.info("%.1f pairs a second: %s to come", speed, in_time(self._left / speed))
 
 
 def in_bytes(count: int) -> str:
     """Formats a number of bytes for people."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
+
+
+def in_time(seconds: float) -> str:
+    """Formats a duration for people."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _common(shapes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
             "another folder"
         )
     else:
-        LOG.info("going on with the encoding in %s", out)
+        LOG.info("resuming the encoding in %s", out)
         (out / records.MARKER).unlink(missing_ok=True)
 
 

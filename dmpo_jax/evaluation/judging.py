@@ -5,13 +5,16 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, UInt8
+from PIL import Image
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.scoring import Scorer
 
+SIDE = 256  # pixels of the longer side of an image that is kept to be shown
+
 
 class Judged(NamedTuple):
-    """scores: of all images, by judge. kept: some images, by their number."""
+    """scores: of all images, by judge. kept: small copies of some images, by their number."""
 
     scores: dict[str, Float32[np.ndarray, " N"]]
     kept: dict[int, UInt8[np.ndarray, "H W 3"]]
@@ -46,6 +49,13 @@ def judge(
                     "leave the judge out of evaluate.judges"
                 )
             scores[name].append(found)
-        kept |= {i: x.copy() for i, x in enumerate(images, first) if i in wanted}
+        kept |= {i: small(x) for i, x in enumerate(images, first) if i in wanted}
         first += len(images)
     return Judged({name: np.concatenate(parts) for name, parts in scores.items()}, kept)
+
+
+def small(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns a copy of at most `SIDE` pixels a side."""
+    copy = Image.fromarray(image.copy())
+    copy.thumbnail((SIDE, SIDE))
+    return np.asarray(copy)

@@ -1,6 +1,8 @@
 """A comparison for people: an HTML page, the picture on it, and a line a judge."""
 
+import itertools
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +11,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from dmpo_jax.evaluation.judging import SIDE
 from dmpo_jax.sampling.images import image_grid
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.j2")
+ROWS = 12  # prompts on the picture
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -35,15 +39,17 @@ def summary(result: Mapping[str, Any]) -> str:
 
 
 def rows_shown(prompts: Sequence[str], columns: int) -> dict[str, list[int]]:
-    """The images that the picture shows: each prompt's first `columns`, by their numbers.
+    """The images that the picture shows, by their numbers: rows of equal length, one a prompt.
 
-    Prompts of fewer images are left out; where all are, the first images stand in one row.
+    `columns` images of each prompt, or as many as half of the prompts have, of the first `ROWS`
+    prompts that have so many.
     """
     numbers: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         numbers.setdefault(prompt, []).append(i)
+    columns = min(columns, statistics.median_high(map(len, numbers.values())))
     shown = {prompt: held[:columns] for prompt, held in numbers.items() if len(held) >= columns}
-    return shown or {"": list(range(min(columns, len(prompts))))}
+    return dict(itertools.islice(shown.items(), ROWS))
 
 
 def before_after(
@@ -51,10 +57,13 @@ def before_after(
     policy: Mapping[int, UInt8[np.ndarray, "H W 3"]],
     rows: Mapping[str, Sequence[int]],
 ) -> Image.Image:
-    """Of each of `rows_shown` a row of the base's images above one of the policy's, same seeds."""
+    """Of each of `rows_shown` a row of the base's images above one of the policy's, same seeds.
+
+    Small images are enlarged; large ones should be `judging.Judged`'s small copies.
+    """
     images, labels = [], []
     for prompt, held in rows.items():
         images += [model[i] for model in (base, policy) for i in held]
-        labels += [f"{prompt}: before" if prompt else "before", "after"]
-    columns = len(next(iter(rows.values())))
-    return image_grid(np.stack(images), columns, labels=labels, scale=2)
+        labels += [f"{prompt}: before", "after"]
+    columns, scale = len(next(iter(rows.values()))), max(1, SIDE // (2 * images[0].shape[1]))
+    return image_grid(np.stack(images), columns, labels=labels, scale=scale)

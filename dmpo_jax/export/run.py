@@ -22,10 +22,12 @@ def write_run(card: Card, params: dict[str, jax.Array], *, step: int) -> None:
         (out / record.FILE).unlink(missing_ok=True)
     if card.trained.adapters:
         write_adapters(card.trained, params, card.workdir / "lora")
+        file = card.workdir / "lora" / diffusers_io.LORA_FILE
+        LOG.info("the LoRA file, for load_lora_weights: %s", file)
     write_pipeline(card.trained, params, out, dtype="float32", shard_bytes=diffusers_io.SHARD_BYTES)
     record.write_record(out, step=step, ema=card.ema_decay > 0)
     write_cards(card)
-    LOG.info("exported to %s", out)
+    LOG.info("the tuned pipeline is in %s; its README.md says how it was made", out)
 
 
 def write_cards(card: Card) -> None:

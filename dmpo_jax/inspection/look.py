@@ -11,6 +11,7 @@ from typing import NamedTuple
 from etils import epath
 from PIL import Image
 
+from dmpo_jax import storage
 from dmpo_jax.data import sources
 from dmpo_jax.data.sources.bad_records import decode_pair
 from dmpo_jax.data.sources.counts import TIE, PairCounts
@@ -54,7 +55,8 @@ def inspect_source(
         The page's path.
 
     Raises:
-        ValueError: the source cannot be opened, or limit or samples is below 1.
+        ValueError: the source cannot be opened, limit or samples is below 1, or no row read is
+            a pair to train on (raised once the page is written).
     """
     if limit < 1 or samples < 1:
         raise UserError(f"limit and samples must be at least 1, but got {limit} and {samples}")
@@ -84,7 +86,13 @@ def inspect_source(
             repeats=look.repeats(),
         )
     )
-    (out / "index.html").write_text(page)
+    storage.write_bytes(out / "index.html", page.encode())
+    if not look.counts.pairs:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in look.skipped.most_common())
+        raise UserError(
+            f"none of the {look.rows} rows of {source} that were read is a pair to train on "
+            f"({reasons or 'there is no row'}); see {out / 'index.html'}"
+        )
     return out / "index.html"
 
 

@@ -17,7 +17,7 @@ from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.pairs import in_pairs
 from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.sampling.seeds import collected_seeds
-from dmpo_jax.scoring import Scorer, make_scorer
+from dmpo_jax.scoring import Scorer, make_scorer, rehearse
 from dmpo_jax.scoring.labels import Labeller
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def collect(
     """
     path = epath.Path(out) / "pairs.parquet"
     if path.exists():
-        LOG.info("%s is collected already", path)
+        LOG.info("%s is collected already: delete it to collect anew", path)
         return path
     texts, scorer = check(config, prompts)
     sampler, params = open_sampler(
@@ -52,6 +52,7 @@ def collect(
     )
     count = 2 * config.collect.pairs
     asked = [texts[i // 2 % len(texts)] for i in range(count)]
+    rehearse(scorer, sampler.size, asked[: sampler.batch_size])
     batches = sampler.batches(params, asked, collected_seeds(config.seed, count), "collecting")
     label = Labeller(
         config.collect.labels,
@@ -69,7 +70,7 @@ def collect(
 
     write_pick_a_pic(path, rows())
     LOG.info("%s", label.described())
-    LOG.info("they are in %s; next: encode --source=pickapic:%s", path, path)
+    LOG.info("the pairs are in %s", path)
     return path
 
 

@@ -74,7 +74,8 @@ def convert(
         kw = {"dtype": dtype, "shard_bytes": shard_bytes}
         pipeline.write_pipeline(card.trained, restored[field], out, **kw)
     write_card(card, out, step=at, ema=field == "ema")
-    LOG.info("step %d (%s) is in %s; %s says how it was made", at, field, out, out / "README.md")
+    made = out / diffusers_io.LORA_FILE if adapters and not merge else out
+    LOG.info("step %d (%s) is in %s; %s says how it was made", at, field, made, out / "README.md")
     if verify:
         verify_export(out, card.trained)
     return out

@@ -7,6 +7,7 @@ from etils import epath
 from dmpo_jax import diffusers_io
 from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import Config
+from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.data.sources import SOURCES
 from dmpo_jax.encoding import encode as encoding
 from dmpo_jax.errors import UserError
@@ -33,8 +34,19 @@ def encode(config: Config, *, source: str = "", out: epath.PathLike) -> epath.Pa
     settings = arguments.encoding(config, source)
     pipeline = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
     encoding.encode(settings, pipeline, out)
-    LOG.info("the encoded pairs are in %s; next: train --config.data.encoded=%s", out, out)
+    if meta := EncodedMeta.load(out):
+        LOG.info("%s: %s", out, described(meta))
     return epath.Path(out)
+
+
+def described(meta: EncodedMeta) -> str:
+    """Returns what a folder of encoded pairs holds, in words."""
+    counts = meta.counts
+    skipped = ", ".join(f"{count} {reason}" for reason, count in meta.skipped.items())
+    return (
+        f"{counts.get('train', 0)} pairs to train on and {counts.get('validation', 0)} for "
+        f"validation, of {counts.get('prompts', 0)} prompts; skipped: {skipped or 'none'}"
+    )
 
 
 def check(config: Config, *, source: str = "") -> None:

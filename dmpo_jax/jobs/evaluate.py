@@ -17,7 +17,7 @@ from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.images import save_png
 from dmpo_jax.sampling.sampler import load_params, open_sampler
 from dmpo_jax.sampling.seeds import evaluated_seeds
-from dmpo_jax.scoring import Scorer, make_scorer
+from dmpo_jax.scoring import Scorer, make_scorer, rehearse
 
 COLUMNS = 8  # images per row of the picture
 
@@ -53,6 +53,8 @@ def evaluate(
     sampler, params = open_sampler(a, **how, **arguments.sampling(config))
     asked = [texts[i % len(texts)] for i in range(config.evaluate.seeds)]
     seeds = evaluated_seeds(config.seed, len(asked))
+    for scorer in judges.values():
+        rehearse(scorer, sampler.size, asked[: sampler.batch_size])
     rows = rows_shown(asked, COLUMNS)
     shown = {i for row in rows.values() for i in row}
 
@@ -72,6 +74,7 @@ def evaluate(
         "export": describe(b),
         "sampler": {
             "name": sampler.name,
+            "scheduler": sampler.pipeline.sampling.scheduler,
             "steps": config.sample.steps,
             "guidance_scale": config.sample.guidance_scale,
         },
@@ -80,10 +83,10 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     picture = out / "samples" / "before_after.png"
     save_png(picture, before_after(base.kept, policy.kept, rows))
-    (out / "report.html").write_text(render(result))
+    storage.write_bytes(out / "report.html", render(result).encode())
     storage.write_json(out / "result.json", result)
     print(summary(result))
-    print(f"before and after: {picture}")
+    print(f"before and after: {picture}\nthe report: {out / 'report.html'}")
     return result
 
 

@@ -14,9 +14,9 @@ def inspect(config: Config, *, out: epath.PathLike) -> epath.Path:
     """Reads some pairs of data.source and writes `out/index.html`; returns its path.
 
     Raises:
-        ValueError: data.source cannot be opened.
+        ValueError: data.source cannot be opened, or no row that was read is a pair.
     """
     data = config.data
     page = inspect_source(data.source, out, ties=data.ties, allow_outside=data.allow_outside)
-    LOG.info("open %s in a browser; next: encode --source=%s", page, config.data.source)
+    LOG.info("the pairs are shown in %s", page)
     return page

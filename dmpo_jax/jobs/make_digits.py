@@ -20,5 +20,5 @@ def make_digits(*, out: epath.PathLike, seed: int = 0, vae_steps: int = 1000) ->
     """
     out = epath.Path(out)
     write_digits(out, seed=seed, vae_steps=vae_steps)
-    LOG.info("the digits are in %s; next: train --config=digits_base", out)
+    LOG.info("the digits are in %s; next: dmpo-jax train --config=digits_base", out)
     return out

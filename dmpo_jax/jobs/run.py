@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from dmpo_jax.config import arguments, step_settings
+from dmpo_jax import storage
+from dmpo_jax.config import arguments, checks, step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.export.run import write_cards
@@ -16,6 +17,7 @@ from dmpo_jax.jobs import collect, encode, evaluate, plan, train
 from dmpo_jax.jobs import dry_run as said
 from dmpo_jax.parallel import processes
 from dmpo_jax.parallel.compilation import cache_compilations
+from dmpo_jax.planning.report import memory_advice
 from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
@@ -46,6 +48,10 @@ def run(
         SystemExit: training was stopped by a signal; its state is saved.
     """
     if not dry_run:
+        checks.validate(config)
+    if not storage.may_be_folder(fork or workdir):
+        raise UserError(f"{fork or workdir} must be a folder that can be made and written")
+    if not dry_run:
         processes.join(**config.distributed)
     workdir, source = epath.Path(workdir), None
     if fork:
@@ -63,30 +69,31 @@ def run(
         config = step_settings.with_debug_files(config, workdir, write=not dry_run)
     config = step_settings.with_commits(config, workdir)
     collected = f"pickapic:{workdir / 'pairs.parquet'}"
-    checks = {
+    ready = {
         "collect": lambda: collect.check(config),
         "encode": lambda: encode.check(config, source=collected),
         "train": lambda: train.check(config, workdir, source),
         "evaluate": lambda: evaluate.check(config),
     }
+    train_it = memory_advice(step_settings.read_step(config))(train.train)
     jobs = {
         "collect": lambda: collect.collect(config, out=workdir),
         "encode": lambda: encode.encode(
             config, source=collected, out=config.data.encoded or workdir / "encoded"
         ),
-        "train": lambda: train.train(config, workdir, hooks, found["train"]),
+        "train": lambda: train_it(config, workdir, hooks, found["train"]),
         "evaluate": lambda: (
             evaluate.evaluate(config, a=config.model.folder, b=workdir / "export", out=workdir),
             write_cards(arguments.card(config, workdir)),
         ),
     }
     if dry_run:  # nothing of a debug run is there to be checked
-        each = {} if config.debug.family else checks
+        each = {} if config.debug.family else ready
         if said.dry_run(config, workdir, each, plan.load_model):
             raise SystemExit(1)
         return workdir
     with processes.writing(workdir, "train"):
-        found = {job: checks[job]() for job in config.jobs}
+        found = {job: ready[job]() for job in config.jobs}
         for job in config.jobs:
             LOG.info("%s ...", job)
             began = time.monotonic()

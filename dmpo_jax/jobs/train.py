@@ -11,7 +11,6 @@ from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, configs, step_settings
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded.records import EncodedPairs, load_meta
-from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.export.run import write_run
 from dmpo_jax.parallel import meshes
 from dmpo_jax.planning.flops import make_cost
@@ -108,8 +107,7 @@ def check(
     """
     diffusers_io.check_export(config.model.folder, workdir / "export")
     step_settings.make_mesh(config)
-    if config.log.sample_every and config.sample.prompts:
-        load_texts(config.sample.prompts)
+    step_settings.check_grids(config)
     if not config.data.mix and "encode" not in config.jobs:
         load_meta(config.data.encoded or workdir / "encoded")
     made_from = content(*arguments.weights(config))

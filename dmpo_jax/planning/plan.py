@@ -1,6 +1,5 @@
 """Compiles a training step for chips that may be absent, and reports its memory, FLOPs and time."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,9 +10,8 @@ import logging
 import os
 import pathlib
 import re
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,11 +22,11 @@ from dmpo_jax.extras import install_hint
 from dmpo_jax.planning import chips, flops, hlo
 from dmpo_jax.planning import report as plan_report
 from dmpo_jax.planning.step import Model, Planned, make_planned
+from dmpo_jax.progress import reported
 from dmpo_jax.training.build import StepSettings
 
 LOG = logging.getLogger(__name__)
 TPUS = tuple(name for name in chips.CHIPS if name.startswith("v"))
-EVERY = 30.0  # seconds between two log lines while compiling
 
 
 def plan(
@@ -132,7 +130,7 @@ def plan_one(
         try:
             program = lowered.compile()
         except Exception as error:
-            needed = _out_of_memory(error)
+            needed = plan_report.bytes_needed(error)
             if needed is None:
                 raise
     return {
@@ -217,38 +215,6 @@ def _xla(program: Any) -> dict[str, float]:
     known = {name.replace(" ", "_"): float(costs[name]) for name in names if name in costs}
     # Negative if unknown to the compiler, as seen for steps with loops.
     return {name: value for name, value in known.items() if value >= 0}
-
-
-def _out_of_memory(error: Exception) -> int | None:
-    """Returns the bytes per chip that a program needed if it ran out of memory, else None.
-
-    0 if the error does not state them.
-    """
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
-        return None
-    used = re.search(r"[Uu]sed ([\d.]+)([KMG])i? of", text)
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return int(float(used[1]) * units[used[2]]) if used else 0
-
-
-@contextlib.contextmanager
-def reported(what: str) -> Iterator[None]:
-    """Logs an activity and its duration: compiling a full-size step takes minutes."""
-    done, began = threading.Event(), time.monotonic()
-
-    def watch() -> None:
-        while not done.wait(EVERY):
-            LOG.info("%s, %.0f s", what, time.monotonic() - began)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    LOG.info("%s ...", what)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def plan_identity(

@@ -1,11 +1,14 @@
 """Evaluates a compiled step: memory against the chip's, modelled time, suggested changes."""
 
+import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.planning import chips, hlo
 from dmpo_jax.training.build import StepSettings
 
@@ -149,6 +152,46 @@ def suggest(
     if settings.execution.remat == "none":
         lines.append("  model.remat=transformer: temporaries shrink; how far, only a plan tells")
     return lines
+
+
+@contextlib.contextmanager
+def memory_advice(settings: StepSettings) -> Iterator[None]:
+    """Raises UserError, naming what to change, where the block runs out of a device's memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        needed = bytes_needed(error)
+        if needed is None:
+            raise
+        much = f" of {needed / GB:.1f} GB" if needed else ""
+        lines = [f"the device's memory does not suffice{much}. Each of these needs less of it:"]
+        batch, parts = settings.batch_size, settings.accumulation
+        if batch % (2 * parts) == 0:
+            lines.append(f"  --config.train.accumulation={2 * parts}  (same result, more time)")
+        if settings.execution.remat == "none":
+            lines.append("  --config.model.remat=transformer  (same result, more time)")
+        if jax.device_count() > 1:
+            lines.append("  --config.mesh.data=1 --config.mesh.fsdp=-1  (devices share the state)")
+        if settings.optimizer.get("name") == "adamw":
+            lines.append("  --config.optimizer.name=adamw_bf16 or adafactor  (another run)")
+        if settings.lora is None:
+            lines.append("  --config.lora.rank=64  (another run: adapters alone)")
+        lines.append(f"  --config.train.batch_size below {batch}  (another run)")
+        lines.append("dmpo-jax plan --config=... --topology=gpu:N or v5p:2x2x1 says how much each.")
+        raise UserError("\n".join(lines)) from error
+
+
+def bytes_needed(error: Exception) -> int | None:
+    """Returns the bytes per chip that a program needed if it ran out of memory, else None.
+
+    0 if the error does not state them.
+    """
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        return None
+    used = re.search(r"[Uu]sed ([\d.]+)([KMG])i? of", text)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return int(float(used[1]) * units[used[2]]) if used else 0
 
 
 def _changes(

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext as nothing
 from typing import Any
 
 import jax
@@ -74,7 +75,9 @@ class Sampler:
                 padding = self.batch_size - len(part)
                 numbers = [*seeds[start : start + self.batch_size], *[0] * padding]
                 inputs = (*self._inputs(part + part[:1] * padding), np.asarray(numbers, np.uint32))
-                images = np.asarray(self.run(params, *inputs))[: len(part)]
+                # The first batch compiles, for minutes where the model is large.
+                with progress.doing("first batch, compiling") if not start else nothing():
+                    images = np.asarray(self.run(params, *inputs))[: len(part)]
                 progress.advance(len(part))
                 yield images
 

@@ -54,3 +54,23 @@ def make_scorer(name: str) -> Scorer:
     if name not in SCORERS:
         raise UserError(f"scorer {name!r} is unknown; there are {', '.join(sorted(SCORERS))}")
     return SCORERS[name]()
+
+
+def rehearse(scorer: Scorer, size: tuple[int, int], prompts: Sequence[str]) -> None:
+    """Has a scorer judge blank images, one a prompt, so that one that cannot fails at once.
+
+    size: height and width in pixels. Call it before sampling, with as many prompts as a batch has.
+
+    Raises:
+        ValueError: it cannot judge images of this size, or does not give each a finite number.
+    """
+    try:
+        scores = scorer(np.zeros((len(prompts), *size, 3), np.uint8), prompts)
+    except ValueError as error:
+        raise UserError(
+            f"scorer {scorer.name} cannot judge images of {size[0]} x {size[1]} pixels: {error}"
+        ) from error
+    if scores.shape != (len(prompts),) or not np.isfinite(scores).all():
+        raise UserError(
+            f"scorer {scorer.name} should give one finite number an image, but gave {scores!r}"
+        )

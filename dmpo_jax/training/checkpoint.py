@@ -13,9 +13,10 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -33,6 +34,17 @@ _LOG = logging.getLogger(__name__)
 _NOT_CORRUPTION = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 _NOT_SAVING = (MemoryError, jax.errors.JaxRuntimeError)  # errors of the arrays, not of the disk
 _FULL = ("No space left", "Disk quota exceeded")
+
+
+@contextlib.contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Keeps libraries that log by absl, such as Orbax, from logging warnings."""
+    before = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(before)
 
 
 class Checkpoints:
@@ -89,9 +101,11 @@ class Checkpoints:
         state = StateHandler(self._failure, type_handler_registry=array_registry())
         registry.add("state", ocp.args.PyTreeSave, state)
         registry.add("index", ocp.args.JsonSave, IndexHandler(self._failure))
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, handler_registry=registry
-        )
+        # Orbax warns of a folder that is opened read-only, as it is on purpose.
+        with _errors_alone() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                self._folder, options=options, handler_registry=registry
+            )
         # Reads with a barrier for this process alone: if one process cannot read its part,
         # the others must not wait for it in Orbax; _attempt tells them.
         alone = ocp.options.MultiprocessingOptions(
@@ -163,12 +177,16 @@ class Checkpoints:
             # Orbax lists the failed one until it has waited for the other processes.
             whole = [step for step in self.steps() if step != self._last]
             full = any(x in str(error) for x in _FULL)
+            newest = (
+                f"The newest valid one is {max(whole)}: the same command resumes from it"
+                if whole
+                else "There is no earlier one: the same command starts over"
+            )
             raise SaveError(
                 f"a checkpoint could not be written to {self._folder} "
                 f"({type(error).__name__}: {reason[-300:]}). "
                 + ("The disk is full: make room, or keep fewer with log.keep. " if full else "")
-                + f"The newest valid one is {max(whole, default='none')}: run the same "
-                "command again to resume from it"
+                + newest
             ) from error
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:

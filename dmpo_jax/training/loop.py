@@ -87,14 +87,15 @@ def run_loop(
         for hook in known:
             closing.callback(hook.close)
         if start == 0:
-            call([hook for hook in known if hook.at_start], state, 0, watch, writer)
+            call([hook for hook in known if hook.at_start], state, 0, watch, writer, progress)
         update, unread = built.make_update(state), None  # the last update's number and metrics
         for number in range(start + 1, total + 1):
             watchdog.alive(f"update {number}", slow=number == start + 1)
             with watch.timed("input"):
                 batch = meshes.shard_batch(next(batches), sharding, built.settings.batch_size)
             if number == start + 1:  # all batches have the same shapes
-                update = watch.compile(update, state, built.reference, batch, key)
+                with progress.doing("compiling the step"):
+                    update = watch.compile(update, state, built.reference, batch, key)
             with jax.transfer_guard("disallow"), StepTraceAnnotation("train", step_num=number):
                 state, measured = update(state, built.reference, batch, key)
             if unread is not None:
@@ -108,7 +109,7 @@ def run_loop(
                 watchdog.alive(f"what follows update {number}", slow=True)
                 watch.report(*unread, writer, progress)  # a non-finite update ends the job here
                 unread = None
-                call(due, state, number, watch, writer)
+                call(due, state, number, watch, writer, progress)
             if stopping and number < total:
                 for hook in known:
                     hook.wait()
@@ -147,10 +148,17 @@ def make_watch(built: TrainingStep, settings: LoopSettings, start: int, cost: Co
 
 
 def call(
-    hooks: Sequence[Hook], state: TrainState, update: int, watch: Watch, writer: MetricsWriter
+    hooks: Sequence[Hook],
+    state: TrainState,
+    update: int,
+    watch: Watch,
+    writer: MetricsWriter,
+    progress: Progress,
 ) -> None:
-    """Calls hooks in order, timed by name, and writes the scalars that they return."""
+    """Calls hooks in order, timed by name; writes and logs the scalars that they return."""
     for hook in hooks:
-        with watch.timed(hook.name):
+        with progress.doing(hook.name), watch.timed(hook.name):
             if scalars := hook(state, update):
                 writer.write(update, scalars)
+                words = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in scalars.items())
+                LOG.info("step %d: %s", update, words)

@@ -51,7 +51,7 @@ class Stopping:
     def leave(self, number: int) -> NoReturn:
         """Ends the process with the exit status of shells for a signal."""
         if jax.process_index() == 0:
-            words = f"stopped at step {number}, saved; run the same command again to go on"
+            words = f"stopped at step {number}, saved; the same command resumes"
             print(words, flush=True)
         raise SystemExit(128 + int(self._signal or signal.SIGTERM))
 

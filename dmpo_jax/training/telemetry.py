@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
 from dmpo_jax.training.metrics import MetricsWriter
@@ -24,10 +25,14 @@ MEASURED = frozenset(
     "seconds_compile compiled_from_cache seconds_to_first_step device_memory_gb "
     "device_memory_peak_gb host_memory_gb host_memory_peak_gb".split()
 )
+COMPILING = (
+    "compiling the step: about a minute for a small model, 10 for a full-size one, or seconds "
+    "from the compilation cache ..."
+)
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError):
     """More updates than `train.skip_limit` were not finite, or one broke the parameters."""
 
 
@@ -107,6 +112,7 @@ class Watch:
             if event == _CACHE_HIT:
                 hits.append(event)
 
+        LOG.info(COMPILING)
         with self.timed("compile"):
             lowered = jitted.lower(*arguments)
             jax.monitoring.register_event_listener(listen)
@@ -164,7 +170,10 @@ class Watch:
         seconds = process_seconds()
         if seconds is not None:
             self._once["seconds_to_first_step"] = seconds
-            LOG.info("the first step ended %.1f s after the process began", seconds)
+            LOG.info(
+                "the first step ended %.1f s after the process began, earlier jobs included",
+                seconds,
+            )
 
     def _pace(self, steps: int, now: float) -> dict[str, float]:
         """Returns throughput and seconds per step since the last line or pause."""
@@ -203,7 +212,7 @@ def check_finite(number: int, values: dict[str, float], limit: int) -> None:
             f"update {number}: loss {values['loss']}, gradient norm {values['grad_norm']} is "
             f"the non-finite update number {skipped}, above train.skip_limit={limit}. "
             "Nothing of it was kept or saved. Look for broken pairs, lower "
-            "optimizer.learning_rate, or raise the limit."
+            "--config.optimizer.learning_rate, or raise --config.train.skip_limit."
         )
 
 

@@ -45,7 +45,7 @@ def run(act, *flags):
             1,
             "/full: No space left on device\n",
         ),
-        ("raise KeyboardInterrupt", 130, "\nstopped; run the same command again to go on\n"),
+        ("raise KeyboardInterrupt", 130, "\nstopped; the same command resumes\n"),
         ("1 / 0", 1, "a thread failed\nthe disk is full\n"),
     ],
 )

@@ -1,5 +1,7 @@
 """Tests for dmpo_jax/config/parsing.py and files.py: command lines, keywords, config files."""
 
+import sys
+
 import pytest
 
 from dmpo_jax.config import configs
@@ -44,6 +46,12 @@ def test_an_override_reads_the_leafs_type(flag, path, value):
     assert options == {"workdir": "here"}
 
 
+@pytest.fixture(autouse=True)
+def no_gcsfs(monkeypatch):
+    """As where the package is not installed."""
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+
+
 @pytest.mark.parametrize(
     ("flag", "match"),
     [
@@ -60,8 +68,16 @@ def test_an_override_reads_the_leafs_type(flag, path, value):
         ("--config.mesh=4", "mesh is a section; its leaves are mesh.cpu_devices, mesh.data"),
         ("--worddir=x", "there is no flag --worddir; did you mean --workdir"),
         ("stray", "takes flags only, but got ..stray"),
-        ("--config=nowhere.py", r"cannot read nowhere.py \(No such file or directory\)"),
-        ("--config=sd15_dpmo", "no config of this name; did you mean sd15_dmpo"),
+        ("--config=nowhere.py", r"=nowhere.py: there is no such file; .*There are digits_base, "),
+        ("--config=configs/sd15.py", r"no such file; did you mean --config=sd15_dmpo\? There"),
+        ("--config.objective=dpo", "objective must be .* got 'dpo': did you mean 'diffusion_dpo'"),
+        ("--config.optimizer.name=adamv", "did you mean 'adamw'"),
+        ("--batch_size=3", r"no flag --batch_size; did you mean --config.train.batch_size or "),
+        (
+            "--config.data.source=pickapic:gs://b/x",
+            "--config.data.source: gs://b/x needs a package",
+        ),
+        ("--config=sd15_dpmo", "no config of this name; did you mean --config=sd15_dmpo"),
     ],
 )
 def test_a_wrong_flag_is_refused(flag, match):

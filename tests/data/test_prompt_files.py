@@ -74,6 +74,13 @@ def test_what_people_have(tmp_path):
     assert load_prompts(tmp_path / "pick.parquet") == [Prompt("a cat", seed=2**32 - 1)]
     lines = write(tmp_path / "a.jsonl", '"a cat"\n{"prompt": "a dog", "negative_prompt": ""}\n')
     assert load_prompts(lines) == [Prompt("a cat"), Prompt("a dog", negative_prompt="")]
+    assert load_prompts(write(tmp_path / "b.json", '["", {"prompt": "a"}]'))[0] == Prompt("")
+
+
+def test_prompt_weights_are_literal_and_said_to_be(tmp_path, caplog):
+    file = write(tmp_path / "a.txt", "a (red:1.3) cat\na (red) cat at 10:30\n")
+    assert load_prompts(file)[0].text == "a (red:1.3) cat"
+    assert "1 prompts weight words" in caplog.text
 
 
 @pytest.mark.parametrize(

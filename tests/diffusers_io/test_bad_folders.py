@@ -56,8 +56,24 @@ def test_many_tensors_that_do_not_fit_are_counted(folder):
 
 def test_a_pickle_is_refused_with_words(folder):
     weight_file(folder).rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin.*never opened.*safe_serialization"):
+    with pytest.raises(ValueError, match=r"(?s)pytorch_model\.bin.*never opened.*save_pretrained"):
         diffusers_io.load_text_encoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("export/model_index.json", r"is a run's folder; its pipeline is .*/run/export: give that"),
+        ("checkpoints/4/state", r"without a pipeline yet: dmpo-jax convert --checkpoint=.*/run "),
+    ],
+)
+def test_a_run_in_place_of_a_model_names_its_pipeline(tmp_path, made, says):
+    for name in ("config.json", made):
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text("{}")
+    for load in (diffusers_io.load_family, diffusers_io.load_model, diffusers_io.load_unet):
+        with pytest.raises(ValueError, match=says):
+            load(tmp_path / "run")
 
 
 def test_a_truncated_file_is_a_readable_error(folder):

@@ -105,6 +105,20 @@ def test_a_stand_in_is_named_once_it_is_used(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])
+def test_a_few_step_model_is_sampled_by_another_algorithm_only_if_asked(tmp_path, name):
+    _, sampling = diffusers_io.load_schedule(write(tmp_path, {"_class_name": name}))
+    with pytest.raises(ValueError, match=f"{name}.*Choose one of ddim.*--config.sample.sampler"):
+        sampling.resolve()
+    assert sampling.resolve("euler") == "euler"
+
+
+@pytest.mark.parametrize("key", ["prediction_type", "beta_schedule"])
+def test_what_is_wrong_with_the_noise_names_the_file(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"scheduler_config\.json: {key} must be one of .*'odd'"):
+        diffusers_io.load_schedule(write(tmp_path, {key: "odd"}))
+
+
 @pytest.mark.parametrize(
     ("config", "refused"),
     [

@@ -132,7 +132,10 @@ def test_a_limit_is_spread_over_the_source(tmp_path):
 
 
 def test_a_source_of_nothing_good(tmp_path):
-    page = Page(inspect_source(write(tmp_path, [row(0, jpg_0=b"")]), tmp_path / "out", ties="keep"))
+    said = rf"none of the 1 rows of .* \(1 no image\); see {tmp_path}/out/index.html"
+    with pytest.raises(ValueError, match=said):
+        inspect_source(write(tmp_path, [row(0, jpg_0=b"")]), tmp_path / "out", ties="keep")
+    page = Page(tmp_path / "out" / "index.html")
     assert page.after("pairs") == "0"
     assert page.texts.count("None.") == 4
     with pytest.raises(ValueError, match="at least 1, but got 0"):

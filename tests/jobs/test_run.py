@@ -1,11 +1,15 @@
 """Tests for dmpo_jax/jobs: all jobs are checked before the first starts; leaves are passed on."""
 
 import json
+import re
 
+import jax
 import pytest
 
 from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import from_flat
+from dmpo_jax.data.encoded.meta import EncodedMeta
+from dmpo_jax.errors import UserError
 from dmpo_jax.jobs import collect, encode, evaluate
 from dmpo_jax.jobs import run as jobs_run
 from dmpo_jax.jobs.run import run
@@ -53,6 +57,51 @@ def test_what_the_last_job_lacks_is_said_before_the_first(changes, message, star
     assert started == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"jobs": ("foo",)}, "jobs must be some of collect, encode, train, evaluate, but got"),
+        ({"model.folder": ""}, "model.folder must be"),
+        ({"train.batch_size": 3, "train.accumulation": 2}, "must be a multiple"),
+    ],
+)
+def test_a_call_from_python_is_checked_as_the_command_is(changes, message, started, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(from_flat({**DIGITS, **changes}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_a_file_is_refused(started, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="workdir must be a folder that can be made"):
+        run(from_flat(DIGITS), tmp_path / "file")
+
+
+def test_out_of_memory_says_what_to_change(monkeypatch, tmp_path):
+    def fail(*given):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: used 21.50G of 16G")
+
+    monkeypatch.setattr(jobs_run.train, "check", lambda config: None)
+    monkeypatch.setattr(jobs_run.train, "train", fail)
+    config = from_flat({**DIGITS, "train.batch_size": 64, "train.accumulation": 2})
+    with pytest.raises(UserError) as said:
+        run(config, tmp_path / "run")
+    for words in (
+        "of 23.1 GB",
+        "--config.train.accumulation=4",
+        "--config.model.remat=transformer",
+        "--config.mesh.fsdp=-1",
+        "--config.optimizer.name=adamw_bf16",
+        "--config.lora.rank=",
+        "--config.train.batch_size below 64",
+    ):
+        assert words in str(said.value)
+    leaner = {"model.remat": "transformer", "lora.rank": 4, "optimizer.name": "adafactor"}
+    with pytest.raises(UserError) as said:
+        run(from_flat({**DIGITS, **leaner, "train.batch_size": 1}), tmp_path / "run")
+    assert not re.search("remat|lora|accumulation|optimizer", str(said.value))
+
+
 def test_the_jobs_run_in_order_once_all_are_checked(started, tmp_path):
     jobs = ("collect", "encode", "train", "evaluate")
     run(from_flat({**DIGITS, "jobs": jobs}), tmp_path / "run")
@@ -64,6 +113,21 @@ def test_a_source_of_no_kind_is_refused_before_collecting(started, tmp_path):
     with pytest.raises(ValueError, match="KIND one of hf, pickapic"):
         run(from_flat({**DIGITS, **changes}), tmp_path / "run")
     assert started == []
+
+
+@pytest.mark.parametrize("job", ["collect", "evaluate"])
+def test_a_judge_that_cannot_judge_ends_it_before_an_image_is_drawn(job, monkeypatch, tmp_path):
+    class Undrawn:
+        size, batch_size = (30, 30), 8
+
+        def batches(self, *given):
+            raise AssertionError("drawn")
+
+    module = {"collect": collect, "evaluate": evaluate}[job]
+    given = {"a": PIPELINE, "b": PIPELINE} if job == "evaluate" else {}
+    monkeypatch.setattr(module, "open_sampler", lambda *_, **kw: (Undrawn(), {}))
+    with pytest.raises(UserError, match="cannot judge images of 30 x 30"):
+        getattr(module, job)(from_flat(DIGITS), out=tmp_path, **given)
 
 
 @pytest.mark.parametrize("job", ["collect", "evaluate"])
@@ -94,3 +158,15 @@ def test_every_leaf_of_sample_that_draws_is_passed_on():
     elsewhere = {"images_per_prompt", "prompts", "count"}
     config = from_flat({})
     assert set(arguments.sampling(config)) == set(config.sample) - elsewhere
+
+
+def test_the_end_of_an_encode_says_how_much_there_is():
+    shapes = {"moments": {"shape": [2, 4, 4, 8], "dtype": "float32"}}
+    shapes["context"] = {"shape": [8, 4], "dtype": "float16"}
+    about = {"model": "m", "scaling_factor": 1.0, "shapes": shapes, "format": 3}
+    about["counts"] = {"train": 52, "validation": 5, "prompts": 11}
+    plain = EncodedMeta.from_json(about)
+    words = "52 pairs to train on and 5 for validation, of 11 prompts; skipped: "
+    assert encode.described(plain) == words + "none"
+    some = EncodedMeta.from_json({**about, "skipped": {"no image": 2, "bad label": 1}})
+    assert encode.described(some) == words + "2 no image, 1 bad label"

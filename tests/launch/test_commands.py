@@ -1,11 +1,14 @@
 """Tests for dmpo_jax/commands.py, __main__.py, python.py and launch/: one table, three doors."""
 
 import inspect
+import logging
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+from etils import epath
 
 import dmpo_jax as dj
 from dmpo_jax import __main__ as entry
@@ -115,11 +118,89 @@ def test_a_wrong_line_ends_with_a_short_message(argv, says):
     assert len(done.stderr.splitlines()) <= 4
 
 
+@pytest.mark.parametrize("name", FLAGS)
+def test_ctrl_c_ends_every_command_in_words(name, monkeypatch, tmp_path, capsys):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    command = commands.COMMANDS[name]._replace(call=stop, check=lambda config, options: None)
+    monkeypatch.setitem(commands.COMMANDS, name, command)
+    # absl's own would set up logging and signals of this process.
+    monkeypatch.setattr(
+        commands.app, "run", lambda main, argv, flags_parser: main(flags_parser(argv))
+    )
+    monkeypatch.setattr(commands, "log_to_console", lambda: None)
+    values = {"config": "digits_dmpo", "topology": "cpu:1"}
+    needed = [
+        *command.interface.required,
+        *(["config"] if command.interface.config is None else []),
+    ]
+    flags = [f"--{flag}={values.get(flag, tmp_path / 'x')}" for flag in needed]
+    with pytest.raises(SystemExit) as ended:
+        commands.main(name, ["dmpo-jax", *flags])
+    resumes = name in ("train", "encode")
+    words = f"stopped; the same command {'resumes' if resumes else 'starts over'}\n"
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip("\n") == words.strip("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "job", "options", "says"),
+    [
+        ("encode", "encode", {"out": "o", "inspect": None}, "train --config=.*folder=m .*=made"),
+        ("encode", "inspect", {"out": None, "inspect": "o"}, "encode --source=table:t --model="),
+        ("collect", "collect", {"out": "o"}, "encode --source=pickapic:made --model=m "),
+        ("train", "run", {"workdir": "o"}, "evaluate --a=m --b=made/export "),
+        ("convert", "convert", {"checkpoint": "o", "single_file": ""}, "load_lora_weights.'made'"),
+    ],
+)
+def test_a_command_ends_with_the_next_one(name, job, options, says, monkeypatch, caplog):
+    config = dj.defaults()
+    config.model.folder, config.data.source = "m", "table:t"
+    monkeypatch.setattr(f"dmpo_jax.jobs.{job}.{job}", lambda *_, **kw: epath.Path("made"))
+    interface = commands.COMMANDS[name].interface
+    unset = {key: option.default for key, option in interface.options.items()}
+    with caplog.at_level(logging.INFO):
+        commands.COMMANDS[name].call(config, {**unset, **options})
+    assert re.search(f"^next.*{says}", caplog.messages[-1])
+
+
+def test_ctrl_c_while_the_libraries_load(monkeypatch, capsys):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["dmpo-jax", "train"])
+    monkeypatch.setattr(commands, "main", stop)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\nstopped; the same command resumes\n"
+
+
+@pytest.mark.parametrize("name", ["encode", "collect", "sample", "evaluate", "convert", "train"])
+def test_an_output_that_cannot_be_a_folder_is_refused_first(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    interface = commands.COMMANDS[name].interface
+    (flag,) = {"out", "workdir"} & set(interface.options)
+    needed = [f"--{other}=x" for other in interface.required if other != flag]
+    config = ["--config=digits_dmpo"] if name == "train" else []
+    for inside in ("", "/run"):
+        line = ["x", *needed, *config, f"--{flag}={tmp_path}/file{inside}"]
+        with pytest.raises(ValueError, match=f"--{flag} must be a folder that can be made"):
+            parsing.parse(line, interface)
+
+
 def test_help_lists_flags_and_every_leaf():
     text = commands.help_of("sample", "dmpo-jax sample")
     assert "dmpo-jax sample --model=FOLDER" in text
     assert "--guidance_scale=7.5" in text
     assert "optimizer.clip_norm=1.0" in text
+    # A long value leaves a space before its meaning.
+    assert "lora.targets='to_q" not in text
+    assert "to_out.0 ends of the paths" in text
+    digits = commands.help_of("train", "dmpo-jax train", dj.load_config("digits_dmpo"))
+    assert "train.steps=150 " in digits
+    assert "with this config's value" in digits
     done = run("launch/sample.py", "--help")
     assert done.returncode == 0
     assert "launch/sample.py --model=FOLDER" in done.stdout

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dmpo_jax.scoring import SCORERS, make_scorer
+from dmpo_jax.scoring import SCORERS, make_scorer, rehearse
 from dmpo_jax.scoring.labels import Labeller, draw_labels, win_probability
 from dmpo_jax.toy import digits
 
@@ -73,3 +73,20 @@ def test_labels_do_not_depend_on_the_batches(labels):
     assert in_parts.described() == at_once.described()
     assert in_parts.described().startswith("50 pairs, ")
     assert (set(together) == {0, 0.5, 1}) == (labels == "drawn")
+
+
+def test_a_rehearsal_finds_a_judge_that_cannot_judge():
+    judge = make_scorer("digits_svm")
+    captions = digits.CAPTIONS[:3]
+    rehearse(judge, (32, 32), captions)
+    with pytest.raises(ValueError, match="digits_svm cannot judge images of 30 x 30 pixels"):
+        rehearse(judge, (30, 30), captions)
+
+    class Odd:
+        name = "odd"
+
+        def __call__(self, images, prompts):
+            return np.full(len(images), np.nan, np.float32)
+
+    with pytest.raises(ValueError, match="odd should give one finite number an image"):
+        rehearse(Odd(), (32, 32), captions)

@@ -298,7 +298,7 @@ def test_a_full_disk_is_told_soon_and_keeps_the_checkpoint_before(small_disk):
         assert_same(got, state(1))
 
 
-def test_reading_leaves_what_is_being_written_and_passes_over_what_is_broken(folder):
+def test_reading_leaves_what_is_being_written_and_passes_over_what_is_broken(folder, caplog):
     (folder / "3.orbax-checkpoint-tmp").mkdir()  # as of a run that is saving just now
     cut(max((folder / "2" / "state").rglob("d/*"), key=lambda f: f.stat().st_size))
     before = sorted(f.relative_to(folder) for f in folder.rglob("*"))
@@ -312,6 +312,7 @@ def test_reading_leaves_what_is_being_written_and_passes_over_what_is_broken(fol
         with pytest.raises(UserError, match=r"is valid \(2: "):
             checkpoints.restore_part(params, step=2)
     assert sorted(f.relative_to(folder) for f in folder.rglob("*")) == before
+    assert "read only" not in caplog.text  # Orbax warns of what was asked for
     with pytest.raises(ValueError, match="there are no checkpoints in"):
         opened(folder / "none", read_only=True)
 

@@ -130,6 +130,7 @@ def test_compiling_is_timed_and_is_no_part_of_the_first_step(make_rig, caplog, c
     rig = make_rig()
 
     def compile():
+        assert "compiling the step: about a minute" in caplog.text  # said before, not after
         rig.now += 7.0
         if cached:
             jax.monitoring.record_event("/jax/compilation_cache/cache_hits")

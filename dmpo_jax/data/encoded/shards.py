@@ -8,12 +8,14 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 
 from dmpo_jax import storage
+from dmpo_jax.errors import UserError
 
 # group_size 1: reading one record must not decompress its neighbours. zstd's level 1 takes a
 # ninth of the default's time for 2 % more bytes, measured on latents.
@@ -47,7 +49,8 @@ class ShardWriter:
         else:
             self._part = os.fspath(storage.temporary(self._folder / name))
         open_writer: Any = ArrayRecordWriter
-        self._writer = open_writer(self._part, OPTIONS)
+        with self._told():
+            self._writer = open_writer(self._part, OPTIONS)
         self._records = self._record_bytes = 0
         self._done = False
 
@@ -56,7 +59,8 @@ class ShardWriter:
 
     def __exit__(self, *exception: object) -> None:
         if not self._done:
-            self._writer.close()
+            with contextlib.suppress(RuntimeError):  # or it would replace the first error
+                self._writer.close()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._part)
         if self._aside is not None:
@@ -64,13 +68,15 @@ class ShardWriter:
 
     def write(self, record: bytes) -> None:
         """Appends a record."""
-        self._writer.write(record)
+        with self._told():
+            self._writer.write(record)
         self._records += 1
         self._record_bytes += len(record)
 
     def close(self) -> Shard:
         """Completes the file, which then appears in `folder`."""
-        self._writer.close()
+        with self._told():
+            self._writer.close()
         self._done = True
         with open(self._part, "rb+") as file:
             os.fsync(file.fileno())  # must be on disk before the rename
@@ -83,3 +89,14 @@ class ShardWriter:
         else:
             epath.Path(self._part).copy(self._folder / self._name, overwrite=True)
         return Shard(self._name, self._records, self._record_bytes, size, digest.hexdigest())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Names the file in what ArrayRecord raises where the disk fails: a bare RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise UserError(
+                f"{self._folder / self._name} could not be written: {error}. Make room there; "
+                "the same command resumes"
+            ) from error

@@ -9,10 +9,12 @@ from absl import app
 from tensorflow_datasets.scripts.cli import build, cli_utils
 
 from dmpo_jax.data.tfds import PreferencePairs
+from dmpo_jax.errors import STOPPED_ANEW, in_words
 
 
 def main(args: build.Args) -> None:
-    args.execute()
+    with in_words(STOPPED_ANEW):
+        args.execute()
 
 
 if __name__ == "__main__":
