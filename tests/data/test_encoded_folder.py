@@ -15,6 +15,7 @@ from etils import epath
 from dmpo_jax import storage
 from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.pair import chosen_first
+from dmpo_jax.errors import UserError
 from tests.support.encoded import META, make_imaged, make_pair, make_prompts, write
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -252,6 +253,18 @@ def test_a_whole_folder_is_kept_and_other_files_too(tmp_path):
         write(tmp_path)
     assert len(records.open_pairs(tmp_path).split("train")) == 40
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_no_code_of_a_folder_is_imported(tmp_path, monkeypatch):
+    write(tmp_path / "pairs")
+    (tmp_path / "pairs" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "pairs" / "features.json"
+    text = file.read_text().replace("tensorflow_datasets.core.features.text_feature", "pairs.evil")
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"features\.json is refused: .* 'pairs\.evil\.Text'"):
+        records.open_pairs(tmp_path / "pairs")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_readable_errors(tmp_path):

@@ -20,6 +20,7 @@ from dmpo_jax.data import sources
 from dmpo_jax.data.sources import counts, splits
 from dmpo_jax.data.sources.bad_records import TooManyBadError, decode_pair
 from dmpo_jax.data.tfds import PairsConfig, PreferencePairs, build
+from dmpo_jax.errors import UserError
 from tests.support.raw_pairs import read
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -294,3 +295,50 @@ def test_beam_with_two_workers_builds_the_same(example, tmp_path, mode):
     )
     assert run.returncode == 0, run.stderr
     assert_same_files(builder, make(folder, tmp_path))
+
+
+# --- builds from elsewhere --------------------------------------------------------------------
+
+
+def copy_of(builder, folder, monkeypatch):
+    """A copy of a build beside a module that Python would find, as with `python -m`."""
+    copy = folder / "download"
+    shutil.copytree(builder.data_dir, copy)
+    (copy / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(str(folder))
+    return copy
+
+
+@pytest.mark.parametrize("of", ["nested", "legacy"])
+def test_no_code_of_the_folder_is_imported(of, example, tmp_path, monkeypatch):
+    copy = copy_of(example[2], tmp_path, monkeypatch)
+    features = json.loads((copy / "features.json").read_text())
+    if of == "nested":
+        features["content"]["features"]["prompt"]["pythonClassName"] = "download.evil.Text"
+    else:
+        features["type"] = "download.evil.FeaturesDict"
+    (copy / "features.json").write_text(json.dumps(features))
+    with pytest.raises(UserError, match=r"features\.json is refused: .* is 'download\.evil\."):
+        sources.open_source(f"tfds:{copy}")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../elsewhere/x"},
+        {"fileFormat": "array_record/../../elsewhere"},
+        {"splits": {"filepathTemplate": "../elsewhere/{DATASET}-{SPLIT}-{SHARD_X_OF_Y}"}},
+        {"splits": {"filepathTemplate": "/elsewhere/{DATASET}-{SPLIT}-{SHARD_X_OF_Y}"}},
+        {"splits": {"name": "../train"}},
+    ],
+)
+def test_no_file_elsewhere_is_read(change, example, tmp_path, monkeypatch):
+    copy = copy_of(example[2], tmp_path, monkeypatch)
+    info = json.loads((copy / "dataset_info.json").read_text())
+    for split in info["splits"]:
+        split |= change.get("splits", {})
+    info |= {name: value for name, value in change.items() if name != "splits"}
+    (copy / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match=r"dataset_info\.json is refused: .*their own folder"):
+        sources.open_source(f"tfds:{copy}")

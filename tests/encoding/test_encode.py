@@ -25,7 +25,7 @@ from dmpo_jax.encoding import pixels, vae
 from dmpo_jax.families import SD_INPAINT
 from dmpo_jax.models import parameters
 from dmpo_jax.toy import debug
-from tests.support import launched, tiny
+from tests.support import launched, raw_sources, tiny
 from tests.support.raw_pairs import png, read
 
 ROWS = (7, 5, 9, 6)  # of the files: every one a unit, and 8 pairs make a batch
@@ -431,6 +431,27 @@ def test_bad_records_are_counted_and_left_out(made, tmp_path):
         encode((f"pickapic:{tmp_path / 'bad.parquet'}", made[1]), tmp_path / "bad")
     assert not list((tmp_path / "bad").glob("encoded*"))
     assert not list((tmp_path / "bad").glob(".*"))
+
+
+def test_an_odd_image_and_text_cost_their_rows_alone(made, tmp_path):
+    rows = raw_sources.good_rows()
+    rows[1]["image_1"] = png(np.zeros((1, 100_000), np.uint8))  # resized, it would take 10 GB
+    rows[3]["prompt"] = "half of \ud83d"
+    source = raw_sources.write("webdataset", tmp_path, rows)
+    meta = encode((source, made[1]), tmp_path / "out").meta
+    assert meta.skipped == {"absurd shape": 1, "not UTF-8": 1}
+    assert meta.counts["train"] + meta.counts["validation"] == len(rows) - 2
+
+
+def test_another_choice_of_files_does_not_resume(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_pairs, "write_pairs", _stop)
+    for allow_outside, error in ((False, KeyboardInterrupt), (True, ValueError)):
+        with pytest.raises(error):
+            encode(made, tmp_path / "out", allow_outside=allow_outside)
+
+
+def _stop(*_):
+    raise KeyboardInterrupt
 
 
 def test_prompts_that_change_are_refused(made, tmp_path, monkeypatch):
