@@ -212,7 +212,7 @@ def _unknown(name: str, argument: str, config: Config, interface: Interface) -> 
             return f"{argument}: {path} is a section; its leaves are {', '.join(inside)}"
         near = nearest(path, leaves)
         return f"{argument}: there is no {path}; did you mean --config.{near}?"
-    if leaves := [leaf for leaf in flatten(config) if leaf.rpartition(".")[2] == name]:
+    if leaves := [leaf for leaf in declared() if leaf.rpartition(".")[2] == name]:
         near = " or ".join(f"--config.{leaf}" for leaf in leaves)
         return f"{argument}: there is no flag --{name}; did you mean {near}?"
     near = nearest(name, ["config", *interface.short, *interface.options])
@@ -234,8 +234,8 @@ def _check(config: Config, options: Mapping[str, Any], interface: Interface, das
     for name, value in (given | flatten(config)).items():
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, str) and (found := re.search(r"(?:^|[:=])([a-z0-9]+://.*)", part)):
-                shown = dashes + name if name in given else name
+                leaf = "" if name in given or not dashes else "config."
                 try:
                     storage.check_filesystem(found[1])
                 except UserError as error:
-                    raise UserError(f"{shown}: {error}") from error
+                    raise UserError(f"{dashes}{leaf}{name}: {error}") from error

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.data.encoded.shards import ShardWriter
@@ -10,13 +11,16 @@ from dmpo_jax.errors import UserError
 
 
 def test_a_full_disk_names_the_file_and_leaves_none(tmp_path):
+    folder = epath.Path(tmp_path)
+
     def write():
-        with ShardWriter(tmp_path, "a.array_record") as writer:
+        with ShardWriter(folder, "a.array_record") as writer:
             for _ in range(9):
                 writer.write(os.urandom(10**5))
             writer.close()
 
-    (storage.temporary(tmp_path / "a.array_record")).symlink_to("/dev/full")
+    part = storage.temporary(folder / "a.array_record")
+    os.symlink("/dev/full", part)
     with pytest.raises(UserError, match=r"a.array_record could not be written.*same command"):
         write()
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax.scoring import SCORERS, make_scorer, rehearse
+from dmpo_jax.scoring.digits import DigitJudge
 from dmpo_jax.scoring.labels import Labeller, draw_labels, win_probability
 from dmpo_jax.toy import digits
 
@@ -82,11 +83,9 @@ def test_a_rehearsal_finds_a_judge_that_cannot_judge():
     with pytest.raises(ValueError, match="digits_svm cannot judge images of 30 x 30 pixels"):
         rehearse(judge, (30, 30), captions)
 
-    class Odd:
-        name = "odd"
-
+    class Odd(DigitJudge):
         def __call__(self, images, prompts):
             return np.full(len(images), np.nan, np.float32)
 
     with pytest.raises(ValueError, match="odd should give one finite number an image"):
-        rehearse(Odd(), (32, 32), captions)
+        rehearse(Odd("odd", "svm"), (32, 32), captions)
