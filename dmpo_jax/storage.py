@@ -83,13 +83,23 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         return
     part = temporary(path)
     try:
-        yield part
-        part.replace(path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(path)  # the system does not say which file met a full disk
+        with naming(path):
+            yield part
+            part.replace(path)
+    except BaseException:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Names a file in an OSError without one: a write to a full disk does not say where."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
@@ -116,7 +126,7 @@ def read_json(path: epath.PathLike) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -29,6 +29,13 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path):
     assert names(tmp_path) == ["a.json"]
 
 
+def test_an_error_of_a_write_names_the_file(tmp_path):
+    """A write to a full disk raises without one."""
+    with pytest.raises(OSError) as error, storage.replacing(tmp_path / "a.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert errors.message_of(error.value) == f"{tmp_path / 'a.json'}: No space left on device"
+
+
 def test_the_new_content_appears_at_once(tmp_path):
     file = tmp_path / "a.txt"
     storage.write_bytes(file, b"old")

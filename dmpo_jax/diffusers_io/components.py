@@ -34,7 +34,7 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
     """
     path = folders.find_folder(folder)
     index = folders.read_json(path / "model_index.json")
-    kind = index.get("_class_name")
+    kind = str(index.get("_class_name"))
     if kind not in FAMILIES:
         raise UserError(f"{path} is a {kind}; supported pipelines: {sorted(FAMILIES)}")
     for key in OTHER_CONDITIONING:
@@ -103,12 +103,13 @@ def load_text_encoder(
 
 def text_model(path: epath.Path, config: Mapping[str, Any]) -> Callable[..., Any]:
     """Returns the class that a text encoder's config.json names; ValueError if unsupported."""
-    kind = (config.get("architectures") or ["CLIPTextModel"])[0]
+    kind = config.get("architectures") or ["CLIPTextModel"]
+    kind = kind[0] if isinstance(kind, list) else kind
     return _named(path, kind, TEXT_MODELS, "text encoders")
 
 
 def _named(path: epath.Path, name: Any, known: Mapping[str, Any], what: str) -> Callable[..., Any]:
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"{path} holds a {name}; supported {what}: {sorted(known)}")
     return known[name]
 

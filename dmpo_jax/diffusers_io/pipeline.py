@@ -218,9 +218,7 @@ def check_export(source: epath.PathLike, out: epath.PathLike) -> None:
     """Raises ValueError if `out` is the source, or `save_pipeline` would refuse to write to it."""
     path, family = components.load_family(source)
     if parts.is_same(path, out):
-        raise UserError(
-            f"{out} is the model that was trained, its reference: choose another folder"
-        )
+        raise UserError(f"{out} is the model that is trained: choose another folder for the export")
     parts.check_copy(path, out, family.component)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from dmpo_jax.diffusers_io.folders import find_folder, read_json
+from dmpo_jax.diffusers_io.folders import find_folder, one_line, read_json
 from dmpo_jax.diffusion.flow_euler import FLOW_EULER
 from dmpo_jax.diffusion.noise import NoiseTable, make_ddpm_table, make_flow_table
 from dmpo_jax.diffusion.samplers import SAMPLERS, solver_of
@@ -25,6 +25,7 @@ DDPM_KEYS = (
     "trained_betas",
 )
 FEW_STEPS = ("LCMScheduler", "TCDScheduler")  # no other sampler draws what these models learnt
+MOST_TIMESTEPS = 100_000  # of a table; models are trained with 1,000
 # Their noise matches no table here, so training with them would be wrong.
 OTHER_NOISE = ("EDM", "FlowMatch", "FlowMap")
 
@@ -123,7 +124,15 @@ def load_schedule(folder: epath.PathLike) -> tuple[NoiseTable, Sampling]:
     path = find_folder(folder)
     file = path / "scheduler" / "scheduler_config.json"
     config = read_json(file)
-    table = _make_table(file, config)
+    steps = config.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 1 <= steps <= MOST_TIMESTEPS:
+        raise UserError(
+            f"{file} has num_train_timesteps={steps!r}; supported: 1 to {MOST_TIMESTEPS}"
+        )
+    try:
+        table = _make_table(config)
+    except (TypeError, ValueError) as error:  # also of a value that is no number
+        raise UserError(f"{file} describes no noise: {one_line(error)}") from error
     index = path / "model_index.json"
     kind = str(read_json(index).get("_class_name")) if index.exists() else ""
     family = FAMILIES.get(kind)
@@ -137,7 +146,7 @@ def load_schedule(folder: epath.PathLike) -> tuple[NoiseTable, Sampling]:
     return table, Sampling(file, config, overrides, table.kind)
 
 
-def _make_table(file: epath.Path, config: dict[str, Any]) -> NoiseTable:
+def _make_table(config: dict[str, Any]) -> NoiseTable:
     name = str(config.get("_class_name"))
     if name == FLOW_EULER.scheduler:
         shift = 1.0 if config.get("use_dynamic_shifting") else config.get("shift", 1.0)
@@ -145,7 +154,7 @@ def _make_table(file: epath.Path, config: dict[str, Any]) -> NoiseTable:
     if name.startswith(OTHER_NOISE):
         own = sorted(solver.scheduler for solver in SAMPLERS.values())
         raise UserError(
-            f"{file} names {name}, whose noise is not that of DDPM or of rectified flow as this "
+            f"{name}, whose noise is not that of DDPM or of rectified flow as this "
             f"package reads it; supported: {own} and others of alphas_cumprod"
         )
     try:

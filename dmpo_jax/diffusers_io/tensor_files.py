@@ -29,14 +29,14 @@ DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F1
 
 
 class TensorFile:
-    """An open file; `names` maps each tensor to its shape, in the order of the data.
+    """An open file, `file`; `names` maps each tensor to its shape, in the order of the data.
 
     Raises:
         ValueError: naming the file, if it is truncated or not safetensors.
     """
 
     def __init__(self, file: epath.Path, local: epath.Path):
-        self._local = str(local)
+        self.file, self._local = file, str(local)
         try:
             handle = self._open()
             self.names = {

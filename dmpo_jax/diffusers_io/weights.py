@@ -177,12 +177,25 @@ def _read(
             stored = permuted(path, bounds) + (((0, 1), (0, 1)) if pointwise else ())
             tensor = file.read(name, stored)
             tensor = to_jax(path, tensor[:, :, 0, 0] if pointwise else tensor)
-            return np.ascontiguousarray(tensor, wanted[path].dtype)
+            array = np.ascontiguousarray(tensor, wanted[path].dtype)
+            if not _is_finite(array):
+                raise UserError(
+                    f"{file.file} holds values in {name} that are not finite as {array.dtype}: "
+                    "copy the file again, or take another variant or dtype"
+                )
+            return array
 
         array = placement.place(wanted[path].shape, shardings.get(path), read)
         # Transfers are asynchronous and hold their source: unbounded, all sources would be held.
         params[path] = jax.block_until_ready(array)
     return params
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """True if every value is a finite number. A sum shows it in one pass, but for overflow."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = array.sum(dtype=np.float32)
+    return bool(np.isfinite(total)) or bool(np.isfinite(array).all())
 
 
 # --- writing -----------------------------------------------------------------
@@ -277,7 +290,8 @@ def save_weights(
             return _converted(shard[tensor], gathered) if writes else None
 
         part = storage.temporary(folder / name) if writes else None
-        tensor_files.write(part, {n: stored.spec for n, stored in shard.items()}, produce)
+        with storage.naming(folder / name):
+            tensor_files.write(part, {n: stored.spec for n, stored in shard.items()}, produce)
     if writes:
         _commit(model, folder, stem, dict(zip(names, shards, strict=True)))
     processes.barrier(f"saved {folder}")

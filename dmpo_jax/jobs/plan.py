@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.config import step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.families import PUBLISHED, family_named
@@ -45,7 +46,7 @@ def plan(
     )
     if out:
         epath.Path(out).parent.mkdir(parents=True, exist_ok=True)
-        epath.Path(out).write_text(json.dumps(plans, indent=1) + "\n")
+        storage.write_bytes(out, (json.dumps(plans, indent=1) + "\n").encode())
     return plans
 
 

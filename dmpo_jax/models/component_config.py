@@ -13,6 +13,10 @@ BOOKKEEPING = frozenset(
 )
 
 
+# Largest number of layers or blocks: more are built for minutes, one by one, and then fit no file.
+MOST_LAYERS = 512
+
+
 class Only:
     """A key supported only at its default, or at equivalent values."""
 
@@ -44,9 +48,11 @@ class ModelConfig(Mapping[str, Any]):
             rule = keys.get(key, Only(None, False))
             if isinstance(rule, Only) and not any(_same(value, v) for v in rule.values):
                 allowed = " or ".join(repr(v) for v in rule.values)
-                refused.append(f"{key}={value!r} (supported: {allowed})")
+                refused.append(f"{key}={_short(value)} (supported: {allowed})")
             elif not _kind_fits(value, rule):
-                refused.append(f"{key}={value!r} (supported: values like {rule!r})")
+                refused.append(f"{key}={_short(value)} (supported: values like {rule!r})")
+            elif _depth(key, value) > MOST_LAYERS:
+                refused.append(f"{key}={_short(value)} (supported: {MOST_LAYERS} layers at most)")
         if refused:
             name = given.get("_class_name") or given.get("architectures") or "this model"
             raise UserError(f"config.json of {name} asks for {'; '.join(refused)}")
@@ -75,6 +81,21 @@ class ModelConfig(Mapping[str, Any]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelConfig) and self._values == other._values
+
+
+def _depth(key: str, value: Any) -> float | int:
+    """Returns the number of layers or blocks that a setting asks for; 0 for other settings.
+
+    A list has one block an entry.
+    """
+    if isinstance(value, list | tuple):
+        return max([len(value), *(_depth(key, v) for v in value)])
+    return value if "layers" in key and _is_number(value, whole=False) else 0
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -40,8 +40,9 @@ INTERVAL = 1.0  # seconds between polls for another process's failure
 _joined = threading.Event()  # set by `join`: there is a store, and `_watch` polls it
 _FAILED = "dmpo_jax/failed"  # key of a failure in the coordinator's store
 ANSWER = 10  # seconds within which a live process reaches a barrier
-# Errors of collectives when another process is gone; gloo raises ValueError.
-_MAY_BE_LOST = (jax.errors.JaxRuntimeError, ValueError)
+# Start of a collective's error when another process is gone: the code of its status. On CPUs it is
+# a ValueError, as many an error of this process is.
+_STATUS = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ")
 
 
 class Peers(NamedTuple):
@@ -207,12 +208,14 @@ def writes_out(job: Callable[..., Any]) -> Callable[..., Any]:
 def is_lost_peer(error: BaseException) -> bool:
     """True if an error was caused by the loss of another process.
 
-    Collectives raise the same errors for other reasons, so a barrier decides: an error in all
-    processes is a bug, and all of them reach the barrier.
+    Its type and status code are those of a collective's error. Collectives raise the same for
+    other reasons, so a barrier decides: an error in all processes is a bug, and all reach it.
     """
     if not jax.distributed.is_initialized() or isinstance(error, UserError):
         return False
-    if not isinstance(error, _MAY_BE_LOST):
+    if not isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+        return False
+    if not _STATUS.match(str(error)):
         return False
     try:
         multihost.get_barrier_sync_fn()(key="dmpo_jax: who is left", timeout_ms=1000 * ANSWER)
@@ -222,7 +225,7 @@ def is_lost_peer(error: BaseException) -> bool:
 
 
 def end(status: int, words: str) -> NoReturn:
-    """Prints `words`, control characters escaped, and ends this process, or all of a job's.
+    """Prints `words` and ends this process; in a multi-process run, all processes.
 
     Otherwise the others would wait, in a collective or for a file: until `heartbeat` if this
     process is gone, for ever if it waits for them in turn.

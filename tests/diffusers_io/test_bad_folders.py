@@ -6,9 +6,11 @@ import re
 
 import pytest
 import torch
+from etils import epath
 from safetensors.torch import load_file, save_file
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.diffusers_io.pipeline import load_tokenizer
 from dmpo_jax.models.clip import CLIPTextModel
 from tests.support.model_folders import UNET, VAE, edit_json, filled, tiny_text, weight_file
 
@@ -151,7 +153,7 @@ def test_missing_shards_are_counted(sharded):
     assert "and 2 more" in message
 
 
-@pytest.mark.parametrize("content", ["{", "", "[1, 2]"])
+@pytest.mark.parametrize("content", ["{", "", "[1, 2]", "[" * 100_000])
 def test_invalid_json_names_the_file(content, folder):
     (folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json .*JSON"):
@@ -222,6 +224,10 @@ def test_config_keys_that_would_change_the_result_are_refused_by_name(tmp_path):
         ("vae", VAE, {"scaling_factor": "0.18"}, "scaling_factor='0.18'"),
         ("text_encoder", {}, {"num_attention_heads": 7}, "num_attention_heads=7 .*512 channels"),
         ("text_encoder", {}, {"hidden_size": 8.5}, "hidden_size=8.5"),
+        ("text_encoder", {}, {"num_hidden_layers": 10**7}, "=10000000 .*512 layers at most"),
+        ("unet", UNET, {"layers_per_block": 10**6}, "layers_per_block=1000000"),
+        ("unet", UNET, {"transformer_layers_per_block": [[10**6]]}, "512 layers at most"),
+        ("unet", UNET, {"block_out_channels": [8] * 10**5}, r"block_out_channels=\[8, .*\.\.\. "),
     ],
 )
 def test_values_that_make_no_model_are_refused(load, config, change, words, tmp_path):
@@ -229,6 +235,57 @@ def test_values_that_make_no_model_are_refused(load, config, change, words, tmp_
     message = refusal(getattr(diffusers_io, f"load_{load}"), tmp_path)
     assert message.startswith(f"{tmp_path / 'config.json'} describes no model: ")
     assert re.search(words, message), message
+
+
+def test_values_that_make_no_noise_are_refused(tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    for key, value in {
+        "num_train_timesteps": 10**9,
+        "beta_start": None,
+        "beta_end": "much",
+        "beta_schedule": "steep",
+        "prediction_type": "noise",
+        "trained_betas": [{}],
+    }.items():
+        file.write_text(json.dumps({key: value}))
+        assert str(file) in refusal(diffusers_io.load_schedule, tmp_path), key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_are_refused(value, dtype, folder):
+    tensors = {name: x.to(dtype) for name, x in load_file(weight_file(folder)).items()}
+    name = "text_model.final_layer_norm.bias"
+    tensors[name] = tensors[name].clone().index_fill(0, torch.tensor([1]), value)
+    save_file(tensors, weight_file(folder))
+    for held in ("float32", "bfloat16"):
+        message = refusal(diffusers_io.load_text_encoder, folder, param_dtype=held)
+        assert f"{weight_file(folder)} holds values in {name} that are not finite" in message
+
+
+def test_large_weights_are_finite(folder):
+    """Their sum is not, in float32."""
+    save_file({k: x * 3e38 for k, x in load_file(weight_file(folder)).items()}, weight_file(folder))
+    diffusers_io.load_text_encoder(folder)
+
+
+def test_a_class_that_is_no_name_is_refused(folder, tmp_path):
+    for value in ([["a"]], {"a": 1}, 5):
+        edit_json(folder / "config.json", architectures=value)
+        assert "supported text encoders" in refusal(diffusers_io.load_text_encoder, folder)
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": value}))
+        assert "supported pipelines" in refusal(diffusers_io.load_family, tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer_config.json").write_text("{}")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / name).write_text("no JSON")
+    message = refusal(load_tokenizer, epath.Path(tmp_path), "tokenizer")
+    assert message.startswith(f"{folder} holds no valid tokenizer: ")
 
 
 # --- parts of different models -----------------------------------------------------

@@ -72,9 +72,7 @@ def test_a_folder_is_a_folder_whatever_its_name(hub):
 def test_a_path_typed_wrong_is_not_fetched(hub):
     os.makedirs("runs/other")
     open("runs/file", "w").close()
-    with pytest.raises(
-        ValueError, match=r"'runs/export' does not exist, though 'runs' does.*@main"
-    ):
+    with pytest.raises(ValueError, match=r"runs/export' does not exist, though 'runs' does.*@main"):
         diffusers_io.load_unet("runs/export")
     with pytest.raises(ValueError, match="'runs/file' is a file"):
         diffusers_io.load_unet("runs/file")

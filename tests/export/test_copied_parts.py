@@ -107,7 +107,7 @@ def test_an_export_into_its_own_source_is_refused_before_training(source, tmp_pa
     for out in (source / "export", source / "a" / "b", tmp_path / "link" / "export"):
         with pytest.raises(ValueError, match="lies inside the model folder"):
             save(source, out)
-    with pytest.raises(ValueError, match="is the model that was trained"):
+    with pytest.raises(ValueError, match="is the model that is trained"):
         diffusers_io.check_export(source, tmp_path / "link")
     from dmpo_jax.jobs.run import run
 

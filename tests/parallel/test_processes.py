@@ -185,7 +185,7 @@ def test_all_end_with_the_words_and_status_of_the_first_that_fails():
 
 
 LOST = """
-import os, sys, jax
+import os, sys, time, jax
 from jax.experimental import multihost_utils
 from dmpo_jax.parallel import processes
 jax.config.update("jax_num_cpu_devices", 1)
@@ -194,18 +194,25 @@ processes.barrier("both are here")
 processes.ANSWER = 3
 if sys.argv[1] == "gone" and jax.process_index() == 1:
     os._exit(9)
+if sys.argv[1] == "alone" and jax.process_index() == 1:
+    time.sleep(6)
+    os._exit(0)
 try:
     if sys.argv[1] == "gone":
         for i in range(100):
             processes.barrier(f"which process 1 never comes to {i}")
-    raise ValueError("a bug, which both have")
+    if sys.argv[1] == "both":
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug, which both have")
+    raise ValueError("the model folder '/nccl/gloo/heartbeat' is not complete")
 except Exception as error:
     print(processes.is_lost_peer(error), flush=True)
     os._exit(0)
 """
 
 
-@pytest.mark.parametrize(("what", "lost"), [("gone", "True"), ("bug", "False")])
+@pytest.mark.parametrize(
+    ("what", "lost"), [("gone", "True"), ("both", "False"), ("alone", "False")]
+)
 def test_a_process_that_does_not_answer_is_lost(what, lost):
     first, _ = launched.run_script(LOST, what, statuses=[0, 9] if what == "gone" else [0, 0])
     assert first.output.splitlines()[-1] == lost
