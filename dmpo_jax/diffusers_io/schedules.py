@@ -157,7 +157,4 @@ def _make_table(config: dict[str, Any]) -> NoiseTable:
             f"{name}, whose noise is not that of DDPM or of rectified flow as this "
             f"package reads it; supported: {own} and others of alphas_cumprod"
         )
-    try:
-        return make_ddpm_table(**{key: config[key] for key in DDPM_KEYS if key in config})
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
+    return make_ddpm_table(**{key: config[key] for key in DDPM_KEYS if key in config})
