@@ -47,11 +47,13 @@ def run(
         ValueError: the config cannot be run; raised before compiling.
         SystemExit: training was stopped by a signal; its state is saved.
     """
-    if not dry_run:
+    if not dry_run:  # which lists these refusals among the others
         checks.validate(config)
-    if not storage.may_be_folder(fork or workdir):
-        raise UserError(f"{fork or workdir} must be a folder that can be made and written")
-    if not dry_run:
+        if not storage.may_be_folder(fork or workdir):
+            words = (
+                f"a workdir must be a folder that can be made and written, got {fork or workdir}"
+            )
+            raise UserError(words)
         processes.join(**config.distributed)
     workdir, source = epath.Path(workdir), None
     if fork:

@@ -423,12 +423,13 @@ def check_identity(
 def differences(theirs: Any, ours: Any, places: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
     """Returns {dotted key: (their value, our value)} of what two identities differ in.
 
-    Content counts where both know it, and then in place of the `places` that name it.
+    Content counts where both know it. `places` that name content count only if theirs is unknown.
     """
     theirs, ours = (_flatten(json.loads(json.dumps(x))) for x in (theirs, ours))  # tuples: lists
     content = {key for key in ours | theirs if key.startswith("content.")}
     known = {key for key in content if key in ours and key in theirs}
-    ignored = (content - known) | {path for path, x in places.items() if f"content.{x}" in known}
+    ignored = content - known
+    ignored |= {path for path, x in places.items() if f"content.{x}" in theirs}
     missing = "(not set)"
     keys = sorted((ours | theirs).keys() - ignored)
     pairs = {key: (theirs.get(key, missing), ours.get(key, missing)) for key in keys}

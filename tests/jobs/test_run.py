@@ -81,7 +81,7 @@ def test_out_of_memory_says_what_to_change(monkeypatch, tmp_path):
     def fail(*given):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: used 21.50G of 16G")
 
-    monkeypatch.setattr(jobs_run.train, "check", lambda config: None)
+    monkeypatch.setattr(jobs_run.train, "check", lambda *given: None)
     monkeypatch.setattr(jobs_run.train, "train", fail)
     config = from_flat({**DIGITS, "train.batch_size": 64, "train.accumulation": 2})
     with pytest.raises(UserError) as said:

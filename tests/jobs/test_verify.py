@@ -47,8 +47,9 @@ def workdir(original, tmp_path):
 
 def test_what_a_run_wrote_is_valid_and_nothing_is_left_out(workdir):
     parts = {str(pathlib.Path(part).relative_to(workdir)) for part in verify(folder=workdir)}
-    assert {"checkpoints/2", "encoded/encoded.json", "export", "lora", "pairs.parquet"} <= parts
+    assert {"checkpoints/2", "encoded/encoded.json", "export", "pairs.parquet"} <= parts
     assert {"export/transformer", "export/vae", "export/text_encoder", "config.json"} <= parts
+    assert "lora/pytorch_lora_weights.safetensors" in parts
     assert "encoded/prompts.array_record-00000" in parts
 
 

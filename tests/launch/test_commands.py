@@ -86,7 +86,8 @@ def test_a_notebooks_call_reaches_the_job_as_the_command_does(monkeypatch):
     hook = object()
     assert dj.train(config, "run", hooks=[hook]) == "made"
     assert seen[1][0].train.steps == 2
-    assert seen[1][1] == {"workdir": "run", "hooks": (hook,)}
+    given = {"workdir": "run", "fork": "", "dry_run": False, "hooks": (hook,)}
+    assert seen[1][1] == given
     config.train.accumulation = 3
     with pytest.raises(ValueError, match=r"train\.batch_size must be a multiple"):
         dj.train(config, "run")
