@@ -289,7 +289,8 @@ class Watch:
         self._progress.advance(pairs)
         if self._batches == self.SPEED_AFTER and self._timed:
             speed = self._timed / (time.monotonic() - self._began)
-            LOG.info("%.1f pairs a second: %s to come", speed, in_time(self._left / speed))
+            if self._left / speed >= 60:
+                LOG.info("%.1f pairs a second: %s to come", speed, in_time(self._left / speed))
 
 
 def in_bytes(count: int) -> str:
