@@ -11,9 +11,11 @@ from dmpo_jax.errors import UserError
 
 
 def digest_model(folder: epath.PathLike, variant: str | None = None) -> str:
-    """Returns the digest of a pipeline's trained component."""
-    path, family = components.load_family(folder)
-    return digest_part(path / family.component, components.DIFFUSERS_STEM, variant)
+    """Returns the digest of a pipeline's trained component. folder: the pipeline's, or its own."""
+    path = folders.find_folder(folder)
+    if (path / "model_index.json").exists():
+        path = path / components.load_family(path)[1].component
+    return digest_part(path, components.DIFFUSERS_STEM, variant)
 
 
 def digest_encoders(

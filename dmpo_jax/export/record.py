@@ -18,8 +18,11 @@ def write_record(folder: epath.Path, *, step: int, ema: bool) -> None:
 
 
 def describe(folder: epath.PathLike) -> dict[str, Any]:
-    """Returns a pipeline's `weights`, a digest, with `step` and `ema` if it is a run's export."""
-    path, _ = diffusers_io.load_family(folder)
+    """Returns `weights`, a digest, and for a run's export its `step` and `ema`.
+
+    folder: a pipeline, or its trained component's own.
+    """
+    path = diffusers_io.find_folder(folder)
     found, weights = storage.find_json(path / FILE), diffusers_io.digest_model(path)
     # The folder may have got other weights since.
     return found if found and found.get("weights") == weights else {"weights": weights}

@@ -42,7 +42,8 @@ def dry_run(
         try:
             return check()
         except (ValueError, OSError) as error:
-            refused.append(str(error))
+            if str(error) not in refused:  # jobs may lack the same
+                refused.append(str(error))
 
     attempt(lambda: checks.validate(config))
     attempt(lambda: check_writable(workdir))
@@ -102,10 +103,8 @@ def describe_cache() -> str:
     folder = jax.config.values["jax_compilation_cache_dir"]
     if folder is None or storage.is_remote(folder):
         return f"compilation cache: {folder or 'off'}"
-    files = [file for file in epath.Path(folder).glob("*") if file.is_file()]
-    size = sum(file.stat().length for file in files) / GB
-    found = f"{len(files)} files, {size:.2g} GB" if files else "empty, so the step is compiled"
-    return f"compilation cache: {folder}, {found}"
+    count = len(list(epath.Path(folder).glob("jit_train_step-*-cache")))
+    return f"compilation cache: {folder}, {count} training steps; any other one is compiled first"
 
 
 def check_writable(workdir: epath.Path) -> None:

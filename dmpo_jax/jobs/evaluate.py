@@ -49,6 +49,7 @@ def evaluate(
     """
     texts, judges = check(config, prompts, a)
     diffusers_io.load_model(b, abstract=True)
+    export = describe(b)
     how = arguments.pipeline(config)
     sampler, params = open_sampler(a, **how, **arguments.sampling(config))
     asked = [texts[i % len(texts)] for i in range(config.evaluate.seeds)]
@@ -71,7 +72,7 @@ def evaluate(
         "seeds": len(asked),
         "base": str(a),
         "policy": str(b),
-        "export": describe(b),
+        "export": export,
         "sampler": {
             "name": sampler.name,
             "scheduler": sampler.pipeline.sampling.scheduler,
