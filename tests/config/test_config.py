@@ -153,7 +153,7 @@ def test_an_objectives_hyperparameters_are_leaves():
         del OBJECTIVES["of_a_test"]
     # A saved config is read where the file that defined the objective is not loaded.
     assert configs.flatten(configs.from_flat(saved))["objectives.of_a_test.pull"] == 5.0
-    with pytest.raises(ValueError, match="objective must be one of .* but got 'of_a_test'"):
+    with pytest.raises(ValueError, match=r"objective must be one of .* but got 'of_a_test'"):
         config_checks.validate(configs.from_flat(saved))
 
 
