@@ -77,7 +77,7 @@ def encoding(config: Config, source: str = "") -> Settings:
 
 def trained(config: Config) -> Trained:
     """The pipeline and adapters that a run trains, for `export.pipeline`."""
-    return Trained(*weights(config), adapters(config))
+    return Trained(*weights(config), adapters(config), config.model.vae)
 
 
 def adapters(config: Config) -> Adapters | None:

@@ -189,8 +189,12 @@ def _embed(
     )
 
 
-def save_pipeline(model: Any, source: epath.PathLike, out: epath.PathLike, **kw: Any) -> None:
+def save_pipeline(
+    model: Any, source: epath.PathLike, out: epath.PathLike, *, vae: str = "", **kw: Any
+) -> None:
     """Writes the source pipeline with `model` in place of its own; copies the other parts.
+
+    vae: folder of a VAE to write in place of the source's own, or "".
 
     Every process must call it. Process 0 writes; a barrier follows. model_index.json is the
     commit marker: removed first, written last. `kw`: params, dtype and shard_bytes of
@@ -203,6 +207,8 @@ def save_pipeline(model: Any, source: epath.PathLike, out: epath.PathLike, **kw:
     out = epath.Path(out)
     index = read_json(source / "model_index.json")
     copied = parts.check_copy(source, out, family.component)
+    if vae:
+        copied["vae"] = component(vae, "vae")
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "model_index.json").unlink(missing_ok=True)

@@ -19,11 +19,13 @@ class Trained(NamedTuple):
     """The model that a run trained. adapters: None if every parameter was trained.
 
     folder: the pipeline's, path or hub id. variant: of its weight files.
+    vae: folder of the VAE that made the pairs, if it is not the pipeline's own; an export has it.
     """
 
     folder: str
     variant: str | None
     adapters: lora.Adapters | None
+    vae: str = ""
 
     def load(self, **kw: Any) -> Any:
         """Loads the model as it was before training."""
@@ -68,7 +70,7 @@ def write_pipeline(
 
     dtype: of the exported model. shard_bytes: largest weight file.
     """
-    kw = {"dtype": dtype, "shard_bytes": shard_bytes}
+    kw = {"dtype": dtype, "shard_bytes": shard_bytes, "vae": trained.vae}
     if trained.adapters is None:
         model = trained.load(abstract=True)
         diffusers_io.save_pipeline(model, trained.folder, out, params=params, **kw)

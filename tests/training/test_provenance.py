@@ -118,7 +118,11 @@ def test_the_vae_that_made_the_pairs_is_named(moved, tmp_path):
     tiny.encode(moved.source, moved.model, encoded, vae=fix)
     with pytest.raises(ValueError, match=rf"use theirs, --config\.model\.vae={fix}"):
         prepare(moved.model, encoded, tmp_path)
-    prepare(moved.model, encoded, tmp_path, model__vae=fix)
+    run(tiny.make_config(moved.model, encoded, **SHORT, model__vae=fix), tmp_path / "run")
+    export = tmp_path / "run" / "export"  # decodes as the pairs were encoded
+    assert diffusers_io.digest_encoders(export)["vae"] == diffusers_io.digest_encoders(other)["vae"]
+    index = diffusers_io.read_json(epath.Path(export) / "model_index.json")
+    assert index == diffusers_io.read_json(epath.Path(moved.model) / "model_index.json")
 
 
 def test_an_encoding_is_done_only_for_the_content_that_it_was_made_from(moved, tmp_path):
