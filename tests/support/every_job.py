@@ -1,0 +1,98 @@
+"""Every command that writes a folder, as small as can be: what it is given and what it wrote."""
+
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+from dmpo_jax.toy.digits import PIPELINE
+from dmpo_jax.training.telemetry import MEASURED
+from tests.support import launched, tiny
+
+# With times, host names or paths of the run inside, or for people to look at alone.
+UNCOMPARED = (
+    ".lock",
+    "tensorboard",
+    "parts",
+    "checkpoints",
+    "fork.json",
+    "config.json",
+    "README.md",
+)
+
+
+class Given(NamedTuple):
+    """What the commands read: a folder of it, with the tiny model, its pairs and a run."""
+
+    folder: pathlib.Path
+
+    def command(self, job: str, out: pathlib.Path) -> list[str]:
+        """The command line of a job that writes `out`."""
+        at, digits = self.folder, str(PIPELINE)
+        drawing = ["--steps=2", "--guidance_scale=1", "--batch_size=4", "--dtype=float32"]
+        prompts = f"--prompts={at / 'prompts.txt'}"
+        pairs = f"pickapic:{at / 'pairs.parquet'}"
+        judged = ["--pairs=6", "--scorer=digits_svm"]
+        encoding = [f"--source={pairs}", f"--model={at / 'model'}", "--dtype=float32"]
+        arguments, where = {
+            "collect": ([f"--model={digits}", prompts, *judged, *drawing], "out"),
+            "encode": ([*encoding, "--batch_size=8"], "out"),
+            "train": ([f"--config={at / 'config.py'}"], "workdir"),
+            "sample": ([f"--model={digits}", prompts, *drawing], "out"),
+            "evaluate": ([f"--a={digits}", f"--b={digits}", prompts, "--seeds=8", *drawing], "out"),
+            "convert": ([f"--checkpoint={at / 'run'}"], "out"),
+            "tfds": ([f"--config={json.dumps({'name': 'x', 'source': pairs})}"], "data_dir"),
+        }[job]
+        name = [] if job == "tfds" else [job]
+        return [*name, *arguments, f"--{where}={out}"]
+
+    def start(self, job: str, out: pathlib.Path, **more) -> subprocess.Popen:
+        module = "dmpo_jax.data.tfds" if job == "tfds" else "dmpo_jax"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(launched.ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *self.command(job, out)],
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **more,
+        )
+
+
+JOBS = ("collect", "encode", "train", "sample", "evaluate", "convert", "tfds")
+
+
+def make_given(folder: pathlib.Path) -> Given:
+    """Writes what the commands read; takes a training run."""
+    given = Given(folder)
+    made = tiny.write(folder)
+    (folder / "prompts.txt").write_text("a handwritten one\na handwritten two\n")
+    launched.write_config(folder / "config.py", made, train__steps=6, log__tensorboard=True)
+    said = given.start("train", folder / "run").communicate()[0]
+    assert (folder / "run" / "export").exists(), said
+    return given
+
+
+def contents(out: pathlib.Path) -> dict[str, str]:
+    """The hash of every file that a job wrote; of metrics without what the clock says."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if not path.is_file() or any(part in UNCOMPARED for part in path.relative_to(out).parts):
+            continue
+        content = path.read_bytes()
+        if path.name == "metrics.jsonl":
+            rows = [json.loads(line) for line in content.splitlines()]
+            rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+            content = json.dumps(rows).encode()
+        found[str(path.relative_to(out))] = hashlib.sha256(content).hexdigest()
+    return found
