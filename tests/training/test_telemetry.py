@@ -16,7 +16,10 @@ from etils import epath
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
 from dmpo_jax.training import telemetry as watch
+from dmpo_jax.training.hooks import Hook
+from dmpo_jax.training.loop import call
 from dmpo_jax.training.metrics import MetricsWriter
+from dmpo_jax.training.step import TrainState
 from dmpo_jax.training.trace import Trace
 
 METRICS = {"loss": 0.5, "implicit_accuracy": 1.0, "grad_norm": 2.0, "skipped": 0.0}
@@ -123,6 +126,22 @@ def test_pauses_are_left_out_of_the_speed_and_told_once(make_rig):
     assert "seconds_checkpoint" not in later
     assert later["pairs_per_second"] == BATCH / 2.0
     assert later["seconds_input"] == 0.0
+
+
+class Validation(Hook):
+    name = "validation"
+
+    def __call__(self, state, update):
+        return {"validation_loss": 0.51234, "validation_implicit_accuracy": 0.75}
+
+
+def test_what_a_hook_measures_is_shown(make_rig, caplog):
+    rig = make_rig()
+    state = TrainState(jax.numpy.int32(4), {}, None, jax.numpy.int32(0))
+    with caplog.at_level(logging.INFO):
+        call([Validation()], state, 4, rig.watch, rig._writer, rig._progress)
+    assert caplog.messages == ["step 4: validation loss 0.5123, validation implicit accuracy 0.75"]
+    assert rig.lines()[0]["validation_loss"] == 0.51234
 
 
 @pytest.mark.parametrize("cached", [False, True])
