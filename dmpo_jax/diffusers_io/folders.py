@@ -102,9 +102,9 @@ def _fetch(repository: str, revision: str | None) -> epath.Path:
     try:
         return epath.Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        name = f"{repository}@{revision}" if revision else repository
         raise UserError(
-            f"{repository!r} is no local folder, and fetching it as a hub id "
-            f"(revision {revision or 'main'}) failed: {one_line(error)}"
+            f"{name!r} is no local folder, and fetching it as a hub id failed: {one_line(error)}"
         ) from error
 
 
