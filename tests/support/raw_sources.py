@@ -142,7 +142,7 @@ def _write_table(kind, folder, rows):
 
 def _as_latin(cell):
     if not isinstance(cell, bytes):
-        cell = "" if cell is None else str(cell).encode("utf-8", "surrogatepass")
+        cell = b"" if cell is None else str(cell).encode("utf-8", "surrogatepass")
     return cell.decode("latin-1")
 
 
