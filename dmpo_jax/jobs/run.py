@@ -47,6 +47,8 @@ def run(
         ValueError: the config cannot be run; raised before compiling.
         SystemExit: training was stopped by a signal; its state is saved.
     """
+    if "train" in config.jobs:
+        checkpoint.check_folder(fork or workdir)
     if not dry_run:  # which lists these refusals among the others
         checks.validate(config)
         if not storage.may_be_folder(fork or workdir):
@@ -59,8 +61,6 @@ def run(
     if fork:
         config = step_settings.for_fork(config, workdir)
         workdir, source = epath.Path(fork), workdir
-    if "train" in config.jobs:
-        checkpoint.check_folder(workdir)
     cache_compilations()
     if config.mesh.cpu_devices > 1:  # no effect if there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)

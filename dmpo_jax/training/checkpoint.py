@@ -88,7 +88,7 @@ class Checkpoints:
         self._read_only, self._writing = read_only, False
         self._last = -1  # step of the last save that was started
         self._whole: set[int] = set()  # steps that this process wrote, or read and verified
-        self._claim(identity | ({"content": content} if content else {}), places or {})
+        self._claim(identity | ({"content": content} if content else {}), places)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             cleanup_tmp_directories=not read_only,
@@ -294,7 +294,7 @@ class Checkpoints:
         self._manager.close()
         self._reader.close()
 
-    def _claim(self, identity: dict[str, Any], places: Mapping[str, str]) -> None:
+    def _claim(self, identity: dict[str, Any], places: Mapping[str, str] | None) -> None:
         """Writes the identity, or compares it with that of the checkpoints that are there.
 
         A start that failed before its first checkpoint leaves nothing to protect.
@@ -409,7 +409,7 @@ def check_identity(
     path = epath.Path(folder) / "identity.json"
     if not (path.exists() and has_checkpoints(folder)):
         return
-    found = differences(storage.read_json(path), identity, places or {})
+    found = differences(storage.read_json(path), identity, places)
     differing = [f"{key}: {theirs!r} there, {ours!r} now" for key, (theirs, ours) in found.items()]
     if differing:
         raise UserError(
@@ -420,7 +420,9 @@ def check_identity(
         )
 
 
-def differences(theirs: Any, ours: Any, places: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    theirs: Any, ours: Any, places: Mapping[str, str] | None = None
+) -> dict[str, tuple[Any, Any]]:
     """Returns {dotted key: (their value, our value)} of what two identities differ in.
 
     Content counts where both know it. `places` that name content count only if theirs is unknown.
@@ -429,7 +431,7 @@ def differences(theirs: Any, ours: Any, places: Mapping[str, str]) -> dict[str, 
     content = {key for key in ours | theirs if key.startswith("content.")}
     known = {key for key in content if key in ours and key in theirs}
     ignored = content - known
-    ignored |= {path for path, x in places.items() if f"content.{x}" in theirs}
+    ignored |= {path for path, x in (places or {}).items() if f"content.{x}" in theirs}
     missing = "(not set)"
     keys = sorted((ours | theirs).keys() - ignored)
     pairs = {key: (theirs.get(key, missing), ours.get(key, missing)) for key in keys}

@@ -31,7 +31,7 @@ def check(
     workdir: epath.Path | None,
     new: epath.Path,
     identity: Mapping[str, Any],
-    places: Mapping[str, str],
+    places: Mapping[str, str] | None = None,
 ) -> bool:
     """Returns True if `new` has to be forked from `workdir`; False if that is done, or not asked.
 

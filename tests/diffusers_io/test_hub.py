@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.config.step_settings import with_commits
 from dmpo_jax.diffusers_io import folders
-from dmpo_jax.jobs.run import with_commits
 from tests.support import tiny
 
 OLD, NEW = "0123456789abcdef" * 2 + "01234567", "f" * 40

@@ -115,7 +115,10 @@ def test_a_few_step_model_is_sampled_by_another_algorithm_only_if_asked(tmp_path
 
 @pytest.mark.parametrize("key", ["prediction_type", "beta_schedule"])
 def test_what_is_wrong_with_the_noise_names_the_file(tmp_path, key):
-    with pytest.raises(ValueError, match=rf"scheduler_config\.json: {key} must be one of .*'odd'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"scheduler_config\.json describes no noise: {key} must be one of .*'odd'",
+    ):
         diffusers_io.load_schedule(write(tmp_path, {key: "odd"}))
 
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.data.encoded.records import open_pairs
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
 from tests.support import tiny
@@ -112,7 +113,7 @@ def test_dtype_shards_and_card(made, lora_run, tmp_path):
         assert line in front
     for words in (
         "after 4 updates",
-        "48 distinct preference pairs",
+        f"{open_pairs(made[1]).meta.counts['train']} distinct preference pairs",
         "| lora.rank | 2 |",
         "| loss |",
     ):

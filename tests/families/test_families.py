@@ -142,8 +142,8 @@ def assert_only_the_unet_changed(before: pathlib.Path, after: pathlib.Path):
     files = {p.relative_to(before) for p in before.rglob("*") if p.is_file()}
     kept = {p for p in files if p.parts[0] not in ("unet", "model_index.json")}
     assert len(kept) > 5
-    card = pathlib.Path("README.md")
-    assert {p.relative_to(after) for p in after.rglob("*") if p.is_file()} == {*files, card}
+    added = {pathlib.Path(name) for name in ("README.md", "export.json")}
+    assert {p.relative_to(after) for p in after.rglob("*") if p.is_file()} == files | added
     for path in kept:
         assert (before / path).read_bytes() == (after / path).read_bytes(), path
     for path in ("model_index.json", "unet/config.json"):

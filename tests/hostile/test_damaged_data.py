@@ -402,7 +402,7 @@ def run_prompts(kind, seeds, tmp_path):
             raise AssertionError(f"{kind}, seed {seed}: {type(error).__name__}") from error
         else:
             outcomes["harmless"] += 1
-            assert all(prompt.text.encode() for prompt in found)
+            assert all(prompt.text == prompt.text.encode().decode() for prompt in found)
             assert all(prompt.seed is None or 0 <= prompt.seed < 2**32 for prompt in found)
     assert not outcomes["names no file"]
     return outcomes

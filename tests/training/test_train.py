@@ -362,7 +362,7 @@ def test_sigterm_saves_and_resumes(made, tmp_path):
         job.processes[0].send_signal(signal.SIGTERM)
         ((status, said),) = job.end(120)
     assert status == 128 + signal.SIGTERM, said
-    assert "run the same command again" in said
+    assert "the same command resumes" in said
     stopped = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.is_dir())
     assert f"stopped at step {stopped}" in said
     with start(made, workdir, train__steps=stopped + 5) as job:
