@@ -69,7 +69,8 @@ def run(
         workdir.mkdir(parents=True, exist_ok=True)
     if config.debug.family:
         config = step_settings.with_debug_files(config, workdir, write=not dry_run)
-    config = step_settings.with_commits(config, workdir)
+    if not dry_run:  # which lists a model that is not there among the refusals
+        config = step_settings.with_commits(config, workdir)
     collected = f"pickapic:{workdir / 'pairs.parquet'}"
     ready = {
         "collect": lambda: collect.check(config),
