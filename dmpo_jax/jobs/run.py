@@ -32,8 +32,7 @@ def run(
 ) -> epath.Path:
     """Runs `config.jobs` in order in `workdir`; completed work is not repeated.
 
-    Collect and encode keep what they have completed, and training resumes from its checkpoint.
-    Every job is checked before the first one starts.
+    Collect and encode keep what is complete; training resumes. All jobs are checked first.
 
     Args:
         hooks: `training.hooks.HookLike`, called by training after the run's own.
