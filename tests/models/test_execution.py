@@ -103,7 +103,11 @@ def test_remat_and_scan_change_nothing(how):
     ("shape", "how"),
     [
         ({"data": 1, "fsdp": 8}, Execution()),
-        ({"data": 1, "fsdp": 8}, Execution(remat="transformer", scan=True)),
+        pytest.param(
+            {"data": 1, "fsdp": 8},
+            Execution(remat="transformer", scan=True),
+            marks=pytest.mark.slow,
+        ),
         ({"data": 2, "fsdp": 2, "tensor": 2}, Execution(remat="transformer", scan=True)),
         pytest.param({"data": 1, "fsdp": 2, "tensor": 4}, Execution(), marks=pytest.mark.slow),
     ],

@@ -55,8 +55,8 @@ F32, BF16, SLOW = jnp.float32, jnp.bfloat16, pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "pairs", "accumulation"),
     [
-        (F32, 3, 1),
         (BF16, 8, 4),
+        pytest.param(F32, 3, 1, marks=SLOW),
         pytest.param(F32, 8, 4, marks=SLOW),
         *(pytest.param(F32, pairs, 1, marks=SLOW) for pairs in (1, 2, 8, 16)),
         *(pytest.param(BF16, pairs, 1, marks=SLOW) for pairs in (1, 2, 3, 8, 16, 32)),
@@ -195,8 +195,8 @@ def relative_error(got, want) -> float:
 @pytest.mark.parametrize(
     ("devices", "shape", "accumulation"),
     [
-        (8, {}, 1),
-        (8, {"fsdp": 8}, 1),
+        pytest.param(8, {}, 1, marks=SLOW),
+        pytest.param(8, {"fsdp": 8}, 1, marks=SLOW),
         (8, {"fsdp": 2, "tensor": 2}, 1),
         (1, {}, 4),
         pytest.param(2, {}, 2, marks=SLOW),
