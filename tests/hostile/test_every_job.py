@@ -4,6 +4,7 @@
 hour.
 """
 
+import functools
 import os
 import random
 import signal
@@ -27,17 +28,18 @@ def given(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
     """job -> (the folder of an unbroken run, its seconds)."""
-    found = {}
-    for job in JOBS:
-        out = tmp_path_factory.mktemp(f"whole_{job}") / "out"
-        given.start(job, out).communicate()  # fills the compilation cache
-        out = out.with_name("again")
+
+    @functools.cache
+    def of(job):
+        folder = tmp_path_factory.mktemp(f"whole_{job}")
+        given.start(job, folder / "first").communicate()  # fills the compilation cache
         began = time.monotonic()
-        process = given.start(job, out)
+        process = given.start(job, folder / "out")
         said = process.communicate()[0]
         assert process.returncode == 0, said
-        found[job] = out, time.monotonic() - began
-    return found
+        return folder / "out", time.monotonic() - began
+
+    return of
 
 
 def finish(given, job, out) -> str:
@@ -50,7 +52,7 @@ def finish(given, job, out) -> str:
 @pytest.mark.parametrize("job", JOBS)
 def test_a_killed_job_ends_with_the_same_bytes(job, given, whole, tmp_path):
     """Three kills in a row before each rerun, at moments of the whole run's time."""
-    want, seconds = whole[job]
+    want, seconds = whole(job)
     draw, killed = random.Random(job), 0
     for i in range(KILLS // 3):
         out = tmp_path / str(i)
@@ -87,7 +89,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_full_disk_is_named_and_room_is_all_it_takes(job, given, whole, disk, tmp_path):
-    want, seconds = whole[job]
+    want, seconds = whole(job)
     needed = sum(f.stat().st_blocks for f in want.rglob("*")) // 2  # kB
     said_by, slowest = {}, 0.0
     for k in range(1, FILLS + 1):
@@ -130,5 +132,5 @@ def test_a_second_writer_is_refused_and_changes_nothing(first, given, whole, tmp
         process.send_signal(signal.SIGCONT)
         said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, said
-    assert contents(out) == contents(whole[first][0])
+    assert contents(out) == contents(whole(first)[0])
     print(f"{first}: {refused} other writers refused")
