@@ -87,7 +87,12 @@ def contents(out: pathlib.Path) -> dict[str, str]:
     """The hash of every file that a job wrote; of metrics without what the clock says."""
     found = {}
     for path in sorted(out.rglob("*")):
-        if not path.is_file() or any(part in UNCOMPARED for part in path.relative_to(out).parts):
+        parts = path.relative_to(out).parts
+        if not path.is_file() or any(part in UNCOMPARED for part in parts):
+            continue
+        if any(
+            part.startswith("incomplete.") for part in parts
+        ):  # TFDS leaves it of a killed build
             continue
         content = path.read_bytes()
         if path.name == "metrics.jsonl":
