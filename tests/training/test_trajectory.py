@@ -11,10 +11,17 @@ import pytest
 from dmpo_jax.diffusers_io import placement
 from dmpo_jax.parallel import meshes
 from dmpo_jax.training import step
+from tests.support import steps
 from tests.support.launched import run_script
-from tests.support.steps import MOVED, UNET, make_batch, make_setup, make_unet, perturbed, run_key
+from tests.support.steps import MOVED, make_batch, make_setup, make_unet, perturbed, run_key
 
 UPDATES, PAIRS = 8, 8
+UNET = {
+    **steps.UNET,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
 # Of the way that the parameters go in float64. Every layout stays at 1.2e-4 to 2.1e-4 of it:
 # what rounds a logit by some 1e-4 (beta / 2 times a float32's rounding of the errors) moves
 # AdamW's steps by as much, whatever the layout.
