@@ -5,11 +5,14 @@ Every other exception is a bug in this package or a library, and shows its trace
 
 import contextlib
 import errno
+import re
 import sys
 from collections.abc import Iterator
 
 # Errors of the system that only a person can resolve: a full disk, a missing permission.
 _NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+
+_UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 INTERRUPTED = 130  # exit status of shells for Ctrl-C
 STOPPED = "stopped; the same command resumes"
@@ -31,11 +34,16 @@ class MissingFileError(UserError, FileNotFoundError):
     """A missing file or folder that the user named."""
 
 
-def printable(text: str) -> str:
-    """Escapes control characters, with which text of a data set could write to the terminal."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
-    )
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Escapes control characters and lone surrogates, as `\\x1b`: a data set's text may have them.
+
+    keep: of these characters, those that stay as they are.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
+
+    return _UNPRINTABLE.sub(escape, text)
 
 
 def message_of(error: BaseException) -> str:

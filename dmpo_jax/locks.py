@@ -1,4 +1,4 @@
-"""One writer a folder: a lock file says who writes, and shows that he is alive.
+"""One writer a folder: a lock file names the process that writes, and shows that it is alive.
 
 On one machine the kernel holds the lock and frees it with the process, however that ends. Another
 machine may not see the kernel's lock (object storage, some network file systems): there the
@@ -112,7 +112,7 @@ class _Lock:
     def _outlive(self, holder: dict[str, Any]) -> None:
         """Waits for a heartbeat; raises UserError if there is one, else says who is gone."""
         LOG.info(
-            "%s was locked by process %s on %s: waiting up to %.0f s for a sign of life",
+            "%s was locked by process %s on %s: waiting up to %.0f s for its heartbeat",
             self._path.parent,
             holder.get("process"),
             holder.get("host"),

@@ -122,6 +122,7 @@ class Model(Section):
         "another VAE's folder, such as SDXL's fp16 fix; '' takes the pipeline's",
         affects=RUN,
         counts_with=ITSELF,
+        content="encoded pairs",  # which it has made
     )
     compute_dtype: str = leaf(
         "bfloat16",

@@ -19,7 +19,7 @@ from dmpo_jax.diffusers_io.components import (
     save_vae,
 )
 from dmpo_jax.diffusers_io.digests import digest_encoders, digest_model, digest_variants
-from dmpo_jax.diffusers_io.folders import find_folder, hub_id, pinned, read_json, resolve
+from dmpo_jax.diffusers_io.folders import find_folder, hub_id, is_hub_id, pinned, read_json, resolve
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
 from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
@@ -48,6 +48,7 @@ __all__ = [
     "embed_prompts",
     "find_folder",
     "hub_id",
+    "is_hub_id",
     "load_family",
     "load_lora",
     "load_model",

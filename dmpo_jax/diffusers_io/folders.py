@@ -86,10 +86,14 @@ def pinned(name: str, before: str = "") -> str:
     return f"{hub_id(name)}@{commit}" if commit else name
 
 
+def is_hub_id(name: str) -> bool:
+    """True for `org/name` or `org/name@revision` that is no path."""
+    return _HUB_ID.fullmatch(name) is not None and not epath.Path(name).exists()
+
+
 def hub_id(name: str) -> str:
     """Returns a hub id without its revision; a path is unchanged."""
-    found = None if epath.Path(name).is_dir() else _HUB_ID.fullmatch(name)
-    return found["id"] if found else name
+    return name.partition("@")[0] if is_hub_id(name) else name
 
 
 @functools.cache

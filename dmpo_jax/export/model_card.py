@@ -18,7 +18,6 @@ from dmpo_jax.export import record
 from dmpo_jax.export.pipeline import Trained
 
 LOG = logging.getLogger(__name__)
-HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+(@[\w.-]+)?")
 USE = """```python
 import torch
 from diffusers import DiffusionPipeline
@@ -81,12 +80,12 @@ def front_matter(card: Card, out: epath.Path) -> str:
     _, family = diffusers_io.load_family(card.trained.folder)
     base = [
         # Quoted, so that any text is a valid YAML string.
-        f"base_model: {json.dumps(card.trained.folder.partition('@')[0])}",
+        f"base_model: {json.dumps(diffusers_io.hub_id(card.trained.folder))}",
         f"base_model_relation: {'adapter' if adapter else 'finetune'}",
     ]
     lines = [
         "---",
-        *(base if is_hub_id(card.trained.folder) else []),
+        *(base if diffusers_io.is_hub_id(card.trained.folder) else []),
         "library_name: diffusers",
         f"pipeline_tag: {'image-to-image' if family.given else 'text-to-image'}",
         "tags:",
@@ -138,14 +137,9 @@ def about_data(pairs: str | tuple[str, ...]) -> dict[str, Any]:
     return {**about, **{f"{name} (count)": n for name, n in meta["counts"].items()}}
 
 
-def is_hub_id(folder: str) -> bool:
-    """True for `org/name` that is no path."""
-    return bool(HUB_ID.fullmatch(folder)) and not epath.Path(folder).exists()
-
-
 def public(text: str) -> str:
     """Returns a hub id as it is, and of a path, or KIND:PATH, the last part alone."""
-    if is_hub_id(text):
+    if diffusers_io.is_hub_id(text):
         return text
     if found := re.match(r"(\w+):(?!//)(.*)", text, re.DOTALL):
         return f"{found[1]}:{public(found[2])}"

@@ -152,7 +152,7 @@ class Checkpoints:
         leaves = checksums.describe(state)
         for leaf, checksum in zip(leaves.values(), checksums.compute(state), strict=True):
             leaf["checksum"] = checksum
-        index = {"leaves": leaves, "digest": checksums.digest(leaves)}
+        index = checksums.make_index(leaves)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), index=ocp.args.JsonSave(index))
         self.wait()  # for the previous save
         self._last = step
@@ -321,7 +321,7 @@ class Checkpoints:
             _Unreadable: on every process if on any.
         """
         described = checksums.describe(abstract)
-        leaves = self._attempt(lambda: self._read_index(step))
+        leaves = self._attempt(lambda: checksums.load_index(self._folder / str(step) / "index"))
         if part:
             leaves = {name: leaf for name, leaf in leaves.items() if name in described}
         checksums.check_same(step, leaves, described)
@@ -336,12 +336,6 @@ class Checkpoints:
             if leaves[name]["checksum"] != checksum:
                 raise _Unreadable(f"the values of {name} are not those that were saved")
         return state
-
-    def _read_index(self, step: int) -> dict[str, dict]:
-        index = ocp.JsonCheckpointHandler().restore(self._folder / str(step) / "index")
-        if index["digest"] != checksums.digest(index["leaves"]):
-            raise _Unreadable("its list of leaves is damaged")
-        return index["leaves"]
 
     def _attempt(self, read: Callable[[], Any]) -> Any:
         """Calls `read`; raises _Unreadable on all processes if it fails on any."""

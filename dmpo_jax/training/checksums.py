@@ -3,14 +3,15 @@
 Orbax detects a truncated or missing file, but not a flipped bit in an array.
 """
 
-import hashlib
-import json
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
 
+from dmpo_jax import storage
 from dmpo_jax.errors import UserError
 
 
@@ -58,8 +59,17 @@ def check_same(step: int, saved: dict[str, dict], wanted: dict[str, dict]) -> No
         )
 
 
-def digest(leaves: dict[str, dict]) -> str:
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()
+def make_index(leaves: dict[str, dict]) -> dict[str, Any]:
+    """Returns the index that a checkpoint stores: its leaves, and a hash of them."""
+    return {"leaves": leaves, "digest": storage.hash_json(leaves)}
+
+
+def load_index(folder: epath.Path) -> dict[str, dict]:
+    """Returns the leaves of a checkpoint's stored index; ValueError if they are damaged."""
+    index = ocp.JsonCheckpointHandler().restore(folder)
+    if index["digest"] != storage.hash_json(index["leaves"]):
+        raise ValueError("its list of leaves is damaged")
+    return index["leaves"]
 
 
 def compute(state: Any) -> list[int]:

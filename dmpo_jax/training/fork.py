@@ -5,8 +5,6 @@ and data begin at 0. The first state is the new run's checkpoint 0, so that from
 resumed like any run.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -124,7 +122,7 @@ def fork(
     about = {
         "workdir": str(storage.absolute(workdir)),
         "step": step,
-        "identity": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "identity": storage.hash_json(identity),
     }
     if jax.process_index() == 0:
         storage.write_json(new / FORK, about)

@@ -1,4 +1,4 @@
-"""What a run is made from, by content: the model's weights and the encoded pairs."""
+"""Content of a run: the model's weights and the encoded pairs."""
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.batches.mixture import Mixture

@@ -11,8 +11,6 @@ from etils import epath
 
 from dmpo_jax.training import checksums
 
-INDEX, STATE = "index", "state"
-
 
 def verify_checkpoints(folder: epath.PathLike) -> Iterator[tuple[int, str]]:
     """Yields (step, fault) of each checkpoint, oldest first; the fault of a valid one is "".
@@ -30,28 +28,26 @@ def verify_checkpoints(folder: epath.PathLike) -> Iterator[tuple[int, str]]:
 
 
 def _fault(folder: epath.Path) -> str:
-    index = ocp.JsonCheckpointHandler().restore(folder / INDEX)
-    if index["digest"] != checksums.digest(index["leaves"]):
-        return "its list of leaves is damaged"
+    leaves = checksums.load_index(folder / "index")
     handler = ocp.PyTreeCheckpointHandler()
     arrays = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _tree(handler, folder)
     )
-    state = handler.restore(folder / STATE, args=ocp.args.PyTreeRestore(restore_args=arrays))
+    state = handler.restore(folder / "state", args=ocp.args.PyTreeRestore(restore_args=arrays))
     # A list of leaves by name here, a tree of dicts there: equal are their contents.
     wanted = collections.Counter(
-        (tuple(leaf["shape"]), leaf["dtype"], leaf["checksum"]) for leaf in index["leaves"].values()
+        (tuple(leaf["shape"]), leaf["dtype"], leaf["checksum"]) for leaf in leaves.values()
     )
     found = collections.Counter(
         (x.shape, str(x.dtype), int(checksums.checksum(x))) for x in jax.tree.leaves(state)
     )
     if wrong := wanted - found:
         shape, dtype, checksum = next(iter(wrong))
-        names = [name for name, leaf in index["leaves"].items() if leaf["checksum"] == checksum]
+        names = [name for name, leaf in leaves.items() if leaf["checksum"] == checksum]
         return f"the values of {names[0]} ({dtype}{list(shape)}) are not those that were saved"
     return ""
 
 
 def _tree(handler: Any, folder: epath.Path) -> Any:
-    found = handler.metadata(folder / STATE)
+    found = handler.metadata(folder / "state")
     return getattr(found, "tree", found)

@@ -167,6 +167,11 @@ def test_content_counts_where_it_is_known():
     assert not differences(have, {**have, "model": "b"})
     other = {**have, "content": {"vae": "1"}}
     assert differences(have, other) == {"weights of vae": ("0", "1")}
+    earlier = {**have, "source_files": {"a": "0"}}
+    assert not differences(have, earlier)  # a version that did not know
+    assert differences(earlier, {**have, "source_files": {"a": "1"}}) == {
+        "content of a": ("0", "1")
+    }
     unknown = {**have, "content": {}}
     assert differences(have, {**unknown, "model": "b"}) == {"model": ("a", "b")}
     assert differences(have, {**unknown, "crop": "random"}) == {"crop": ("center", "random")}

@@ -1,4 +1,4 @@
-"""What an export takes from the model folder, and what it leaves alone in its own."""
+"""Parts that an export takes from the model folder, and files that it leaves alone in its own."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is refused or warned of before a run begins, and what a dry run says."""
+"""Refusals and warnings before a run begins, and the output of a dry run."""
 
 import json
 import pathlib

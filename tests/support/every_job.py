@@ -25,7 +25,7 @@ UNCOMPARED = (
 
 
 class Given(NamedTuple):
-    """What the commands read: a folder of it, with the tiny model, its pairs and a run."""
+    """The commands' inputs: a folder of it, with the tiny model, its pairs and a run."""
 
     folder: pathlib.Path
 

@@ -1,4 +1,4 @@
-"""What an update keeps, the rate it is made at, and validation's noise: of the step alone."""
+"""State that an update keeps, its learning rate, and validation's noise: of the step alone."""
 
 import functools
 
@@ -83,7 +83,7 @@ def rows(batch, index):
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_validation_noise_is_each_pairs_own(size):
-    """Whatever the batch size, down to padding, the sums over six pairs are the same."""
+    """For every batch size, down to padding, the sums over six pairs are the same."""
     setup, pairs, ones = small_setup(None), make_batch(6), np.ones(6, np.float32)
     want = sums(pairs, ones, np.arange(6), setup)
     parts = [

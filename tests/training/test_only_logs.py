@@ -1,4 +1,4 @@
-"""What only logs neither blocks nor ends a run: TensorBoard, W&B, grids, cards, traces, metrics."""
+"""Logging neither blocks nor ends a run: TensorBoard, W&B, grids, cards, traces, metrics."""
 
 import json
 import sys

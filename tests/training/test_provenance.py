@@ -121,6 +121,10 @@ def test_the_vae_that_made_the_pairs_is_named(moved, tmp_path):
     run(tiny.make_config(moved.model, encoded, **SHORT, model__vae=fix), tmp_path / "run")
     export = tmp_path / "run" / "export"  # decodes as the pairs were encoded
     assert diffusers_io.digest_encoders(export)["vae"] == diffusers_io.digest_encoders(other)["vae"]
+    shutil.move(other, tmp_path / "moved_vae")  # the pairs say that it is the same
+    fix = str(tmp_path / "moved_vae" / "vae")
+    config = tiny.make_config(moved.model, encoded, **{**SHORT, "train__steps": 3}, model__vae=fix)
+    run(config, tmp_path / "run")
     index = diffusers_io.read_json(epath.Path(export) / "model_index.json")
     assert index == diffusers_io.read_json(epath.Path(moved.model) / "model_index.json")
 

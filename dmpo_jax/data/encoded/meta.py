@@ -357,6 +357,8 @@ def differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, t
         left_out = ("model", "vae") if contents[0] == contents[1] else ()
     else:
         left_out = ("content",)
+    if not have.get("source_files"):  # unknown to earlier versions
+        left_out += ("source_files",)
     found = {name: (have.get(name), value) for name, value in want.items() if name not in left_out}
     differ = {name: (a, b) for name, (a, b) in found.items() if a != b}
     for name, words in (("content", "weights of"), ("source_files", "content of")):

@@ -6,12 +6,11 @@ a row runs inside `guard`.
 
 import concurrent.futures
 import logging
-import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from dmpo_jax.errors import UserError
+from dmpo_jax.errors import UserError, printable
 
 LOG = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -25,7 +24,6 @@ MAX_SECONDS = 120  # to decode and resize the images of a pair
 
 MAX_SHOWN = 300  # characters of an id or a reason's detail in messages
 _SLICES = 10  # of MAX_SECONDS
-_UNPRINTABLE = re.compile(r"[\0-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class RawPair(NamedTuple):
@@ -65,7 +63,7 @@ class SkipError(Exception):
         self.reason, self.detail, self.bad = reason, detail, bad
 
     def at(self, name: str) -> Skipped:
-        name, detail = printable(name)[:MAX_SHOWN], printable(self.detail)[:MAX_SHOWN]
+        name, detail = shown(name), shown(self.detail)
         return Skipped(name, self.reason, detail, self.bad)
 
 
@@ -116,6 +114,11 @@ def to_skip(error: Exception) -> SkipError:
     return SkipError("unreadable", said)
 
 
+def shown(text: str) -> str:
+    """Returns an id or a detail as messages show it: on one line, not too long."""
+    return printable(text, keep="")[:MAX_SHOWN]
+
+
 def check_text(text: Any, what: str) -> str:
     """Returns a text that can be stored; raises SkipError for any other value.
 
@@ -129,11 +132,6 @@ def check_text(text: Any, what: str) -> str:
         raise SkipError(f"absurd {what}", f"{len(text)} characters, above {MAX_TEXT}")
     text.encode()  # a lone surrogate cannot be: JSON may hold one, written as an escape
     return text
-
-
-def printable(text: str) -> str:
-    """Returns a text with control characters and lone surrogates as escapes such as `\\x1b`."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _within_time(work: Callable[[], T]) -> T:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from etils import epath
 
 from dmpo_jax.data.sources.columns import Layout
-from dmpo_jax.data.sources.rows import RawPair, Row, Skipped, guard, printable
-from dmpo_jax.errors import UserError
+from dmpo_jax.data.sources.rows import RawPair, Row, Skipped, guard
+from dmpo_jax.errors import UserError, printable
 
 UNIT_PAIRS = 1000  # approximate pairs of a unit
 
@@ -58,7 +58,7 @@ class Source(abc.ABC):
     def read(self, unit: Unit) -> Iterator[RawPair | Skipped]:
         """Yields the pairs of a unit, the same at every read; raises as `rows`."""
         for row in self.rows(unit, images=True):
-            name = printable(row.name)
+            name = printable(row.name, keep="")
             found = guard(name, lambda row=row, name=name: self._pairs(unit, row, name))
             yield from [found] if isinstance(found, Skipped) else found
 

@@ -16,7 +16,7 @@ from etils import epath
 from dmpo_jax.data import tables
 from dmpo_jax.data.sources import columns, rows
 from dmpo_jax.data.sources.files import find_files
-from dmpo_jax.data.sources.rows import MAX_SHOWN, Row, SkipError, Skipped, guard, printable
+from dmpo_jax.data.sources.rows import Row, SkipError, Skipped, guard, shown
 from dmpo_jax.data.sources.source import UNIT_PAIRS, Source, Unit, cut
 from dmpo_jax.errors import UserError
 
@@ -125,7 +125,7 @@ def _find_layout(files: list[epath.Path], path: str) -> columns.Layout:
         first: UserError | None = None
         with _opened(file) as tar:
             for sample in itertools.islice(_samples(tar, file), _FIRST):
-                where = f"{file}, sample {printable(sample.key)[:MAX_SHOWN]}"
+                where = f"{file}, sample {shown(sample.key)}"
                 row = guard(where, functools.partial(_to_row, tar, sample))
                 try:
                     if isinstance(row, Skipped):
@@ -168,9 +168,7 @@ def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
             if sample is not None:
                 yield sample
             if key in keys:
-                raise UserError(
-                    f"{file}: the members of {printable(key)[:MAX_SHOWN]} should stand together"
-                )
+                raise UserError(f"{file}: the members of {shown(key)} should stand together")
             keys.add(key)
             sample = Sample(key, {}, {}, [])
         image = _IMAGE.fullmatch(what)
