@@ -32,7 +32,7 @@ from dmpo_jax.progress import Progress
 
 DESCRIPTION = """
 Preference pairs: two images of a prompt, and the probability that image_0 is the preferred one.
-Images are as the source encodes them (JPEG, PNG, ...), bad records left out and counted in
+Images are as the source encodes them (JPEG, PNG, ...), bad records skipped and counted in
 statistics.json. Train and validation share no prompt. Stored in the source's order: shuffle.
 """
 
