@@ -1,6 +1,7 @@
 """Readers of prompt files: lines of text, JSON, JSON lines and tables."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ from dmpo_jax.data import tables
 from dmpo_jax.data.sources.files import REMOTE, check_regular
 from dmpo_jax.errors import UserError
 
-COLUMNS = ("prompt", "caption")  # of the prompt, in any case; the first one present
+# Columns and keys, in any case; the first one present is read.
+COLUMNS = ("prompt", "caption", "text", "prompts")
+CATEGORIES = ("category", "style", "tag")
+NEGATIVES = ("negative_prompt", "neg_prompt")
 FORMATS = (".txt", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -26,7 +30,7 @@ class Prompt(NamedTuple):
     """One sampling request; None falls back to the run's setting.
 
     image, mask: paths of the source image of an editing or inpainting model, and of the mask,
-    white where the image is repainted.
+    white where the image is repainted. category: the group in which an evaluation reports it.
     """
 
     text: str
@@ -34,21 +38,52 @@ class Prompt(NamedTuple):
     seed: int | None = None
     image: str | None = None
     mask: str | None = None
+    category: str | None = None
 
 
-def load_prompts(path: epath.PathLike) -> list[Prompt]:
-    """Returns the prompts of a file, in order.
+def load_prompts(path: epath.PathLike | Sequence[epath.PathLike]) -> list[Prompt]:
+    """Returns the prompts of a file, or of several files, in order.
 
     A text file has one prompt a line. JSON is a list and JSON lines are lines of texts or of
-    objects with `prompt` and, optionally, `negative_prompt`, `seed`, `image` and `mask`. CSV, TSV
-    and parquet have columns of these names. `caption` is accepted for `prompt`. Paths are relative
-    to this file's folder. Other keys and columns, and blank lines, are ignored.
+    objects with `prompt` and, optionally, `negative_prompt`, `seed`, `image`, `mask` and
+    `category`. CSV, TSV and parquet have columns of these names. `caption`, `text` or `prompts` is
+    accepted for `prompt`, `neg_prompt` for `negative_prompt`, and `style` or `tag` for `category`.
+    Paths are relative to this file's folder. Other keys and columns, and blank lines, are ignored.
+
+    path: one path; or several, as a sequence or separated by commas. Of several files, each is
+    the category of its prompts that name none, by its name without the suffix.
 
     Raises:
-        ValueError: the file is missing, holds no prompt, or does not match its suffix. The message
+        ValueError: a file is missing, holds no prompt, or does not match its suffix. The message
             names the row, counted from 1, or the columns found.
     """
-    file = epath.Path(path)
+    files = _split(path)
+    prompts = []
+    for file in files:
+        found = _load_file(file)
+        if len(files) > 1:
+            found = [p if p.category else p._replace(category=file.stem) for p in found]
+        prompts += found
+    if weighted := sum(bool(_WEIGHT.search(prompt.text)) for prompt in prompts):
+        LOG.warning("%d prompts weight words, as in (word:1.3); that is read literally", weighted)
+    return prompts
+
+
+def load_texts(path: epath.PathLike | Sequence[epath.PathLike]) -> list[str]:
+    """Returns only the texts of `load_prompts`."""
+    return [prompt.text for prompt in load_prompts(path)]
+
+
+def _split(path: epath.PathLike | Sequence[epath.PathLike]) -> list[epath.Path]:
+    if not isinstance(path, str | os.PathLike):
+        return [epath.Path(one) for one in path]
+    whole = os.fspath(path)
+    if "," not in whole or epath.Path(whole).exists():  # a name may hold commas
+        return [epath.Path(whole)]
+    return [epath.Path(part.strip()) for part in whole.split(",") if part.strip()]
+
+
+def _load_file(file: epath.Path) -> list[Prompt]:
     if not file.exists():
         raise UserError(f"prompts file {file} does not exist: give one of {', '.join(FORMATS)}")
     check_regular(file)
@@ -67,14 +102,7 @@ def load_prompts(path: epath.PathLike) -> list[Prompt]:
             raise UserError(f"prompts file {file}, row {number}: {error}") from error
     if not prompts:
         raise UserError(f"prompts file {file} holds no prompt: write one a line")
-    if weighted := sum(bool(_WEIGHT.search(prompt.text)) for prompt in prompts):
-        LOG.warning("%d prompts weight words, as in (word:1.3); that is read literally", weighted)
     return prompts
-
-
-def load_texts(path: epath.PathLike) -> list[str]:
-    """Returns only the texts of `load_prompts`."""
-    return [prompt.text for prompt in load_prompts(path)]
 
 
 def _read_text(content: bytes) -> Iterator[Any]:
@@ -103,16 +131,19 @@ _READERS = {
 
 def _wanted(names: Sequence[str]) -> list[str]:
     """Returns the names of the columns to read."""
-    column = _text_key(names)
-    return [name for name in names if name == column or name in Prompt._fields[1:]]
+    keys = {_text_key(names), _find(names, NEGATIVES), _find(names, CATEGORIES)}
+    return [name for name in names if name in keys or name in ("seed", "image", "mask")]
 
 
 def _text_key(names: Sequence[str]) -> str:
+    if (found := _find(names, COLUMNS)) is None:
+        raise UserError(f"has no {' or '.join(COLUMNS)}, but {', '.join(names) or 'nothing'}")
+    return found
+
+
+def _find(names: Sequence[str], accepted: Sequence[str]) -> str | None:
     lower = {name.lower(): name for name in reversed(names)}
-    for wanted in COLUMNS:
-        if wanted in lower:
-            return lower[wanted]
-    raise UserError(f"has no {' or '.join(COLUMNS)}, but {', '.join(names) or 'nothing'}")
+    return next((lower[name] for name in accepted if name in lower), None)
 
 
 def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
@@ -122,10 +153,15 @@ def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
         row = {"prompt": row}
     if not isinstance(row, Mapping):
         raise UserError(f"should be a text or an object, but is {row!r:.80}")
-    text = row[_text_key(list(row))]
+    names = list(row)
+    text = row[_text_key(names)]
     if not isinstance(text, str):
         raise UserError(f"prompt should be a text, but is {text!r:.80}")
-    texts: dict[str, Any] = {key: row.get(key) for key in ("negative_prompt", "image", "mask")}
+    texts: dict[str, Any] = {key: row.get(key) for key in ("image", "mask")}
+    for key, accepted in (("negative_prompt", NEGATIVES), ("category", CATEGORIES)):
+        name = _find(names, accepted)
+        texts[key] = None if name is None else row[name]
+    texts["category"] = texts["category"] or None
     for key, value in (texts | {"prompt": text}).items():
         if not isinstance(value, str | None):
             raise UserError(f"{key} should be a text, but is {value!r:.80}")
@@ -134,7 +170,7 @@ def _to_prompt(row: Any, folder: epath.Path) -> Prompt:
         if texts[key] and storage.is_remote(texts[key]) and not texts[key].startswith(REMOTE):
             raise UserError(f"{key} should be a path, but is a URL, {texts[key]!r:.80}")
         texts[key] = str(folder / texts[key]) if texts[key] else None
-    return Prompt(text.strip(), seed=_to_seed(row.get("seed")), **texts)
+    return Prompt(text, seed=_to_seed(row.get("seed")), **texts)
 
 
 def _to_seed(value: Any) -> int | None:

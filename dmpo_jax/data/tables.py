@@ -18,6 +18,8 @@ BOM = b"\xef\xbb\xbf"
 _LARGEST_BLOCK = 2**31 - 1  # of pyarrow, in bytes
 _MOST_DIGITS = 4300  # that Python converts to an integer
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[][{},]', re.DOTALL)
+# Tab-separated values of which each that begins with a quotation mark is quoted as in CSV.
+_QUOTED_TSV = re.compile(rb'(?:(?:"(?:[^"]++|"")*+"|[^"\t\r\n][^\t\r\n]*+)?(?:\t|\r\n?|\n|\Z))*+')
 
 
 class Rows(Sequence[Any]):
@@ -73,7 +75,9 @@ def read_delimited(
 ) -> Rows:
     """Returns the rows of a CSV or TSV file with a header, as texts; an empty cell is None.
 
-    Each must be UTF-8 and have as many cells as the header.
+    Each must be UTF-8 and have as many cells as the header. Cells are quoted as in CSV. But in a
+    TSV file that cannot be quoted so, such as one with the cell `"Hi" on a wall`, quotation marks
+    are text, and a line is a row.
 
     columns: the names in the header -> those to read; None reads all.
 
@@ -85,13 +89,17 @@ def read_delimited(
     # of its row alone. `_decoded` reverts it.
     content = content.removeprefix(BOM).decode("latin-1").encode()
     bad: dict[int, str] = {}
+    quote: Any = '"' if delimiter != "\t" or _QUOTED_TSV.fullmatch(content) else False
     # A row must fit into one block. In one thread, pyarrow knows the numbers of bad rows.
     block = min(max(len(content), 1), _LARGEST_BLOCK)
     read = pyarrow.csv.ReadOptions(use_threads=False, block_size=block)
 
     def parse(handler: Callable[[Any], str]) -> pyarrow.csv.ParseOptions:
         return pyarrow.csv.ParseOptions(
-            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=handler
+            delimiter=delimiter,
+            quote_char=quote,
+            newlines_in_values=bool(quote),
+            invalid_row_handler=handler,
         )
 
     def skip(row: pyarrow.csv.InvalidRow) -> str:
@@ -114,7 +122,7 @@ def read_delimited(
     )
     table = pyarrow.csv.read_csv(pa.BufferReader(content), read, parse(skip), convert)
     last = table.slice(table.num_rows - 1).to_pylist() if table.num_rows else [{}]
-    if any(b"\n" in cell for cell in last[0].values()):
+    if quote and any(b"\n" in cell for cell in last[0].values()):
         _check_quotes(content, delimiter)
     table, numbers = table.combine_chunks(), sorted(bad)
 

@@ -62,8 +62,8 @@ def test_every_format_gives_the_same(tmp_path):
 def test_what_people_have(tmp_path):
     parti = "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tA note\nit's\tWorld\t\t\n"
     assert load_prompts(write(tmp_path / "PartiPrompts.tsv", parti)) == [
-        Prompt("bond"),
-        Prompt("it's"),
+        Prompt("bond", category="Abstract"),
+        Prompt("it's", category="World"),
     ]
     assert load_prompts(write(tmp_path / "hps.json", '["a cat", "a dog"]')) == [
         Prompt("a cat"),
@@ -75,6 +75,59 @@ def test_what_people_have(tmp_path):
     lines = write(tmp_path / "a.jsonl", '"a cat"\n{"prompt": "a dog", "negative_prompt": ""}\n')
     assert load_prompts(lines) == [Prompt("a cat"), Prompt("a dog", negative_prompt="")]
     assert load_prompts(write(tmp_path / "b.json", '["", {"prompt": "a"}]'))[0] == Prompt("")
+    refl = write(tmp_path / "refl.json", '[{"id": "007-1", "text": "a cat"}]')
+    assert load_prompts(refl) == [Prompt("a cat")]
+    spo = write(tmp_path / "spo.json", '[{"caption": "a cat", "trainset_idx": 3}]')
+    assert load_prompts(spo) == [Prompt("a cat")]
+    geneval = '{"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": "a cat"}\n'
+    assert load_prompts(write(tmp_path / "g.jsonl", geneval)) == [
+        Prompt("a cat", category="colors")
+    ]
+    draw = write(tmp_path / "draw.csv", "Prompts,Category\na cat,Colors\na dog,\n")
+    assert load_prompts(draw) == [Prompt("a cat", category="Colors"), Prompt("a dog")]
+    style = '[{"prompt": "a cat", "style": "anime", "neg_prompt": "dull"}]'
+    assert load_prompts(write(tmp_path / "s.json", style)) == [
+        Prompt("a cat", "dull", None, None, None, "anime")
+    ]
+
+
+# As in PartiPrompts.tsv: tab-separated, no cell quoted, quotation marks part of the text.
+UNQUOTED = (
+    "Prompt\tCategory\tNote\n"
+    '"H I" on a wall\tArts\t\n'
+    'a sign that says "no"\tArts\tsee "Signs"\n'
+    '"all of it"\tArts\t\n'
+    'a 5" nail \tArts\t"\n'
+)
+
+
+def test_quotation_marks_of_an_unquoted_tsv_are_text(tmp_path):
+    found = load_prompts(write(tmp_path / "a.tsv", UNQUOTED))
+    assert [prompt.text for prompt in found] == [
+        '"H I" on a wall',
+        'a sign that says "no"',
+        '"all of it"',
+        'a 5" nail ',
+    ]
+    assert {prompt.category for prompt in found} == {"Arts"}
+    quoted = 'prompt\tseed\n"a\tcat,\nasleep"\t1\n"say ""hi"""\t2\na 5" nail\t3'
+    found = load_prompts(write(tmp_path / "b.tsv", quoted.replace("\n", "\r\n")))
+    assert [prompt.text for prompt in found] == ["a\tcat,\r\nasleep", 'say "hi"', 'a 5" nail']
+    with pytest.raises(ValueError, match=r"c\.tsv, row 2: has 1 cells, but the header has 2: '\"a"):
+        load_prompts(write(tmp_path / "c.tsv", 'prompt\tseed\nb\t1\n"a\n'))
+
+
+def test_each_of_several_files_is_a_category(tmp_path):
+    anime = write(tmp_path / "anime.json", '["a cat", "a dog"]')
+    photo = write(tmp_path / "photo.jsonl", '"a cat"\n{"prompt": "a cup", "tag": "things"}\n')
+    want = [("a cat", "anime"), ("a dog", "anime"), ("a cat", "photo"), ("a cup", "things")]
+    for given in ([anime, photo], f"{anime}, {photo}"):
+        found = load_prompts(given)
+        assert [(prompt.text, prompt.category) for prompt in found] == want
+    assert load_prompts(anime) == [Prompt("a cat"), Prompt("a dog")]
+    assert load_prompts(write(tmp_path / "a,b.txt", "a cat")) == [Prompt("a cat")]
+    with pytest.raises(ValueError, match=r"none\.txt does not exist"):
+        load_prompts(f"{anime},{tmp_path}/none.txt")
 
 
 def test_prompt_weights_are_literal_and_said_to_be(tmp_path, caplog):
@@ -87,7 +140,7 @@ def test_prompt_weights_are_literal_and_said_to_be(tmp_path, caplog):
     ("name", "content", "message"),
     [
         ("a.txt", " \n", "holds no prompt"),
-        ("a.csv", "text,seed\na cat,1\n", "has no prompt or caption, but text, seed"),
+        ("a.csv", "words,seed\na cat,1\n", "has no prompt or .* prompts, but words, seed"),
         ("a.csv", "prompt,seed\na cat,1\na dog,x\n", "row 2: seed should be .*'x'"),
         ("a.csv", "prompt,seed\na cat,1\n,2\n", "row 2: prompt should be a text, but is None"),
         ("a.csv", "prompt,seed\na cat\n", "row 1: has 1 cells, but the header has 2: 'a cat'"),
@@ -96,7 +149,8 @@ def test_prompt_weights_are_literal_and_said_to_be(tmp_path, caplog):
         ("a.json", '{"prompt": "a"}', "should hold a JSON list, but holds dict"),
         ("a.json", "[", r"cannot be read as \.json"),
         ("a.json", '["a", 3]', "row 2: should be a text or an object, but is 3"),
-        ("a.json", '[{"text": "a", "id": 1}]', "row 1: has no prompt or caption, but text, id"),
+        ("a.json", '[{"words": "a", "id": 1}]', "row 1: has no prompt or .*, but words, id"),
+        ("a.json", '[{"prompt": "a", "tag": 1}]', "row 1: category should be a text, but is 1"),
         ("a.json", '[{"prompt": "a", "seed": -1}]', "row 1: seed should be .*-1"),
         ("a.json", '[{"prompt": "a", "seed": true}]', "row 1: seed should be .*True"),
         ("a.json", '[{"prompt": "a", "seed": 1.5}]', "row 1: seed should be .*1.5"),
