@@ -37,6 +37,7 @@ SAMPLING = {
     "negative_prompt": "sample.negative_prompt",
     "sampler": "sample.sampler",
     "image_guidance_scale": "sample.image_guidance_scale",
+    "vae_dtype": "sample.vae_dtype",
     "height": "sample.height",
     "width": "sample.width",
     "batch_size": "sample.batch_size",
@@ -61,6 +62,12 @@ class Command(NamedTuple):
 
 def _next(command: str) -> None:
     LOG.info("next: dmpo-jax %s", command)
+
+
+def _join(config: Config) -> None:
+    from dmpo_jax.parallel import processes
+
+    processes.join_and_quiet(**config.distributed)
 
 
 def _train(config: Config, options: dict[str, Any]) -> Any:
@@ -88,9 +95,8 @@ def _encode(config: Config, options: dict[str, Any]) -> Any:
         _next(f"encode --source={config.data.source} --model=FOLDER --out=DIR")
         return page
     from dmpo_jax.jobs.encode import encode
-    from dmpo_jax.parallel import processes
 
-    processes.join(**config.distributed)
+    _join(config)
     out = encode(config, out=options["out"])
     vae = f" --config.model.vae={config.model.vae}" if config.model.vae else ""
     model = f"--config.model.folder={config.model.folder}{vae}"
@@ -106,6 +112,7 @@ def _check_encode(config: Config, options: dict[str, Any]) -> None:
 def _collect(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.collect import collect
 
+    _join(config)
     path = collect(config, **options)
     _next(f"encode --source=pickapic:{path} --model={config.model.folder} --out=DIR")
     return path
@@ -114,18 +121,23 @@ def _collect(config: Config, options: dict[str, Any]) -> Any:
 def _sample(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.sample import sample
 
+    _join(config)
     return sample(config, **options)
 
 
 def _evaluate(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.evaluate import evaluate
 
+    _join(config)
     return evaluate(config, **options)
 
 
 def _check_evaluate(config: Config, options: dict[str, Any]) -> None:
-    if not config.evaluate.judges and not config.collect.scorer:
-        config.evaluate.judges = tuple(sorted(SCORERS))
+    if not (config.evaluate.judges or config.collect.scorer or options["scores"]):
+        raise UserError(
+            f"--judges or --scores is required: one of {', '.join(sorted(SCORERS))}, KIND:FOLDER, "
+            "or FILE.py:FUNCTION"
+        )
 
 
 def _convert(config: Config, options: dict[str, Any]) -> Any:
@@ -287,23 +299,31 @@ inpaint, and their paths relative to FILE.""",
         _sample,
     ),
     "evaluate": Command(
-        """Compares two models: same prompts, same seeds, each judge's win rate with its interval.
+        """Compares models: same prompts, same seeds, each scorer's win rate with its interval.
 
-    {me} --a=BASE --b=TUNED --prompts=FILE --out=DIR
+    {me} --a=BASE --b=TUNED --prompts=FILE --judges=pickscore:DIR,hpsv21:DIR --out=DIR
+    {me} --a=BASE --b=dmpo=TUNED,dpo=OTHER --prompts=FILE --judges=... --out=DIR
 
-Writes DIR/result.json, DIR/report.html and DIR/samples/before_after.png. Without --judges every
-scorer that the package has is one.""",
+Models are pipeline folders, or folders of images. Writes DIR/result.json, the page
+DIR/report/index.html, and every image with its scores, DIR/images.jsonl. Run again, it resumes;
+with other judges it scores the same images.""",
         Interface(
             {
                 "judges": "evaluate.judges",
-                "seeds": "evaluate.seeds",
+                "images_per_prompt": "evaluate.images_per_prompt",
+                "estimand": "evaluate.estimand",
+                "noise": "evaluate.noise",
+                "protocol": "evaluate.protocol",
+                "single_file": "evaluate.single_file",
+                "labelled_by": "collect.scorer",
                 "variant": "model.variant",
                 "vae": "model.vae",
                 **SAMPLING,
             },
             {
-                "a": Leaf(None, "pipeline folder: the base"),
-                "b": Leaf(None, "pipeline folder: the tuned model"),
+                "a": Leaf(None, "the base: a pipeline, or a folder of images"),
+                "b": Leaf(None, "the tuned models: FOLDER, or NAME=FOLDER,NAME=FOLDER,..."),
+                "scores": Leaf((), "NAME:FILE.jsonl, scores that another program gave", kind=tuple),
                 "prompts": PROMPTS,
                 "out": OUT,
             },
@@ -311,6 +331,7 @@ scorer that the package has is one.""",
         ),
         _evaluate,
         _check_evaluate,
+        resumes=True,
     ),
     "convert": Command(
         """Turns a training checkpoint into what PyTorch diffusers opens; or one file into a folder.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from etils import epath
 
 from dmpo_jax import storage
@@ -50,6 +51,23 @@ def sampling(config: Config) -> dict[str, Any]:
         "image_guidance_scale": config.sample.image_guidance_scale,
         "height": config.sample.height,
         "width": config.sample.width,
+    }
+
+
+def drawing(config: Config) -> dict[str, Any]:
+    """Arguments of `open_sampler`, the folder apart."""
+    return {**pipeline(config), **sampling(config), "vae_dtype": config.sample.vae_dtype}
+
+
+def protocol(config: Config) -> dict[str, Any]:
+    """The settings of an evaluation that could change a score, as result.json has them."""
+    return {
+        "name": config.evaluate.protocol,
+        "noise": config.evaluate.noise,
+        "seed": config.seed,
+        **drawing(config),
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
     }
 
 

@@ -10,6 +10,7 @@ from dmpo_jax.config.declare import ITSELF, Check, OneOf, Root, Section, leaf
 from dmpo_jax.diffusion.samplers import SAMPLERS
 from dmpo_jax.diffusion.timesteps import DENSITIES, WEIGHTINGS
 from dmpo_jax.encoding.plan import CHOICES
+from dmpo_jax.evaluation.protocol import ESTIMANDS, PROTOCOLS
 from dmpo_jax.families import FAMILIES
 from dmpo_jax.models.attention import KERNELS
 from dmpo_jax.models.execution import REMAT
@@ -374,6 +375,9 @@ class Sample(Section):
     )
     height: int | None = leaf(None, "pixels; unset: the model's", "[8, inf)")
     width: int | None = leaf(None, "pixels; unset: the model's", "[8, inf)")
+    vae_dtype: str | None = leaf(
+        None, "of the VAE's computation; unset: model.compute_dtype", OneOf(DTYPES)
+    )
     prompts: str = leaf("", "text file, one prompt a line; '' takes captions of the data")
     count: int = leaf(8, "prompts in an image grid", "[1, inf)")
 
@@ -394,9 +398,25 @@ class Collect(Section):
 
 
 class Evaluate(Section):
-    seeds: int = leaf(256, "held-out images a judge sees of each model", f"[1, {EACH}]")
+    images_per_prompt: int = leaf(
+        1, "images of each prompt, each of another held-out seed", f"[1, {EACH}]"
+    )
     judges: tuple[str, ...] | None = leaf(
-        None, "names of scorers; unset: collect.scorer", Check(_NAMES.fits, "names of scorers")
+        None,
+        "scorers, the primary one first; unset: collect.scorer",
+        Check(_NAMES.fits, "names of scorers"),
+    )
+    estimand: str = leaf(
+        "like_these",
+        "what intervals are about: prompts like_these, a sample of many; or these, all there are",
+        OneOf(ESTIMANDS),
+    )
+    noise: str = leaf(
+        "own", "own of each image, or shared: one for all prompts", OneOf(("own", "shared"))
+    )
+    protocol: str = leaf("default", "settings of published evaluations, by name", OneOf(PROTOCOLS))
+    single_file: bool = leaf(
+        False, "also write the page as one file with the best and worst images inside"
     )
 
 

@@ -42,14 +42,19 @@ class Pipeline(NamedTuple):
 
 
 def load_pipeline(
-    folder: epath.PathLike, *, vae: str = "", variant: str | None = None, dtype: Any = jnp.float32
+    folder: epath.PathLike,
+    *,
+    vae: str = "",
+    variant: str | None = None,
+    dtype: Any = jnp.float32,
+    vae_dtype: Any = None,
 ) -> Pipeline:
     """Loads all parts of a pipeline folder except its trained component.
 
     Args:
         folder: a diffusers pipeline folder or hub id.
         vae: folder of a VAE to use in place of the pipeline's own, such as SDXL's fp16-fix.
-        dtype: compute dtype; parameters are held in float32.
+        dtype: compute dtype; parameters are held in float32. vae_dtype: the VAE's, if it differs.
 
     Raises:
         ValueError: naming the part that is missing or unsupported.
@@ -69,7 +74,7 @@ def load_pipeline(
     return Pipeline(
         path,
         family,
-        components.load_vae(vae or path, variant=variant, dtype=dtype),
+        components.load_vae(vae or path, variant=variant, dtype=vae_dtype or dtype),
         tuple(encoders),
         tuple(tokenizers),
         schedule,

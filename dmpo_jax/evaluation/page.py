@@ -11,11 +11,18 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from dmpo_jax.evaluation.judging import SIDE
 from dmpo_jax.sampling.images import image_grid
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html.j2")
 ROWS = 12  # prompts on the picture
+SIDE = 256  # pixels of the longer side of an image on it
+
+
+def small(image: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns a copy of at most `SIDE` pixels a side."""
+    copy = Image.fromarray(image.copy())
+    copy.thumbnail((SIDE, SIDE))
+    return np.asarray(copy)
 
 
 def render(result: Mapping[str, Any]) -> str:

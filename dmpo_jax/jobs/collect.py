@@ -1,24 +1,23 @@
 """Collects preference pairs: samples two images per prompt and labels them by a scorer."""
 
 import logging
-from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
+import jax
 from etils import epath
 
+from dmpo_jax.collecting.pairs import PARTS, Parts, read_scores
 from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import Config
-from dmpo_jax.data.prompt_files import Prompt, load_texts
-from dmpo_jax.data.sources import encode_image, write_pick_a_pic
+from dmpo_jax.data.prompt_files import Prompt, load_prompts
+from dmpo_jax.data.sources import write_pick_a_pic
 from dmpo_jax.diffusers_io import load_family
 from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.given import check_given
-from dmpo_jax.sampling.pairs import in_pairs
 from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.sampling.seeds import collected_seeds
+from dmpo_jax.sampling.store import Drawing, describe, draw
 from dmpo_jax.scoring import Scorer, make_scorer, rehearse
-from dmpo_jax.scoring.labels import Labeller
+from dmpo_jax.scoring.labels import Labels, described
 
 LOG = logging.getLogger(__name__)
 
@@ -29,63 +28,53 @@ def collect(
 ) -> epath.Path:
     """Writes `out/pairs.parquet`, in Pick-a-Pic's schema. Does nothing if it exists.
 
-    Prompts are used in turn; runs with different seeds draw different images. Images are scored
-    and written batch by batch.
+    Prompts are used in turn, with their negative prompts, images and masks; runs with different
+    seeds draw different images. Resumes a run of the same settings; several processes share the
+    work.
 
     Args:
-        prompts: a file of prompts, one per line; by default collect.prompts or sample.prompts.
+        prompts: a file of prompts; by default collect.prompts or sample.prompts.
 
     Returns:
         The parquet file.
 
     Raises:
-        ValueError: the scorer is unknown or cannot judge a prompt, or a part of the model is
-            missing; raised before sampling.
+        ValueError: the scorer is unknown or cannot judge a prompt, a part of the model is
+            missing, or another collection is unfinished there; raised before sampling.
     """
     path = epath.Path(out) / "pairs.parquet"
     if path.exists():
         LOG.info("%s is collected already: delete it to collect anew", path)
         return path
-    texts, scorer = check(config, prompts)
-    sampler, params = open_sampler(
-        config.model.folder, **arguments.pipeline(config), **arguments.sampling(config)
+    asked, scorer = check(config, prompts)
+    how = arguments.drawing(config)
+    sampler, load = open_sampler(config.model.folder, **how)
+    asked = [asked[i // 2 % len(asked)] for i in range(2 * config.collect.pairs)]
+    rehearse(scorer, sampler.size, [prompt.text for prompt in asked[: sampler.batch_size]])
+    labels = Labels(
+        config.collect.labels, config.collect.temperature, config.collect.tie_margin, config.seed
     )
-    count = 2 * config.collect.pairs
-    asked = [texts[i // 2 % len(texts)] for i in range(count)]
-    rehearse(scorer, sampler.size, asked[: sampler.batch_size])
-    batches = sampler.batches(params, asked, collected_seeds(config.seed, count), "collecting")
-    label = Labeller(
-        config.collect.labels,
-        temperature=config.collect.temperature,
-        tie_margin=config.collect.tie_margin,
-        seed=config.seed,
-    )
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for images, captions in in_pairs(batches, asked):
-            preferences = label(scorer(images, captions).reshape(-1, 2))
-            for i, preference in enumerate(preferences):
-                pair = slice(2 * i, 2 * i + 2)
-                yield make_row(captions[2 * i], images[pair], preference, config.model.folder)
-
-    write_pick_a_pic(path, rows())
-    LOG.info("%s", label.described())
+    about = {
+        **describe(config.model.folder, sampler, how),
+        "scorer": f"{scorer.name} {scorer.version}",
+        "labels": [labels.kind, labels.temperature, labels.tie_margin, labels.seed],
+    }
+    drawing = Drawing(sampler, load, asked, collected_seeds(config.seed, len(asked)), about)
+    parts = Parts(path.parent / PARTS, drawing, scorer, labels, config.model.folder)
+    draw(parts.folder, drawing, parts, "collecting", even=True)
+    if jax.process_index() == 0:
+        write_pick_a_pic(path, parts.rows())
+        parts.folder.rmtree()
+        LOG.info("%s", described(*read_scores(path)))
+    processes.barrier(f"collected {path}")
     LOG.info("the pairs are in %s", path)
     return path
 
 
-def check(config: Config, prompts: epath.PathLike | None = None) -> tuple[list[str], Scorer]:
+def check(config: Config, prompts: epath.PathLike | None = None) -> tuple[list[Prompt], Scorer]:
     """Returns the prompts and the scorer; ValueError if they do not fit each other or the model."""
     scorer = make_scorer(config.collect.scorer)
-    texts = load_texts(prompts or config.collect.prompts or config.sample.prompts)
-    scorer.check(texts)
-    check_given([Prompt(text) for text in texts], load_family(config.model.folder)[1].given)
-    return texts, scorer
-
-
-def make_row(caption: str, images: np.ndarray, preference: float, model: str) -> dict[str, Any]:
-    """Returns a row of `write_pick_a_pic`. preference: probability that image 0 wins."""
-    row = {"caption": caption, "label_0": float(preference), "label_1": float(1 - preference)}
-    for i, image in enumerate(images):
-        row |= {f"jpg_{i}": encode_image(image), f"model_{i}": str(model)}
-    return {**row, "has_label": True, "are_different": True}
+    asked = load_prompts(prompts or config.collect.prompts or config.sample.prompts)
+    scorer.check([prompt.text for prompt in asked])
+    check_given(asked, load_family(config.model.folder)[1].given)
+    return asked, scorer

@@ -1,25 +1,36 @@
-"""Compares two models: same prompts, same seeds, each judge's win rate."""
+"""Compares models: same prompts, same seeds, each scorer's win rate with its interval."""
 
-from typing import Any
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
-from dmpo_jax import diffusers_io, storage
+from dmpo_jax import diffusers_io
 from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import Config
-from dmpo_jax.data.prompt_files import Prompt, load_texts
-from dmpo_jax.evaluation.judging import Judged, judge
-from dmpo_jax.evaluation.page import before_after, render, rows_shown, summary
-from dmpo_jax.evaluation.statistics import compare
-from dmpo_jax.export.record import describe
+from dmpo_jax.config.protocols import with_protocol
+from dmpo_jax.data.prompt_files import Prompt, load_prompts
+from dmpo_jax.evaluation import report
+from dmpo_jax.evaluation.drawing import Drawer, ask
+from dmpo_jax.evaluation.given_scores import GivenScores, load_scores
+from dmpo_jax.evaluation.judging import judge
+from dmpo_jax.evaluation.models import Model, check_model, list_models
 from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.given import check_given
-from dmpo_jax.sampling.images import save_png
-from dmpo_jax.sampling.sampler import load_params, open_sampler
-from dmpo_jax.sampling.seeds import evaluated_seeds
-from dmpo_jax.scoring import Scorer, make_scorer, rehearse
+from dmpo_jax.scoring import Scorer, describe_scorers, make_scorers
 
-COLUMNS = 8  # images per row of the picture
+LOG = logging.getLogger(__name__)
+
+
+class Ready(NamedTuple):
+    """All that an evaluation needs, checked."""
+
+    models: list[Model]
+    prompts: list[Prompt]
+    scorers: dict[str, Scorer]
+    given: list[GivenScores]
 
 
 @processes.writes_out
@@ -27,82 +38,73 @@ def evaluate(
     config: Config,
     *,
     a: epath.PathLike,
-    b: epath.PathLike,
+    b: epath.PathLike | Sequence[epath.PathLike],
     prompts: epath.PathLike | None = None,
     out: epath.PathLike,
+    scores: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Compares `b` (the tuned model) with `a` (the base).
+    """Compares `b` (one or more tuned models) with `a` (the base).
 
-    Writes `out/result.json`, `out/samples/before_after.png`, and `out/report.html`, a page that
-    shows both. model.vae decodes the images of both models.
+    Writes `out/result.json`, `out/images.jsonl` (each image with its scores), the images in
+    `out/images`, and `out/report/index.html`, a page that shows them. Resumes where it was
+    killed; several processes share the work.
 
     Args:
-        a, b: pipeline folders; model.variant applies to the weight files of `a`.
-        prompts: a file of prompts, one per line; by default collect.prompts or sample.prompts.
+        a, b: pipeline folders or folders of images, as `list_models` reads them; model.variant
+            applies to the weight files of `a`.
+        prompts: a file of prompts; by default collect.prompts or sample.prompts.
+        scores: NAME:FILE.jsonl each, scores that another program gave to the images.
 
     Returns:
-        The content of result.json; `compare` documents the entry of a judge.
+        The content of result.json, as `report.make_result` documents it.
 
     Raises:
-        ValueError: a judge is unknown or cannot judge a prompt, or a model is missing or
-            incomplete; raised before sampling.
+        ValueError: a scorer is unknown or cannot judge a prompt, or a model is missing or
+            incomplete; raised before drawing.
     """
-    texts, judges = check(config, prompts, a)
-    diffusers_io.load_model(b, abstract=True)
-    export = describe(b)
-    how = arguments.pipeline(config)
-    sampler, params = open_sampler(a, **how, **arguments.sampling(config))
-    asked = [texts[i % len(texts)] for i in range(config.evaluate.seeds)]
-    seeds = evaluated_seeds(config.seed, len(asked))
-    for scorer in judges.values():
-        rehearse(scorer, sampler.size, asked[: sampler.batch_size])
-    rows = rows_shown(asked, COLUMNS)
-    shown = {i for row in rows.values() for i in row}
-
-    def judged(params: Any, side: str) -> Judged:
-        return judge(
-            sampler.batches(params, asked, seeds, f"evaluating {side}"), asked, judges, shown
-        )
-
-    base = judged(params, "base")
-    del params  # holds one model's parameters at a time
-    policy = judged(load_params(b, variant=None, dtype=how["dtype"]), "policy")
-    result = {
-        "judges": {name: compare(base.scores[name], policy.scores[name]) for name in judges},
-        "seeds": len(asked),
-        "base": str(a),
-        "policy": str(b),
-        "export": export,
-        "sampler": {
-            "name": sampler.name,
-            "scheduler": sampler.pipeline.sampling.scheduler,
-            "steps": config.sample.steps,
-            "guidance_scale": config.sample.guidance_scale,
-        },
-    }
-    out = epath.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    picture = out / "samples" / "before_after.png"
-    save_png(picture, before_after(base.kept, policy.kept, rows))
-    storage.write_bytes(out / "report.html", render(result).encode())
-    storage.write_json(out / "result.json", result)
-    print(summary(result))
-    print(f"before and after: {picture}\nthe report: {out / 'report.html'}")
+    config, out = with_protocol(config), epath.Path(out)
+    ready = check(config, prompts, a, b, scores)
+    settings = config.evaluate
+    LOG.info("%s", report.power(len(ready.prompts), settings.estimand))
+    asked = ask(ready.prompts, settings.images_per_prompt, config.seed, settings.noise)
+    drawer = Drawer(arguments.drawing(config), ready.models[0])
+    compared, about = judge(ready.models, drawer, asked, ready.scorers, ready.given, out)
+    result = report.make_result(
+        compared,
+        ready.models,
+        describe_scorers([*ready.scorers.values(), *ready.given], config.collect.scorer),
+        {**arguments.protocol(config), "models": about},
+        settings.estimand,
+    )
+    if jax.process_index() == 0:
+        report.write(out, result, compared, settings.single_file)
+        print(report.summary(result))
+    processes.barrier(f"evaluated {out}")
+    LOG.info("the page: %s", out / "report" / "index.html")
     return result
 
 
 def check(
-    config: Config, prompts: epath.PathLike | None = None, a: epath.PathLike | None = None
-) -> tuple[list[str], dict[str, Scorer]]:
-    """Returns the prompts and the judges; ValueError if they do not fit each other or the model.
+    config: Config,
+    prompts: epath.PathLike | None = None,
+    a: epath.PathLike | None = None,
+    b: epath.PathLike | Sequence[epath.PathLike] = (),
+    scores: Sequence[str] = (),
+) -> Ready:
+    """Returns what an evaluation needs; ValueError if its parts do not fit each other.
 
     a: the base; by default model.folder.
     """
-    names = config.evaluate.judges or (config.collect.scorer,)
-    judges = {name: make_scorer(name) for name in names}
-    texts = load_texts(prompts or config.collect.prompts or config.sample.prompts)
-    for scorer in judges.values():
-        scorer.check(texts)
-    _, family = diffusers_io.load_family(a or config.model.folder)
-    check_given([Prompt(text) for text in texts], family.given)
-    return texts, judges
+    names = config.evaluate.judges
+    if names is None:
+        names = (config.collect.scorer,) if config.collect.scorer else ()
+    scorers, given = make_scorers(names), [load_scores(spec) for spec in scores]
+    asked = load_prompts(prompts or config.collect.prompts or config.sample.prompts)
+    for scorer in scorers.values():
+        scorer.check([prompt.text for prompt in asked])
+    models = list_models(a or config.model.folder, b)
+    for model in models:
+        check_model(model, asked, config.evaluate.images_per_prompt)
+        if model.drawn:
+            check_given(asked, diffusers_io.load_family(model.folder)[1].given)
+    return Ready(models, asked, scorers, given)

@@ -55,7 +55,7 @@ def run(
                 f"a workdir must be a folder that can be made and written, got {fork or workdir}"
             )
             raise UserError(words)
-        processes.join(**config.distributed)
+        processes.join_and_quiet(**config.distributed)
     workdir, source = epath.Path(workdir), None
     if fork:
         config = step_settings.for_fork(config, workdir)
@@ -63,7 +63,6 @@ def run(
     cache_compilations()
     if config.mesh.cpu_devices > 1:  # no effect if there is an accelerator
         jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
-    check_processes(config)
     if not dry_run:
         workdir.mkdir(parents=True, exist_ok=True)
     if config.debug.family:
@@ -102,19 +101,3 @@ def run(
             jobs[job]()
             LOG.info("%s took %.0f s", job, time.monotonic() - began)
     return workdir
-
-
-def check_processes(config: Config) -> None:
-    """Raises ValueError if several processes would run a job that they cannot share.
-
-    Processes other than 0 then log warnings and errors only.
-    """
-    if jax.process_count() == 1:
-        return
-    if alone := [job for job in config.jobs if job in ("collect", "evaluate")]:
-        raise UserError(
-            f"{jax.process_count()} processes share the jobs encode and train, but jobs has "
-            f"{' and '.join(alone)}: run those on one machine, with --config.jobs={','.join(alone)}"
-        )
-    if jax.process_index() > 0:  # process 0 logs for all
-        logging.getLogger("dmpo_jax").setLevel(logging.WARNING)

@@ -10,10 +10,11 @@ from dmpo_jax.data.prompt_files import Prompt, load_prompts
 from dmpo_jax.diffusers_io import load_family
 from dmpo_jax.families import Family
 from dmpo_jax.parallel import processes
-from dmpo_jax.sampling.gallery import write_gallery
+from dmpo_jax.sampling.gallery import draw_gallery, write_grid
 from dmpo_jax.sampling.given import check_given
 from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.sampling.seeds import prompt_seeds
+from dmpo_jax.sampling.store import Drawing, describe
 
 LOG = logging.getLogger(__name__)
 
@@ -22,8 +23,9 @@ LOG = logging.getLogger(__name__)
 def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> epath.Path:
     """Writes one PNG per image, with embedded settings, and `out/grid.png`, one row per prompt.
 
-    PNGs are written batch by batch. Seeds count up from the config's over all images, or from a
-    prompt's own seed.
+    Also `out/images.jsonl`, a line an image. Seeds count up from the config's over all images, or
+    from a prompt's own seed. Images that are there already are not drawn again; several processes
+    share the work.
 
     Args:
         prompts: a file of prompts, as `load_prompts` reads it.
@@ -33,12 +35,12 @@ def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> e
 
     Raises:
         ValueError: a part of the model is missing, a prompt lacks the image that the model
-            needs, or the sampler does not support a setting; raised before sampling.
+            needs, the sampler does not support a setting, or `out` holds other images; raised
+            before sampling.
     """
     asked, family = check(config, prompts)
-    sampler, params = open_sampler(
-        config.model.folder, **arguments.pipeline(config), **arguments.sampling(config)
-    )
+    how = arguments.drawing(config)
+    sampler, load = open_sampler(config.model.folder, **how)
     settings = {
         "model": str(config.model.folder),
         "steps": config.sample.steps,
@@ -48,10 +50,18 @@ def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> e
         settings["image_guidance_scale"] = config.sample.image_guidance_scale
     if config.model.vae:
         settings["vae"] = config.model.vae
-    seeds = prompt_seeds(asked, config.sample.images_per_prompt, config.seed)
+    each = config.sample.images_per_prompt
     out = epath.Path(out)
-    count = write_gallery(out, sampler, params, asked, seeds, settings)
-    LOG.info("%d images are in %s; all on one sheet: %s", count, out, out / "grid.png")
+    drawing = Drawing(
+        sampler,
+        load,
+        [prompt for prompt in asked for _ in range(each)],
+        prompt_seeds(asked, each, config.seed),
+        describe(config.model.folder, sampler, how),
+    )
+    names = draw_gallery(out, drawing, settings)
+    grid = write_grid(out, names, [prompt.text for prompt in asked])
+    LOG.info("%d images are in %s; all on one sheet: %s", len(names), out, grid)
     return out
 
 

@@ -113,6 +113,14 @@ def join(
     ).start()
 
 
+def join_and_quiet(**settings: Any) -> None:
+    """Joins the other processes (`join`); all but process 0 then log warnings and errors only."""
+    join(**settings)
+    # Process 0 logs for all. jax.process_index() would ask for a device, too early.
+    if jax.distributed.is_initialized() and jax_internals.process_index() > 0:
+        logging.getLogger("dmpo_jax").setLevel(logging.WARNING)
+
+
 def find_peers(
     coordinator: str, processes: int, process_id: int, environ: Mapping[str, str]
 ) -> Peers | None:

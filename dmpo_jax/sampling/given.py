@@ -1,5 +1,6 @@
 """Images and masks that prompts give to models that edit or inpaint."""
 
+import io
 import logging
 from collections.abc import Sequence
 
@@ -9,9 +10,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dmpo_jax.data.prompt_files import Prompt
-from dmpo_jax.data.sources import decode_image
 from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Given
+from dmpo_jax.sampling.images import read_image
 
 LOG = logging.getLogger(__name__)
 _COLUMN = {"source": "image", "mask": "mask"}  # field of RawPair -> field of Prompt
@@ -32,17 +33,29 @@ def check_given(prompts: Sequence[Prompt], given: Given | None) -> None:
         LOG.warning("this model draws from text alone: the prompts' images are not looked at")
 
 
-def read_image(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+def read_source(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
     """Reads an image as pixels, resized to (height, width) like in diffusers."""
-    try:
-        image = decode_image(epath.Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"image {path} cannot be read: {error}") from error
-    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    resized = Image.fromarray(read_image(path)).resize((size[1], size[0]), Image.Resampling.LANCZOS)
     return np.asarray(resized)
 
 
 def read_mask(path: epath.PathLike, size: tuple[int, int]) -> UInt8[np.ndarray, "H W 1"]:
     """Reads a mask: 1 where the image is nearer to white, to be repainted; 0 elsewhere."""
-    grey = np.asarray(Image.fromarray(read_image(path, size)).convert("L"))
+    grey = np.asarray(Image.fromarray(read_source(path, size)).convert("L"))
     return (grey >= 128).astype(np.uint8)[..., None]
+
+
+def given_columns(prompt: Prompt, size: tuple[int, int]) -> dict[str, bytes]:
+    """Returns jpg_source and mask of a collected pair, as PNGs: what the model was shown."""
+    columns = {}
+    if prompt.image:
+        columns["jpg_source"] = _to_png(read_source(prompt.image, size))
+    if prompt.mask:
+        columns["mask"] = _to_png(read_mask(prompt.mask, size).repeat(3, 2) * np.uint8(255))
+    return columns
+
+
+def _to_png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, "PNG")
+    return content.getvalue()

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -14,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from dmpo_jax import storage
+from dmpo_jax.data.sources import decode_image
+from dmpo_jax.errors import UserError
 
 
 def image_grid(
@@ -88,13 +89,11 @@ def _shorten(text: str, font: Any, width: int, dots: bool) -> str:
 
 
 def save_png(path: epath.PathLike, image: Image.Image, about: dict[str, Any] | None = None) -> None:
-    """Writes a PNG atomically and creates its folder; on process 0 only.
+    """Writes a PNG atomically and creates its folder.
 
     Args:
         about: settings embedded in the file, as JSON under the text key "parameters".
     """
-    if jax.process_index() != 0:
-        return
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
@@ -103,3 +102,15 @@ def save_png(path: epath.PathLike, image: Image.Image, about: dict[str, Any] | N
     content = io.BytesIO()
     image.save(content, "PNG", pnginfo=info)
     storage.write_bytes(path, content.getvalue())
+
+
+def read_image(path: epath.PathLike) -> UInt8[np.ndarray, "H W 3"]:
+    """Reads an image file as RGB pixels.
+
+    Raises:
+        UserError: it is missing, damaged or of an unknown kind; names the file.
+    """
+    try:
+        return decode_image(epath.Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {path} cannot be read: {error}") from error

@@ -1,6 +1,7 @@
 """Samples uint8 images from prompts and seeds, one batch at a time."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext as nothing
 from typing import Any
@@ -20,7 +21,7 @@ from dmpo_jax.families.family import Given
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.progress import Progress
-from dmpo_jax.sampling.given import check_given, read_image, read_mask
+from dmpo_jax.sampling.given import check_given, read_mask, read_source
 from dmpo_jax.types import Condition
 
 EMBED_AHEAD = 256  # prompts embedded together; a text encoder is compiled anew for each such part
@@ -94,7 +95,7 @@ class Sampler:
         images = masks = None
         fields = self.pipeline.family.given_fields
         if "source" in fields:
-            images = np.stack([read_image(str(prompt.image), self.size) for prompt in part])
+            images = np.stack([read_source(str(prompt.image), self.size) for prompt in part])
         if "mask" in fields:
             masks = np.stack([read_mask(str(prompt.mask), self.size) for prompt in part])
         return told, negative, images, masks
@@ -121,28 +122,38 @@ class Sampler:
 
 
 def open_sampler(
-    folder: epath.PathLike, *, vae: str, variant: str | None, dtype: Any, **settings: Any
-) -> tuple[Sampler, dict[str, jax.Array]]:
-    """Returns the sampler of a pipeline folder, and the folder's own parameters on every device.
+    folder: epath.PathLike,
+    *,
+    vae: str,
+    variant: str | None,
+    dtype: Any,
+    vae_dtype: Any = None,
+    **settings: Any,
+) -> tuple[Sampler, Callable[[], parameters.Params]]:
+    """Returns the sampler of a pipeline folder, and a function that loads its parameters.
+
+    Sampler and parameters are on this process's devices alone.
 
     Args:
         vae: another VAE's folder, in place of the pipeline's own; "" is its own.
-        variant: of the weight files. dtype: of the computation.
+        variant: of the weight files. dtype: of the computation; vae_dtype: of the VAE's, by
+            default the same.
         settings: of `make_sampler`.
     """
-    pipeline = diffusers_io.load_pipeline(folder, vae=vae, variant=variant, dtype=dtype)
-    model = diffusers_io.load_model(pipeline.folder, variant=variant, dtype=dtype)
-    return make_sampler(pipeline, model, **settings), replicated(model)
+    pipeline = diffusers_io.load_pipeline(
+        folder, vae=vae, variant=variant, dtype=dtype, vae_dtype=vae_dtype
+    )
+    model = diffusers_io.load_model(pipeline.folder, abstract=True, variant=variant, dtype=dtype)
+    devices = meshes.make_mesh(devices=jax.local_devices())
+    load = functools.partial(load_params, pipeline.folder, variant=variant, dtype=dtype)
+    return make_sampler(pipeline, model, devices=devices, **settings), load
 
 
-def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> dict[str, jax.Array]:
-    """Loads the parameters of a pipeline folder's model, replicated on every device."""
-    return replicated(diffusers_io.load_model(folder, variant=variant, dtype=dtype))
-
-
-def replicated(model: Any) -> dict[str, jax.Array]:
-    """Returns a model's parameters, replicated on every device."""
-    return jax.device_put(parameters.split(model)[1], meshes.replicated(meshes.make_mesh()))
+def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> parameters.Params:
+    """Loads the parameters of a pipeline folder's model on each of this process's devices."""
+    model = diffusers_io.load_model(folder, variant=variant, dtype=dtype)
+    devices = meshes.make_mesh(devices=jax.local_devices())
+    return jax.device_put(parameters.split(model)[1], meshes.replicated(devices))
 
 
 def make_sampler(

@@ -1,5 +1,7 @@
 """Scores of two images -> the preference between them, as a person would state it."""
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Float
 
@@ -32,41 +34,37 @@ def draw_labels(
     return np.where(np.abs(scores[:, 0] - scores[:, 1]) < tie_margin, 0.5, wins.astype(float))
 
 
-class Labeller:
-    """Maps scores `[n, 2]` of the next pairs to the preference for image 0 of each.
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """Labels pairs by their scores, each pair independently of how the pairs come.
 
-    labels: "drawn" uses `draw_labels`, "probability" the `win_probability` itself.
+    kind: "drawn" by `draw_labels`, or "probability", the `win_probability` itself.
     """
 
-    def __init__(
-        self, labels: str, *, temperature: float | int, tie_margin: float | int, seed: int
-    ):
-        self._drawn = labels == "drawn"
-        self._temperature, self._tie_margin = temperature, tie_margin
-        self._draws = np.random.default_rng(seed)
-        self._scores, self._preferences = [np.empty((0, 2))], [np.empty(0)]
+    kind: str
+    temperature: float | int
+    tie_margin: float | int
+    seed: int
 
-    def __call__(self, scores: Float[np.ndarray, "N 2"]) -> Float[np.ndarray, " N"]:
-        if self._drawn:
-            found = draw_labels(
-                scores,
-                temperature=self._temperature,
-                tie_margin=self._tie_margin,
-                draws=self._draws,
-            )
-        else:
-            found = win_probability(scores, self._temperature)
-        self._scores.append(scores)
-        self._preferences.append(found)
-        return found
-
-    def described(self) -> str:
-        """Describes the labels so far: ties, agreement with the scores, and the mean score."""
-        scores, preferences = np.concatenate(self._scores), np.concatenate(self._preferences)
-        decided = (preferences != 0.5) & (scores[:, 0] != scores[:, 1])
-        agree = ((preferences > 0.5) == (scores[:, 0] > scores[:, 1]))[decided]
-        return (
-            f"{len(scores)} pairs, {100 * (preferences == 0.5).mean():.0f} % ties; of the others "
-            f"{100 * agree.mean() if decided.any() else 0:.0f} % name the image that scores "
-            f"higher; mean score {scores.mean():.3f}"
+    def __call__(self, scores: Float[np.ndarray, "N 2"], first: int) -> Float[np.ndarray, " N"]:
+        """Returns the preference for image 0 of each pair. first: number of the first pair."""
+        if self.kind == "probability":
+            return win_probability(scores, self.temperature)
+        return draw_labels(
+            scores,
+            temperature=self.temperature,
+            tie_margin=self.tie_margin,
+            # A draw a pair: the generator as it is after `first` of them.
+            draws=np.random.Generator(np.random.PCG64(self.seed).advance(first)),
         )
+
+
+def described(scores: Float[np.ndarray, "N 2"], preferences: Float[np.ndarray, " N"]) -> str:
+    """Describes labels: ties, agreement with the scores, and the mean score."""
+    decided = (preferences != 0.5) & (scores[:, 0] != scores[:, 1])
+    agree = ((preferences > 0.5) == (scores[:, 0] > scores[:, 1]))[decided]
+    return (
+        f"{len(scores)} pairs, {100 * (preferences == 0.5).mean():.0f} % ties; of the others "
+        f"{100 * agree.mean() if decided.any() else 0:.0f} % name the image that scores "
+        f"higher; mean score {scores.mean():.3f}"
+    )

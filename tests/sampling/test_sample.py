@@ -19,7 +19,6 @@ from dmpo_jax.jobs.sample import sample as jobs_sample
 from dmpo_jax.models import parameters
 from dmpo_jax.sampling import sampler as sample
 from dmpo_jax.sampling import seeds
-from dmpo_jax.sampling.pairs import in_pairs
 from dmpo_jax.toy import debug, digits
 from dmpo_jax.types import Condition
 
@@ -296,14 +295,3 @@ def test_seeds_of_one_use_are_never_anothers():
         for give_out in (seeds.collected_seeds, seeds.evaluated_seeds):
             with pytest.raises(ValueError, match="at most 1048576 images and its seed is in"):
                 give_out(run, count)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_pairs_are_whole_whatever_the_batch(size):
-    images = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((2, 2, 3), np.uint8)
-    prompts = [f"prompt {i // 2}" for i in range(12)]
-    batches = (images[i : i + size] for i in range(0, 12, size))
-    found = list(in_pairs(batches, prompts))
-    assert all(len(x) == len(captions) and len(x) % 2 == 0 for x, captions in found)
-    np.testing.assert_array_equal(np.concatenate([x for x, _ in found]), images)
-    assert [caption for _, captions in found for caption in captions] == prompts

@@ -5,7 +5,7 @@ import pytest
 
 from dmpo_jax.scoring import SCORERS, make_scorer, rehearse
 from dmpo_jax.scoring.digits import DigitJudge
-from dmpo_jax.scoring.labels import Labeller, draw_labels, win_probability
+from dmpo_jax.scoring.labels import Labels, described, draw_labels, win_probability
 from dmpo_jax.toy import digits
 
 
@@ -66,13 +66,11 @@ def test_labels_are_as_noisy_as_the_temperature():
 @pytest.mark.parametrize("labels", ["drawn", "probability"])
 def test_labels_do_not_depend_on_the_batches(labels):
     scores = np.random.default_rng(1).random((50, 2)).astype(np.float32)
-    settings = {"temperature": 0.25, "tie_margin": 0.05, "seed": 3}
-    at_once = Labeller(labels, **settings)
-    together, in_parts = at_once(scores), Labeller(labels, **settings)
-    apart = [in_parts(scores[i : i + 7]) for i in range(0, 50, 7)]
-    np.testing.assert_array_equal(np.concatenate(apart), together)
-    assert in_parts.described() == at_once.described()
-    assert in_parts.described().startswith("50 pairs, ")
+    label = Labels(labels, temperature=0.25, tie_margin=0.05, seed=3)
+    together = label(scores, 0)
+    apart = [label(scores[i : i + 7], i) for i in reversed(range(0, 50, 7))]
+    np.testing.assert_array_equal(np.concatenate(apart[::-1]), together)
+    assert described(scores, together).startswith("50 pairs, ")
     assert (set(together) == {0, 0.5, 1}) == (labels == "drawn")
 
 

@@ -34,9 +34,12 @@ PICK_A_PIC = pa.schema(
         "model_1": pa.string(),
         "has_label": pa.bool_(),
         "are_different": pa.bool_(),
-        # Our additions; null where a model is given no image.
+        # Our additions; null where a model is given no image, and where no scorer labelled.
         "jpg_source": pa.binary(),
         "mask": pa.binary(),
+        "score_0": pa.float64(),
+        "score_1": pa.float64(),
+        "scorer": pa.string(),
     }
 )
 
