@@ -50,6 +50,7 @@ DEPENDENCIES = [
     "pyarrow>=20,<27",  # tested with 26.0.1
     "rich>=13.7,<16",  # tested with 15.0.0
     "safetensors>=0.6,<0.9",  # tested with 0.8.0
+    "scipy>=1.15,<2",  # tested with 1.17.1; statistics of evaluations
     "scikit-learn>=1.5,<2",  # tested with 1.9.1; its digits are the embedded data set
     "tensorboardX>=2.6.2,<3",  # tested with 2.6.5
     "tensorflow-datasets>=4.9.9,<5",  # tested with 4.9.10

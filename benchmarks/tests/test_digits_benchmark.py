@@ -54,7 +54,7 @@ def test_of_one_run_the_interval_is_that_of_the_evaluate_job():
     rng = np.random.default_rng(1)
     base = rng.random(300)
     policy = base + rng.normal(0.05, 0.2, 300)
-    theirs = compare(base, policy)
+    theirs = compare(base, policy, np.arange(300), estimand="like_these")
     ours = interval(wins(policy, base)[None])
     assert ours.mean == pytest.approx(theirs["win_rate"])
     np.testing.assert_allclose(ours[1:], theirs["win_rate_ci95"], atol=0.01)
