@@ -115,7 +115,8 @@ class _Work:
 
     def write(self, kind: str, part: range, images: Sequence[UInt8[np.ndarray, "H W 3"]]) -> None:
         if kind == DIVERSITY:
-            values = diversity(self._features(images), [p for p in part for _ in range(self.each)])
+            numbers = np.repeat(np.arange(len(part)), self.each)
+            values = diversity(self._features(images), numbers)
         else:
             values = self._score(kind, part, images)
         path = self.path(kind, part)

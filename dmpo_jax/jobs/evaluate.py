@@ -12,7 +12,8 @@ from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import Config
 from dmpo_jax.config.protocols import with_protocol
 from dmpo_jax.data.prompt_files import Prompt, load_prompts
-from dmpo_jax.evaluation import report
+from dmpo_jax.errors import UserError
+from dmpo_jax.evaluation import result as results
 from dmpo_jax.evaluation.drawing import Drawer, ask
 from dmpo_jax.evaluation.given_scores import GivenScores, load_scores
 from dmpo_jax.evaluation.judging import judge
@@ -56,7 +57,7 @@ def evaluate(
         scores: NAME:FILE.jsonl each, scores that another program gave to the images.
 
     Returns:
-        The content of result.json, as `report.make_result` documents it.
+        The content of result.json, as `result.make_result` documents it.
 
     Raises:
         ValueError: a scorer is unknown or cannot judge a prompt, or a model is missing or
@@ -65,11 +66,11 @@ def evaluate(
     config, out = with_protocol(config), epath.Path(out)
     ready = check(config, prompts, a, b, scores)
     settings = config.evaluate
-    LOG.info("%s", report.power(len(ready.prompts), settings.estimand))
+    LOG.info("%s", results.power(len(ready.prompts), settings.estimand))
     asked = ask(ready.prompts, settings.images_per_prompt, config.seed, settings.noise)
     drawer = Drawer(arguments.drawing(config), ready.models[0])
     compared, about = judge(ready.models, drawer, asked, ready.scorers, ready.given, out)
-    result = report.make_result(
+    result = results.make_result(
         compared,
         ready.models,
         describe_scorers([*ready.scorers.values(), *ready.given], config.collect.scorer),
@@ -77,8 +78,8 @@ def evaluate(
         settings.estimand,
     )
     if jax.process_index() == 0:
-        report.write(out, result, compared, settings.single_file)
-        print(report.summary(result))
+        results.write(out, result, compared, settings.single_file)
+        print(results.summary(result))
     processes.barrier(f"evaluated {out}")
     LOG.info("the page: %s", out / "report" / "index.html")
     return result
@@ -98,13 +99,19 @@ def check(
     names = config.evaluate.judges
     if names is None:
         names = (config.collect.scorer,) if config.collect.scorer else ()
+    each = config.evaluate.images_per_prompt
+    if config.evaluate.estimand == "these" and each < 2:
+        raise UserError(
+            "evaluate.estimand 'these' resamples the images of each prompt, so it needs "
+            f"evaluate.images_per_prompt of 2 or more, but got {each}"
+        )
     scorers, given = make_scorers(names), [load_scores(spec) for spec in scores]
     asked = load_prompts(prompts or config.collect.prompts or config.sample.prompts)
     for scorer in scorers.values():
         scorer.check([prompt.text for prompt in asked])
     models = list_models(a or config.model.folder, b)
     for model in models:
-        check_model(model, asked, config.evaluate.images_per_prompt)
+        check_model(model, asked, each)
         if model.drawn:
             check_given(asked, diffusers_io.load_family(model.folder)[1].given)
     return Ready(models, asked, scorers, given)
