@@ -44,6 +44,6 @@ def get_config():
     config.collect.temperature = 0.25
     config.collect.tie_margin = 0.02
     config.evaluate.judges = ("digits_svm", "digits_forest")
-    config.evaluate.images_per_prompt = 40
+    config.evaluate.seeds = 400
     config.evaluate.estimand = "these"  # ten captions are all there are
     return config

@@ -310,6 +310,7 @@ with other judges it scores the same images.""",
         Interface(
             {
                 "judges": "evaluate.judges",
+                "seeds": "evaluate.seeds",
                 "images_per_prompt": "evaluate.images_per_prompt",
                 "estimand": "evaluate.estimand",
                 "noise": "evaluate.noise",

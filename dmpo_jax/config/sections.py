@@ -398,8 +398,13 @@ class Collect(Section):
 
 
 class Evaluate(Section):
-    images_per_prompt: int = leaf(
-        1, "images of each prompt, each of another held-out seed", f"[1, {EACH}]"
+    seeds: int = leaf(
+        256,
+        "held-out images of each model, at least: every prompt gets the same number",
+        f"[1, {EACH}]",
+    )
+    images_per_prompt: int | None = leaf(
+        None, "images of each prompt; unset: seeds by the number of prompts", f"[1, {EACH}]"
     )
     judges: tuple[str, ...] | None = leaf(
         None,

@@ -27,7 +27,7 @@ class GivenScores(NamedTuple):
                 f"--scores={self.name} has no score of {lost}: score every image that "
                 "images.jsonl of the evaluation lists, under the path that it has there"
             )
-        return np.array([self.by_image[image] for image in images])
+        return np.array([self.by_image[image] for image in images], float)
 
 
 def load_scores(spec: str) -> GivenScores:

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -38,11 +39,10 @@ def list_models(a: epath.PathLike, b: epath.PathLike | Sequence[epath.PathLike])
     Raises:
         UserError: two have the same name, or a name is no plain word.
     """
-    others = b.split(",") if isinstance(b, str) else [b] if isinstance(b, epath.Path) else b
-    names = ["policy"] if len(list(others)) == 1 else []
-    models = [_named(str(a), "base")]
-    for i, text in enumerate(map(str, others)):
-        models.append(_named(text, names[i] if names else ""))
+    texts = b.split(",") if isinstance(b, str) else [b] if isinstance(b, os.PathLike) else b
+    others = [os.fspath(text) for text in texts]
+    unnamed = "policy" if len(others) == 1 else ""
+    models = [_named(os.fspath(a), "base"), *(_named(text, unnamed) for text in others)]
     count = collections.Counter(model.name for model in models)
     if twice := [name for name in count if count[name] > 1]:
         raise UserError(f"two models are called {twice[0]!r}: name each, as in --b=NAME=FOLDER,...")

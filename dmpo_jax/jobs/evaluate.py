@@ -30,6 +30,7 @@ class Ready(NamedTuple):
 
     models: list[Model]
     prompts: list[Prompt]
+    each: int  # images of a prompt
     scorers: dict[str, Scorer]
     given: list[GivenScores]
 
@@ -67,7 +68,7 @@ def evaluate(
     ready = check(config, prompts, a, b, scores)
     settings = config.evaluate
     LOG.info("%s", results.power(len(ready.prompts), settings.estimand))
-    asked = ask(ready.prompts, settings.images_per_prompt, config.seed, settings.noise)
+    asked = ask(ready.prompts, ready.each, config.seed, settings.noise)
     drawer = Drawer(arguments.drawing(config), ready.models[0])
     compared, about = judge(ready.models, drawer, asked, ready.scorers, ready.given, out)
     result = results.make_result(
@@ -99,14 +100,14 @@ def check(
     names = config.evaluate.judges
     if names is None:
         names = (config.collect.scorer,) if config.collect.scorer else ()
-    each = config.evaluate.images_per_prompt
-    if config.evaluate.estimand == "these" and each < 2:
-        raise UserError(
-            "evaluate.estimand 'these' resamples the images of each prompt, so it needs "
-            f"evaluate.images_per_prompt of 2 or more, but got {each}"
-        )
     scorers, given = make_scorers(names), [load_scores(spec) for spec in scores]
     asked = load_prompts(prompts or config.collect.prompts or config.sample.prompts)
+    each = config.evaluate.images_per_prompt or -(-config.evaluate.seeds // len(asked))
+    if config.evaluate.estimand == "these" and each < 2:
+        raise UserError(
+            "evaluate.estimand 'these' resamples the images of each prompt, but there is one of "
+            "each: set --images_per_prompt=2 or more, or --estimand=like_these"
+        )
     for scorer in scorers.values():
         scorer.check([prompt.text for prompt in asked])
     models = list_models(a or config.model.folder, b)
@@ -114,4 +115,4 @@ def check(
         check_model(model, asked, each)
         if model.drawn:
             check_given(asked, diffusers_io.load_family(model.folder)[1].given)
-    return Ready(models, asked, scorers, given)
+    return Ready(models, asked, each, scorers, given)

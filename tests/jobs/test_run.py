@@ -10,6 +10,7 @@ from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import from_flat
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.errors import UserError
+from dmpo_jax.evaluation import drawing
 from dmpo_jax.jobs import collect, encode, evaluate
 from dmpo_jax.jobs import run as jobs_run
 from dmpo_jax.jobs.run import run
@@ -21,6 +22,9 @@ DIGITS = {
     "collect.scorer": "digits_svm",
     "evaluate.judges": ("digits_svm", "digits_forest"),
 }
+
+
+VAE = str(PIPELINE / "vae")
 
 
 @pytest.fixture
@@ -125,14 +129,15 @@ def test_a_judge_that_cannot_judge_ends_it_before_an_image_is_drawn(job, monkeyp
 
     module = {"collect": collect, "evaluate": evaluate}[job]
     given = {"a": PIPELINE, "b": PIPELINE} if job == "evaluate" else {}
-    monkeypatch.setattr(module, "open_sampler", lambda *_, **kw: (Undrawn(), {}))
+    opens = {"collect": collect, "evaluate": drawing}[job]
+    monkeypatch.setattr(opens, "open_sampler", lambda *_, **kw: (Undrawn(), dict))
     with pytest.raises(UserError, match="cannot judge images of 30 x 30"):
         getattr(module, job)(from_flat(DIGITS), out=tmp_path, **given)
 
 
 @pytest.mark.parametrize("job", ["collect", "evaluate"])
 def test_vae_and_sampler_reach_what_is_drawn(job, monkeypatch, tmp_path):
-    config = from_flat({**DIGITS, "model.vae": "other-vae", "sample.sampler": "euler"})
+    config = from_flat({**DIGITS, "model.vae": VAE, "sample.sampler": "euler"})
     asked = {}
 
     class ReachedError(Exception):
@@ -142,20 +147,20 @@ def test_vae_and_sampler_reach_what_is_drawn(job, monkeypatch, tmp_path):
         asked.update(kw)
         raise ReachedError
 
-    module, given = {
-        "collect": (collect, {}),
-        "evaluate": (evaluate, {"a": PIPELINE, "b": PIPELINE}),
+    module, opens, given = {
+        "collect": (collect, collect, {}),
+        "evaluate": (evaluate, drawing, {"a": PIPELINE, "b": PIPELINE}),
     }[job]
-    monkeypatch.setattr(module, "open_sampler", open_sampler)
+    monkeypatch.setattr(opens, "open_sampler", open_sampler)
     with pytest.raises(ReachedError):
         getattr(module, job)(config, out=tmp_path, **given)
-    assert asked == {**arguments.pipeline(config), **arguments.sampling(config)}
-    assert (asked["vae"], asked["sampler"]) == ("other-vae", "euler")
+    assert asked == arguments.drawing(config)
+    assert (asked["vae"], asked["sampler"]) == (VAE, "euler")
 
 
 def test_every_leaf_of_sample_that_draws_is_passed_on():
     """No drift between commands: what is drawn is a function of all of these."""
-    elsewhere = {"images_per_prompt", "prompts", "count"}
+    elsewhere = {"images_per_prompt", "prompts", "count", "vae_dtype"}
     config = from_flat({})
     assert set(arguments.sampling(config)) == set(config.sample) - elsewhere
 

@@ -35,6 +35,7 @@ class Given(NamedTuple):
         drawing = ["--steps=2", "--guidance_scale=1", "--batch_size=4", "--dtype=float32"]
         prompts = f"--prompts={at / 'prompts.txt'}"
         pairs = f"pickapic:{at / 'pairs.parquet'}"
+        judge = "--judges=digits_svm"
         judged = ["--pairs=6", "--scorer=digits_svm"]
         encoding = [f"--source={pairs}", f"--model={at / 'model'}", "--dtype=float32"]
         arguments, where = {
@@ -42,7 +43,10 @@ class Given(NamedTuple):
             "encode": ([*encoding, "--batch_size=8"], "out"),
             "train": ([f"--config={at / 'config.py'}"], "workdir"),
             "sample": ([f"--model={digits}", prompts, *drawing], "out"),
-            "evaluate": ([f"--a={digits}", f"--b={digits}", prompts, "--seeds=8", *drawing], "out"),
+            "evaluate": (
+                [f"--a={digits}", f"--b={digits}", prompts, "--seeds=8", judge, *drawing],
+                "out",
+            ),
             "convert": ([f"--checkpoint={at / 'run'}"], "out"),
             "tfds": ([f"--config={json.dumps({'name': 'x', 'source': pairs})}"], "data_dir"),
         }[job]
