@@ -280,6 +280,7 @@ Writes DIR/pairs.parquet in Pick-a-Pic's schema, for encode --source=pickapic:DI
             required=("model", "scorer", "prompts", "out"),
         ),
         _collect,
+        resumes=True,
     ),
     "sample": Command(
         """Draws images from a diffusers pipeline folder, in JAX.
@@ -297,6 +298,7 @@ inpaint, and their paths relative to FILE.""",
             required=("model", "prompts", "out"),
         ),
         _sample,
+        resumes=True,
     ),
     "evaluate": Command(
         """Compares models: same prompts, same seeds, each scorer's win rate with its interval.

@@ -14,6 +14,7 @@ from dmpo_jax.evaluation import drawing
 from dmpo_jax.jobs import collect, encode, evaluate
 from dmpo_jax.jobs import run as jobs_run
 from dmpo_jax.jobs.run import run
+from dmpo_jax.sampling.sampler import Sampler
 from dmpo_jax.toy.digits import PIPELINE
 
 DIGITS = {
@@ -121,8 +122,9 @@ def test_a_source_of_no_kind_is_refused_before_collecting(started, tmp_path):
 
 @pytest.mark.parametrize("job", ["collect", "evaluate"])
 def test_a_judge_that_cannot_judge_ends_it_before_an_image_is_drawn(job, monkeypatch, tmp_path):
-    class Undrawn:
-        size, batch_size = (30, 30), 8
+    class Undrawn(Sampler):
+        def __init__(self):
+            self.size, self.batch_size = (30, 30), 8
 
         def batches(self, *given):
             raise AssertionError("drawn")

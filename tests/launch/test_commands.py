@@ -26,7 +26,7 @@ FLAGS = {
     "sample": "model prompts out variant seed sampler images_per_prompt steps guidance_scale "
     "image_guidance_scale negative_prompt height width batch_size dtype vae",
     "evaluate": "a b prompts out judges seeds seed variant steps guidance_scale batch_size dtype "
-    "vae sampler",
+    "vae sampler images_per_prompt estimand noise protocol single_file labelled_by scores",
     "verify": "folder",
     "convert": "checkpoint single_file out step weights merge dtype shard_gb verify like",
     "plan": "topology model out cache",
@@ -139,7 +139,7 @@ def test_ctrl_c_ends_every_command_in_words(name, monkeypatch, tmp_path, capsys)
     flags = [f"--{flag}={values.get(flag, tmp_path / 'x')}" for flag in needed]
     with pytest.raises(SystemExit) as ended:
         commands.main(name, ["dmpo-jax", *flags])
-    resumes = name in ("train", "encode")
+    resumes = name in ("train", "encode", "collect", "sample", "evaluate")
     words = f"stopped; the same command {'resumes' if resumes else 'starts over'}\n"
     assert ended.value.code == 130
     assert capsys.readouterr().err.strip("\n") == words.strip("\n")
