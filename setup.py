@@ -72,7 +72,7 @@ setup(
     package_data={
         "dmpo_jax": [
             *(f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")),
-            "*/*.j2",
+            *(f"*/*.{kind}" for kind in ("j2", "css", "js")),
         ]
     },
     cmdclass={"build_py": BuildWithConfigs},

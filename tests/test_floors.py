@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "dmpo_jax"
 FLOORS = [
-    {"types", "errors", "extras", "progress"},
+    {"types", "errors", "extras", "progress", "pages"},
     {"storage"},
     {"locks"},
     {"objectives", "diffusion", "parallel"},

@@ -5,12 +5,11 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import jinja2
-
 from dmpo_jax.data.sources import Skipped
 from dmpo_jax.data.sources.counts import TIE, PairCounts
+from dmpo_jax.pages import templates
 
-TEMPLATE = pathlib.Path(__file__).with_name("page.html.j2")
+HERE = pathlib.Path(__file__).parent
 MOST_BARS = 12  # of a histogram; the rest are one bar
 MOST_BINS = 11  # distinct preferences listed; more are binned by tenths
 MOST_REPEATS = 50  # listed; all are counted
@@ -75,12 +74,10 @@ class Figure(NamedTuple):
 
 def render(found: Inspection) -> str:
     """Returns the complete page. All text from the data is escaped."""
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+    environment = templates(HERE)
     environment.filters |= {"share": share, "figures": figures}
     repeats = sorted(found.repeats, key=lambda repeat: repeat.agree)  # contradictions first
-    return environment.from_string(TEMPLATE.read_text()).render(
+    return environment.get_template("page.html.j2").render(
         found=found,
         tiles=tiles(found),
         labels=label_bins(found.counts.preferences),
