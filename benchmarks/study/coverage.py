@@ -12,7 +12,7 @@ test at 5 % should do in 5 % of draws. The sign test is discrete: at n decided p
 reject at certain rates. The exact test takes the largest below 5 % (n = 10: 2.1 %, 50: 3.3 %,
 60: 2.7 %, 200: 4.0 %), the mid-p test one near it (2.1, 6.5, 5.2 and 5.6 %).
 
-Writes coverage.json and coverage.md, and prints the table. About 20 minutes on one core.
+Writes coverage.json and coverage.md, and prints the table. Five minutes on one core.
 """
 
 import argparse
@@ -115,7 +115,7 @@ def table(found: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--resamples", type=int, default=1999)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))

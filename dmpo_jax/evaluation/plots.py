@@ -42,8 +42,9 @@ def win_rates(rows: Sequence[Row], title: str) -> str | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    salt = {"svg.hashsalt": f"{title} {rows}"}  # ids: the same each time, of each plot its own
-    with matplotlib.rc_context(STYLE | salt):
+    # Ids are made of the salt: the same each time, of each plot its own.
+    settings: Any = STYLE | {"svg.hashsalt": f"{title} {rows}"}
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH, REST + ROW * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(50, color=SOFT, linewidth=1, linestyle=(0, (3, 3)))

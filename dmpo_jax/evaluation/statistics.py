@@ -8,7 +8,7 @@ evals", arXiv 2411.00640).
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import scipy.optimize
@@ -27,7 +27,7 @@ def compare(
     policy: Float[np.ndarray, " N"],
     prompts: Int[np.ndarray, " N"],
     *,
-    estimand: Literal["like_these", "these"],
+    estimand: str,
     resamples: int = 9999,
 ) -> dict[str, Any]:
     """Win rate of policy over base: the share of pairs where policy scores higher, ties half.
@@ -50,8 +50,8 @@ def compare(
         resamples: of the bootstrap; its random numbers are fixed.
 
     Raises:
-        ValueError: there is no image, a score is not finite, or estimand is "these" and a prompt
-            has one image.
+        ValueError: there is no image, a score is not finite, estimand is neither, or it is
+            "these" and a prompt has one image.
     """
     base, policy = base.astype(np.float64), policy.astype(np.float64)
     if not len(base):
@@ -127,7 +127,7 @@ def agreement(scores: Mapping[str, Float[np.ndarray, " N"]]) -> list[dict[str, A
     found = []
     for a, b in itertools.combinations(scores, 2):
         varies = np.ptp(scores[a]) > 0 and np.ptp(scores[b]) > 0
-        rho = scipy.stats.spearmanr(scores[a], scores[b]).statistic if varies else None
+        rho, _ = scipy.stats.spearmanr(scores[a], scores[b]) if varies else (None, None)
         found.append({"a": a, "b": b, "spearman": None if rho is None else float(rho)})
     return found
 
@@ -148,7 +148,8 @@ def detectable(prompts: int) -> float:
     if prompts <= _needed(1.0):
         return 1.0
     edge = 0.5 + Z95 / 4 / math.sqrt(prompts)  # less than what is sought, which the search needs
-    return float(scipy.optimize.brentq(lambda rate: _needed(rate) - prompts, edge, 1.0))
+    root: Any = scipy.optimize.brentq(lambda rate: _needed(rate) - prompts, edge, 1.0)
+    return float(root)
 
 
 def _needed(win_rate: float) -> float:
@@ -273,4 +274,5 @@ def _sign_test(wins: int, losses: int) -> float:
 def _wilcoxon(differences: np.ndarray) -> float:
     if not differences.any():
         return 1.0
-    return float(scipy.stats.wilcoxon(differences, zero_method="pratt").pvalue)
+    _, p = scipy.stats.wilcoxon(differences, zero_method="pratt")
+    return float(p)

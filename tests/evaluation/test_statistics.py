@@ -105,6 +105,15 @@ def test_methods():
     assert compare(*scores(10, 8), **THESE)["interval"] == "welch"
 
 
+def test_the_sign_test_counts_half_of_what_was_seen():
+    base = np.zeros(12)
+    policy = np.array([1.0] * 8 + [-1.0] * 2 + [0.0] * 2)  # ties are left out
+    found = compare(base, policy, np.arange(12), **LIKE)
+    exact = scipy.stats.binomtest(8, 10).pvalue
+    assert found["p_value"] == pytest.approx(exact - scipy.stats.binom.pmf(2, 10, 0.5))
+    assert (found["wins"], found["losses"], found["ties"], found["unit"]) == (8, 2, 2, "prompt")
+
+
 def test_welch_is_scipys_for_two_prompts():
     """The mean of two prompts' means has the interval of their difference, one turned round."""
     base, policy, prompts = scores(2, 30, gain=0.5)
