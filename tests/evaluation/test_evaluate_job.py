@@ -17,7 +17,7 @@ from dmpo_jax.evaluation import scores as scores_module
 from dmpo_jax.evaluation.models import Model, find_images, list_models
 from dmpo_jax.jobs import evaluate as job
 from dmpo_jax.scoring import scorer as scorer_module
-from tests.support import outside_family
+from tests.support import launched, outside_family
 from tests.support.drawn import Killed, contents, quickly
 
 LEAVES = {
@@ -308,3 +308,37 @@ def test_lists_of_images_are_by_prompt(tmp_path):
 def test_scorers_of_one_name_are_refused(judges):
     with pytest.raises(UserError, match="two scorers are called 'left'"):
         scoring.make_scorers(["left", "left"])
+
+
+PROCESSES = """
+import sys
+from dmpo_jax import families
+from dmpo_jax.config.configs import from_flat
+from dmpo_jax.jobs.collect import collect
+from dmpo_jax.jobs.evaluate import evaluate
+from dmpo_jax.parallel import processes
+from tests.support import launched, outside_family
+
+base, other, prompts, out = sys.argv[1:]
+processes.join_and_quiet()
+families.register(outside_family.FAMILY)
+leaves = {
+    "model.folder": base, "model.compute_dtype": "float32", "sample.steps": 2,
+    "sample.guidance_scale": 1.0, "sample.batch_size": 4, "evaluate.images_per_prompt": 3,
+    "evaluate.judges": ("brightness", "contrast"), "collect.scorer": "contrast",
+    "collect.pairs": 9, "collect.temperature": 10.0,
+}
+config = from_flat(leaves)
+evaluate(config, a=base, b=other, prompts=prompts, out=out)
+collect(config, prompts=prompts, out=out)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one(base, other, prompts, tmp_path):
+    """Real processes, each with one device: images, scores, result, page and pairs."""
+    for count in (1, 2):
+        out = tmp_path / str(count)
+        launched.run_script(PROCESSES, base, other, prompts, out, count=count, timeout=400)
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+    assert (tmp_path / "1" / "pairs.parquet").exists()
