@@ -22,7 +22,7 @@ from dmpo_jax.config.parsing import Interface
 from dmpo_jax.config.sections import DTYPES
 from dmpo_jax.errors import STOPPED, STOPPED_ANEW, UserError
 from dmpo_jax.families import PUBLISHED
-from dmpo_jax.scoring import SCORERS
+from dmpo_jax.scoring import KINDS, SCORERS, STATISTICS
 
 LOG = logging.getLogger(__name__)
 FOLDER = Check(storage.may_be_folder, "a folder that can be made and written")
@@ -135,8 +135,8 @@ def _evaluate(config: Config, options: dict[str, Any]) -> Any:
 def _check_evaluate(config: Config, options: dict[str, Any]) -> None:
     if not (config.evaluate.judges or config.collect.scorer or options["scores"]):
         raise UserError(
-            f"--judges or --scores is required: one of {', '.join(sorted(SCORERS))}, KIND:FOLDER, "
-            "or FILE.py:FUNCTION"
+            f"--judges or --scores is required: {', '.join(f'{kind}:FOLDER' for kind in KINDS)}; "
+            f"{', '.join((*SCORERS, *STATISTICS))}; or PATH.py:FUNCTION of your own"
         )
 
 
@@ -145,6 +145,10 @@ def _convert(config: Config, options: dict[str, Any]) -> Any:
         from dmpo_jax.jobs.single_file import single_file
 
         return single_file(file=options["single_file"], out=options["out"], like=options["like"])
+    if options["scorer"]:
+        from dmpo_jax.jobs.convert_scorer import convert_scorer
+
+        return convert_scorer(scorer=options["scorer"], out=options["out"], like=options["like"])
     from dmpo_jax.jobs.convert import convert
 
     out = convert(
@@ -162,8 +166,9 @@ def _convert(config: Config, options: dict[str, Any]) -> Any:
 
 
 def _check_convert(config: Config, options: dict[str, Any]) -> None:
-    if bool(options["checkpoint"]) == bool(options["single_file"]):
-        raise UserError("give either --checkpoint or --single_file")
+    kinds = ("checkpoint", "single_file", "scorer")
+    if sum(bool(options[kind]) for kind in kinds) != 1:
+        raise UserError("give one of --checkpoint, --single_file and --scorer")
 
 
 def _verify(config: Config, options: dict[str, Any]) -> Any:
@@ -342,14 +347,17 @@ with other judges it scores the same images.""",
     {me} --checkpoint=WORKDIR [--step=N] --out=DIR
     {me} --checkpoint=WORKDIR --merge --dtype=float16 --verify --out=DIR
     {me} --single_file=MODEL.safetensors --out=DIR
+    {me} --scorer=hpsv2:HPS_v2_compressed.pt --like=CLIP_FOLDER --out=DIR
 
 A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters a file for
-`load_lora_weights`, or with --merge a pipeline folder too. A README.md says how it was made.""",
+`load_lora_weights`, or with --merge a pipeline folder too. A README.md says how it was made.
+--scorer reads a reward model's pickle, and runs none of the code in it.""",
         Interface(
             {},
             {
                 "checkpoint": Leaf("", "a run's --workdir"),
                 "single_file": Leaf("", "a .safetensors file of a whole model"),
+                "scorer": Leaf("", "KIND:FILE, a reward model's .pt, .pth or .bin"),
                 "out": OUT,
                 "step": Leaf(None, "which checkpoint; unset: the newest", "[0, inf)", kind=int),
                 "weights": Leaf(
@@ -361,7 +369,9 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
                 "dtype": Leaf("float32", "of the model as written", OneOf((*DTYPES, "float16"))),
                 "shard_gb": Leaf(5.0, "largest weight file, in GB", "[0.001, inf)"),
                 "verify": Leaf(False, "compare with PyTorch diffusers, which must be installed"),
-                "like": Leaf("", "with --single_file: a folder whose configs to take"),
+                "like": Leaf(
+                    "", "a folder: --single_file takes its configs, --scorer its tokenizer"
+                ),
             },
             required=("out",),
         ),

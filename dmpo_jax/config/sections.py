@@ -385,9 +385,15 @@ class Sample(Section):
 class Collect(Section):
     prompts: str = leaf("", "text file, one prompt a line; '' takes sample.prompts")
     pairs: int = leaf(1024, "pairs to make; prompts take turns", f"[1, {EACH // 2}]")
-    scorer: str = leaf("", "what judges the two images; '' must be set for the collect job")
-    temperature: float = leaf(
-        1.0, "Bradley-Terry: preference = sigmoid(score difference / this)", "(0, inf)"
+    scorer: str = leaf(
+        "",
+        "what judges the two images: a name, KIND:FOLDER or PATH.py:FUNCTION; '' must be set for "
+        "the collect job",
+    )
+    temperature: float | None = leaf(
+        None,
+        "Bradley-Terry: preference = sigmoid(score difference / this); unset: the scorer's own",
+        "(0, inf)",
     )
     labels: str = leaf(
         "drawn", "drawn by that probability, or the probability itself", OneOf(LABELS)

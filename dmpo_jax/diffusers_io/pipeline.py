@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,9 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.diffusers_io import components, parts
-from dmpo_jax.diffusers_io.folders import component, one_line, read_json
+from dmpo_jax.diffusers_io.folders import component, read_json
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
+from dmpo_jax.diffusers_io.tokenizers import read_tokenizer
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES, Family
@@ -89,21 +89,12 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     Raises:
         ValueError: the folder has no such part, or its files are not valid.
     """
-    # Or it advises to install PyTorch, which nothing here uses.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, CLIPTokenizer
-
     if not (path / name / "tokenizer_config.json").exists():
         raise UserError(f"{path} lacks its {name!r} part (tokenizer_config.json)")
     config = read_json(path / name / "tokenizer_config.json")
     # Old CLIP folders name no class, and AutoTokenizer needs a config.json to infer one.
     clip = str(config.get("tokenizer_class", "CLIPTokenizer")).startswith("CLIPTokenizer")
-    kind = CLIPTokenizer if clip else AutoTokenizer
-    with storage.local_copy(path / name) as folder:  # the library reads local folders only
-        try:
-            return kind.from_pretrained(str(folder))
-        except Exception as error:  # the libraries raise many types, some of them bare
-            raise UserError(f"{path / name} holds no valid tokenizer: {one_line(error)}") from error
+    return read_tokenizer(path / name, "CLIPTokenizer" if clip else "AutoTokenizer")
 
 
 def check_parts(path: epath.Path, family: Family) -> None:

@@ -33,6 +33,7 @@ from dmpo_jax.parallel import processes
 SHARD_BYTES = 5 * 2**30
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
+Files = Mapping[str, tensor_files.TensorFile]
 
 
 # --- reading -----------------------------------------------------------------
@@ -60,6 +61,8 @@ def load_weights(
     param_dtype: Any | Callable[[str], Any] = jnp.float32,
     sharding: Callable[[Shapes], Mapping[str, Sharding]] | None = None,
     abstract: bool = False,
+    config: Mapping[str, Any] | None = None,
+    renamed: Callable[[Files], Files] | None = None,
 ) -> Any:
     """Builds `make(config, ...)` and fills it from the folder's safetensors.
 
@@ -71,12 +74,14 @@ def load_weights(
             mesh bound; each process reads its devices' shards. None: the default device.
         abstract: reads no parameter: the model holds ShapeDtypeStructs, its buffers, and the
             attributes that `save_weights` needs besides `params`.
+        config: in place of the folder's config.json.
+        renamed: gives the tensors of another library's file the names that the model expects.
 
     Raises:
         ValueError: in one line, before any tensor is read: an unsupported config value; a
             file that cannot be read; tensors that are missing, unexpected or misshapen.
     """
-    config = folders.read_json(folder / "config.json")
+    config = folders.read_json(folder / "config.json") if config is None else config
     one_dtype = jnp.float32 if _chooses(param_dtype) else param_dtype
     try:
         model = parameters.abstract(make, config, dtype=dtype, param_dtype=one_dtype)
@@ -92,6 +97,7 @@ def load_weights(
             for path, spec in wanted.items()
         }
     with tensor_files.opened(folders.weight_files(folder, stem, variant)) as files:
+        files = files if renamed is None else renamed(files)
         unused = getattr(model, "unused", lambda name: False)
         stored = {name: file.names[name] for name, file in files.items()}
         match = _match(folder, stored, wanted, unused)
@@ -153,7 +159,7 @@ def _match(
 
 
 def _read(
-    files: Mapping[str, tensor_files.TensorFile],
+    files: Files,
     match: Match,
     wanted: Shapes,
     chosen: Collection[str],

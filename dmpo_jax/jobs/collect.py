@@ -17,7 +17,7 @@ from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.sampling.seeds import collected_seeds
 from dmpo_jax.sampling.store import Drawing, describe, draw
 from dmpo_jax.scoring import Scorer, make_scorer, rehearse
-from dmpo_jax.scoring.labels import Labels, described
+from dmpo_jax.scoring.labels import Labels, described, temperature_of
 
 LOG = logging.getLogger(__name__)
 
@@ -51,9 +51,8 @@ def collect(
     sampler, load = open_sampler(config.model.folder, **how)
     asked = [asked[i // 2 % len(asked)] for i in range(2 * config.collect.pairs)]
     rehearse(scorer, sampler.size, [prompt.text for prompt in asked[: sampler.batch_size]])
-    labels = Labels(
-        config.collect.labels, config.collect.temperature, config.collect.tie_margin, config.seed
-    )
+    temperature = temperature_of(scorer, config.collect.temperature)
+    labels = Labels(config.collect.labels, temperature, config.collect.tie_margin, config.seed)
     about = {
         **describe(config.model.folder, sampler, how),
         "scorer": f"{scorer.name} {scorer.version}",
@@ -76,5 +75,6 @@ def check(config: Config, prompts: epath.PathLike | None = None) -> tuple[list[P
     scorer = make_scorer(config.collect.scorer)
     asked = load_prompts(prompts or config.collect.prompts or config.sample.prompts)
     scorer.check([prompt.text for prompt in asked])
+    temperature_of(scorer, config.collect.temperature)
     check_given(asked, load_family(config.model.folder)[1].given)
     return asked, scorer

@@ -45,11 +45,13 @@ def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
-    mask: Bool[Array, "T S"] | None = None,
+    mask: Bool[Array, "T S"] | Bool[Array, "B _ S"] | None = None,
     *,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(q k / sqrt(H)) v over N heads, without positions where mask is False.
+
+    A mask of three axes is each row's own, `[B 1 S]` where it hides padding.
 
     cuDNN and splash run per device over the mesh set at trace time (`jax.set_mesh`), which also
     gives the platform to compile for: batch over "data" and "fsdp", heads over "tensor". If
@@ -103,7 +105,8 @@ def _plain(query, key, value, mask):
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     if mask is not None:
-        scores = jnp.where(mask[None, None], scores, jnp.finfo(scores.dtype).min)
+        shown = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        scores = jnp.where(shown, scores, jnp.finfo(scores.dtype).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, value), 1, 2)
 

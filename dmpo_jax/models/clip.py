@@ -1,8 +1,10 @@
 """CLIP's text encoders: CLIP-L of SD1.x, OpenCLIP H of SD2.x, both encoders of SDXL.
 
-Reference: transformers `CLIPTextModel`, `CLIPTextModelWithProjection`.
+`vit` has the vision tower, of the same layers. Reference: transformers `CLIPTextModel`,
+`CLIPTextModelWithProjection`.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -58,19 +60,21 @@ class TextOutput(NamedTuple):
 
 
 class SelfAttention(nnx.Module):
-    def __init__(self, width: int, heads: int, **kw: Any):
+    """causal: a token attends to itself and to those before it, as in text; else to all."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool, **kw: Any):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             Linear(width, width, **kw) for _ in range(4)
         )
-        self.heads = heads
+        self.heads, self.causal = heads, causal
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
         q, k, v = (
             f(x).reshape(*x.shape[:2], self.heads, -1)
             for f in (self.q_proj, self.k_proj, self.v_proj)
         )
-        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        return self.out_proj(attention(q, k, v, causal).reshape(x.shape))
+        mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool)) if self.causal else None
+        return self.out_proj(attention(q, k, v, mask).reshape(x.shape))
 
 
 class MLP(nnx.Module):
@@ -84,10 +88,10 @@ class MLP(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, **kw: Any):
+    def __init__(self, config: ModelConfig, *, causal: bool, **kw: Any):
         width, epsilon = config.hidden_size, config.layer_norm_eps
         self.layer_norm1 = layer_norm(width, epsilon, **kw)
-        self.self_attn = SelfAttention(width, config.num_attention_heads, **kw)
+        self.self_attn = SelfAttention(width, config.num_attention_heads, causal=causal, **kw)
         self.layer_norm2 = layer_norm(width, epsilon, **kw)
         self.mlp = MLP(config, **kw)
 
@@ -107,15 +111,28 @@ class Embeddings(nnx.Module):
 
 
 class Layers(nnx.Module):
-    def __init__(self, config: ModelConfig, **kw: Any):
+    def __init__(self, config: ModelConfig, *, causal: bool, **kw: Any):
         count = config.num_hidden_layers
-        self.layers = nnx.List(EncoderLayer(config, **kw) for _ in range(count))
+        self.layers = nnx.List(EncoderLayer(config, causal=causal, **kw) for _ in range(count))
+
+
+def checked_config(config: Any, keys: Mapping[str, Any]) -> ModelConfig:
+    """Returns a tower's config; ValueError names each key whose value is not supported."""
+    found = ModelConfig(config, keys, DEAD)
+    if found.hidden_act not in ACTIVATIONS:
+        raise UserError(f"hidden_act={found.hidden_act!r}; supported: {sorted(ACTIVATIONS)}")
+    if found.hidden_size % found.num_attention_heads:
+        raise UserError(
+            f"num_attention_heads={found.num_attention_heads} must divide {found.hidden_size} "
+            "channels"
+        )
+    return found
 
 
 class TextTransformer(nnx.Module):
     def __init__(self, config: ModelConfig, **kw: Any):
         self.embeddings = Embeddings(config, **kw)
-        self.encoder = Layers(config, **kw)
+        self.encoder = Layers(config, causal=True, **kw)
         self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, **kw)
 
 
@@ -136,12 +153,8 @@ class CLIPTextModel(nnx.Module):
         param_dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.config = config = ModelConfig(config, KEYS, DEAD)
-        if config.hidden_act not in ACTIVATIONS:
-            raise UserError(f"hidden_act={config.hidden_act!r}; supported: {sorted(ACTIVATIONS)}")
-        width, heads = config.hidden_size, config.num_attention_heads
-        if width % heads:
-            raise UserError(f"num_attention_heads={heads} must divide {width} channels")
+        self.config = config = checked_config(config, KEYS)
+        width = config.hidden_size
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.text_model = TextTransformer(config, **kw)
         if projection:

@@ -5,7 +5,26 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float
 
+from dmpo_jax.errors import UserError
+from dmpo_jax.scoring.scorer import Scorer
+
 LABELS = ("drawn", "probability")
+
+
+def temperature_of(scorer: Scorer, given: float | None) -> float:
+    """Returns the temperature of a scorer's preferences: the given one, or the scorer's own.
+
+    Raises:
+        ValueError: none is given and the scorer has none.
+    """
+    found = scorer.temperature if given is None else given
+    if found is None:
+        raise UserError(
+            f"scorer {scorer.name} was not trained on preferences and has no temperature of its "
+            "own: set collect.temperature (--temperature), about the difference of two images' "
+            "scores at which the better one wins 73 of 100 times"
+        )
+    return found
 
 
 def win_probability(

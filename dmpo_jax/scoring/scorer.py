@@ -1,22 +1,38 @@
-"""`Scorer`, the protocol of all judges of images, and the scorers by name."""
+"""`Scorer`, the protocol of all judges of images."""
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.scoring.digits import DigitJudge
+
+
+class _Declared(type(Protocol)):
+    """isinstance finds attributes without computing them: a version may hash gigabytes.
+
+    Python's own does so from 3.12 on.
+    """
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        names = ("name", "version", "temperature", "uses_prompt", "check", "__call__")
+        missing = object()
+        return all(inspect.getattr_static(instance, n, missing) is not missing for n in names)
 
 
 @runtime_checkable
-class Scorer(Protocol):
+class Scorer(Protocol, metaclass=_Declared):
     """Scores images against their prompts, each image independently; higher is better.
 
     name, version: identify the scorer; scores are comparable only if both match.
-    temperature: of Bradley-Terry, for preferences from differences of its scores.
+    temperature: of Bradley-Terry, for preferences from differences of its scores; None if its
+        scores are of no such model.
     uses_prompt: False if the image alone decides.
+
+    One that embeds images may also have `features(images) -> float32 [N, D]` of length 1, from
+    which others compute how much images differ.
     """
 
     @property
@@ -24,36 +40,20 @@ class Scorer(Protocol):
     @property
     def version(self) -> str: ...
     @property
-    def temperature(self) -> float: ...
+    def temperature(self) -> float | None: ...
     @property
     def uses_prompt(self) -> bool: ...
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raises ValueError for the first prompt that it cannot judge; called before sampling."""
+        """Raises ValueError if it cannot judge, or not one of the prompts.
+
+        Called with all prompts before sampling.
+        """
         ...
 
     def __call__(
         self, images: UInt8[np.ndarray, "N H W 3"], prompts: Sequence[str]
     ) -> Float32[np.ndarray, " N"]: ...
-
-
-# The two digit judges are of different kinds and fitted on different halves of the digits, so
-# that an image that fools one does not also fool the other.
-SCORERS: dict[str, Callable[[], Scorer]] = {
-    "digits_svm": lambda: DigitJudge("digits_svm", "svm"),
-    "digits_forest": lambda: DigitJudge("digits_forest", "forest"),
-}
-
-
-def make_scorer(name: str) -> Scorer:
-    """Returns the scorer of that name; loads nothing before its first call.
-
-    Raises:
-        ValueError: the name is unknown; lists the known names.
-    """
-    if name not in SCORERS:
-        raise UserError(f"scorer {name!r} is unknown; there are {', '.join(sorted(SCORERS))}")
-    return SCORERS[name]()
 
 
 def rehearse(scorer: Scorer, size: tuple[int, int], prompts: Sequence[str]) -> None:

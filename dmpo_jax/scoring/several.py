@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.scoring.scorer import Scorer, make_scorer
+from dmpo_jax.scoring.named import make_scorer
+from dmpo_jax.scoring.scorer import Scorer
 
 
 def make_scorers(specs: Iterable[str]) -> dict[str, Scorer]:

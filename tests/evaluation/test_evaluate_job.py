@@ -16,7 +16,7 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.evaluation import scores as scores_module
 from dmpo_jax.evaluation.models import Model, find_images, list_models
 from dmpo_jax.jobs import evaluate as job
-from dmpo_jax.scoring import scorer as scorer_module
+from dmpo_jax.scoring import named
 from tests.support import launched, outside_family
 from tests.support.drawn import Killed, contents, quickly
 
@@ -58,7 +58,7 @@ class Light:
 def judges(monkeypatch):
     made = {"brightness": Light("brightness", 999), "left": Light("left", 16)}
     for name, judge in made.items():
-        monkeypatch.setitem(scorer_module.SCORERS, name, lambda judge=judge: judge)
+        monkeypatch.setitem(named.SCORERS, name, lambda judge=judge: judge)
     return made
 
 

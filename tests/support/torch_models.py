@@ -99,7 +99,8 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * (0.1 * parameter.std().nan_to_num(0.0) + 0.03))
+            spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.add_(noise * (0.1 * spread + 0.03))
     return model.eval()
 
 
