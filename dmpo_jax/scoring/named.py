@@ -58,7 +58,7 @@ def make_scorer(name: str) -> Scorer:
     if name in built_in:
         return built_in[name]()
     known = ", ".join([*sorted(built_in), *(f"{kind}:FOLDER" for kind in KINDS)])
-    near = difflib.get_close_matches(kind, [*built_in, *KINDS], n=1)
+    near = difflib.get_close_matches(kind, [*built_in, *KINDS], n=1, cutoff=0.7)
     hint = f" (did you mean {near[0]}{':FOLDER' * (near[0] in KINDS)}?)" if near else ""
     raise UserError(
         f"scorer {name!r} is unknown{hint}; there are {known}, and PATH.py:FUNCTION of your own"

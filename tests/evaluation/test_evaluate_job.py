@@ -26,7 +26,7 @@ LEAVES = {
     "sample.guidance_scale": 1.0,
     "sample.batch_size": 8,
     "evaluate.images_per_prompt": 3,
-    "evaluate.judges": ("brightness", "left"),
+    "evaluate.judges": ("light", "left"),
 }
 
 
@@ -56,7 +56,7 @@ class Light:
 
 @pytest.fixture
 def judges(monkeypatch):
-    made = {"brightness": Light("brightness", 999), "left": Light("left", 16)}
+    made = {"light": Light("light", 999), "left": Light("left", 16)}
     for name, judge in made.items():
         monkeypatch.setitem(named.SCORERS, name, lambda judge=judge: judge)
     return made
@@ -104,7 +104,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
 ):
     batches, switch = run.batches, run.switch
     run(prompts, tmp_path / "whole", other)
-    unbroken, judged = len(batches), judges["brightness"].asked
+    unbroken, judged = len(batches), judges["light"].asked
     assert unbroken == 6
     whole = contents(tmp_path / "whole")
     for at in (0, 3):
@@ -142,16 +142,16 @@ def test_the_result_compares_by_prompt_and_category(run, prompts, other, judges,
         assert set(row["images"]) == {"base", "policy"}
         with Image.open(tmp_path / "out" / row["images"]["policy"]) as image:
             mean = np.asarray(image, np.float32).mean()
-        score = row["scores"]["brightness"]
+        score = row["scores"]["light"]
         assert abs(score["policy"] - mean) < 1e-2
         wins[row["prompt"]].append((np.sign(score["policy"] - score["base"]) + 1) / 2)
-    entry = result["comparisons"]["policy"]["overall"]["brightness"]
-    assert entry == result["judges"]["brightness"]
+    entry = result["comparisons"]["policy"]["overall"]["light"]
+    assert entry == result["judges"]["light"]
     assert entry["win_rate"] == pytest.approx(np.mean([np.mean(w) for w in wins.values()]))
     assert (entry["prompts"], entry["images_per_prompt"]) == (7, 3)
     parts = result["comparisons"]["policy"]["categories"]
     assert {name: part["left"]["prompts"] for name, part in parts.items()} == {"even": 4, "odd": 3}
-    assert result["scorers"]["brightness"]["primary"]
+    assert result["scorers"]["light"]["primary"]
     assert not result["scorers"]["left"]["primary"]
     assert set(result["diversity"]) == {"base", "policy"}
     protocol = result["protocol"]
@@ -183,7 +183,7 @@ def test_images_of_others_several_models_and_given_scores(run, prompts, other, j
     again = run(prompts, tmp_path / "out", models, scores=[f"hpsv3:{given}"])
     assert len(batches) == drawn
     assert judges["left"].asked == asked + 7  # the rehearsal: nothing is scored again
-    assert again["judges"]["brightness"]["win_rate"] == first["judges"]["brightness"]["win_rate"]
+    assert again["judges"]["light"]["win_rate"] == first["judges"]["light"]["win_rate"]
     assert "hpsv3" in again["judges"]
     for text, message in (
         ("\n".join(lines[1:]), r"--scores=hpsv3 has no score of images/base/00000\.png"),
