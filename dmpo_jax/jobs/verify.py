@@ -1,6 +1,5 @@
-"""Verifies a folder that a job has written: encoded pairs, a run, a pipeline, collected pairs."""
+"""Verifies a folder that a job has written: pairs, a run, a pipeline, drawn images."""
 
-import functools
 import logging
 from collections.abc import Callable, Iterable
 
@@ -10,6 +9,8 @@ from etils import epath
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data.encoded import records
 from dmpo_jax.errors import UserError
+from dmpo_jax.sampling.gallery import verify_images
+from dmpo_jax.sampling.store import PLAN
 from dmpo_jax.training.verify import verify_checkpoints
 
 LOG = logging.getLogger(__name__)
@@ -48,9 +49,10 @@ def _findings(folder: epath.Path) -> Findings:
     for name, look in KINDS:
         if (folder / name).exists():
             yield from look(folder)
-    for inner in ("encoded", "export", "lora"):  # of a workdir
-        if (folder / inner).is_dir():
-            yield from _findings(folder / inner)
+    inner = [folder / name for name in ("encoded", "export", "lora")]  # of a workdir
+    for part in (*inner, *sorted(folder.glob("images/*"))):  # and of an evaluation
+        if part.is_dir():
+            yield from _findings(part)
 
 
 def _encoded(folder: epath.Path) -> Findings:
@@ -73,11 +75,8 @@ def _unfinished(folder: epath.Path) -> Findings:
 def _pipeline(folder: epath.Path) -> Findings:
     _, family = diffusers_io.load_family(folder)
     for part in (family.component, "vae", *(text.name for text in family.text)):
-        yield (
-            str(folder / part),
-            _fault(functools.partial(diffusers_io.check_finite, folder / part)),
-        )
-    yield str(folder), _fault(functools.partial(_load, folder))
+        yield str(folder / part), _fault(lambda path=folder / part: diffusers_io.check_finite(path))
+    yield str(folder), _fault(lambda: _load(folder))
 
 
 def _load(folder: epath.Path) -> None:
@@ -113,6 +112,7 @@ KINDS: tuple[tuple[str, Look], ...] = (
     ("parts", _unfinished),
     ("model_index.json", _pipeline),
     ("checkpoints", _checkpoints),
+    (PLAN, verify_images),
     _one(diffusers_io.LORA_FILE, lambda path: diffusers_io.check_finite(path.parent)),
     _one("pairs.parquet", _read_pairs),
     _one("config.json", storage.read_json),

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from dmpo_jax import storage
+from dmpo_jax.errors import UserError
 from dmpo_jax.sampling.images import image_grid, read_image, save_png
-from dmpo_jax.sampling.store import Drawing, draw
+from dmpo_jax.sampling.store import PLAN, Drawing, draw
 
 LOG = logging.getLogger(__name__)
 LIST = "images.jsonl"  # a line an image: its file, prompt and seed
@@ -64,6 +65,23 @@ def draw_gallery(
         rows = [{"file": name, **keeper.about(i)} for i, name in enumerate(names)]
         storage.write_bytes(out / LIST, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     return names
+
+
+def verify_images(folder: epath.Path) -> Iterator[tuple[str, str]]:
+    """Yields each drawn image of a folder and the folder itself, each with its fault or ""."""
+    plan, there = storage.find_json(folder / PLAN), storage.list_names(folder)
+    count = plan.get("count", 0) if isinstance(plan, dict) else 0
+    names = [f"{i:05}.png" for i in range(count)]
+    for name in filter(there.__contains__, names):
+        try:
+            read_image(folder / name)
+        except UserError as error:
+            yield str(folder / name), str(error)
+        else:
+            yield str(folder / name), ""
+    lost = len(set(names) - there)
+    undone = f"{lost} of {count} images are not drawn: run the same command again"
+    yield str(folder), undone if lost or not count else ""
 
 
 def write_grid(out: epath.Path, names: Sequence[str], prompts: Sequence[str]) -> epath.Path:

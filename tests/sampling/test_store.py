@@ -13,6 +13,7 @@ from dmpo_jax.config.configs import from_flat
 from dmpo_jax.data.prompt_files import load_prompts
 from dmpo_jax.errors import UserError
 from dmpo_jax.jobs import collect, sample
+from dmpo_jax.jobs.verify import verify
 from dmpo_jax.sampling import sampler as samplers
 from dmpo_jax.sampling import store
 from dmpo_jax.sampling.gallery import Pngs
@@ -136,3 +137,16 @@ def test_collected_pairs_hold_scores_and_what_the_model_was_given(monkeypatch, p
         assert row["scorer"] == "digits_svm"
         odds = 1 / (1 + np.exp(row["score_1"] - row["score_0"]))
         assert abs(row["label_0"] - odds) < 1e-6
+
+
+def test_verify_reads_every_image(monkeypatch, prompts, tmp_path):
+    quickly(monkeypatch)
+    run(sample.sample, prompts, tmp_path / "out")
+    assert len(verify(folder=tmp_path / "out")) == 22
+    image = tmp_path / "out" / "00004.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    with pytest.raises(UserError, match=r"00004\.png: image .* cannot be read"):
+        verify(folder=tmp_path / "out")
+    image.unlink()
+    with pytest.raises(UserError, match="1 of 21 images are not drawn"):
+        verify(folder=tmp_path / "out")
