@@ -58,6 +58,7 @@ DEPENDENCIES = [
 ]
 DIFFUSERS = "diffusers>=0.36,<0.43"  # tested with 0.42.1
 DATASETS = "datasets>=4.0,<6"  # tested with 5.2.0; hf: sources
+MATPLOTLIB = "matplotlib>=3.9,<4"  # tested with 3.11.2
 PEFT = "peft>=0.17,<0.22"  # tested with 0.21.2; what diffusers reads LoRA files with
 
 setup(
@@ -92,13 +93,14 @@ setup(
         # TFDS builds on many machines. Asks for older protobuf, pyarrow, pillow and beartype than
         # are newest (tested: 6.33.6, 25.0.1, 12.3.0, 0.22.9), so give it an environment of its own.
         "beam": ["apache-beam>=2.77,<3"],  # tested with 2.77.0
+        "report": [MATPLOTLIB],  # plots on the page of an evaluation, which has its tables anyway
         "wandb": ["wandb>=0.21,<1"],
         "test": [
             "accelerate>=1.10,<2",  # tested with 1.15.0; diffusers loads weights with it
             "beartype>=0.22,<0.24",  # tested with 0.23.1
             DATASETS,
             DIFFUSERS,
-            "matplotlib>=3.9,<4",  # tested with 3.11.2; pictures of benchmarks
+            MATPLOTLIB,  # pictures of benchmarks, and the plots above
             PEFT,
             "pyright==1.1.414",
             "pytest>=9,<10",  # tested with 9.2.0

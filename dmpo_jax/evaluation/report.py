@@ -16,6 +16,7 @@ from PIL import Image
 
 from dmpo_jax import storage
 from dmpo_jax.evaluation import plots
+from dmpo_jax.extras import install_hint
 from dmpo_jax.pages import templates
 
 THUMBNAIL = 384  # pixels of the longer side
@@ -169,6 +170,7 @@ def _render(result: Record, data: Record, *, total: int, single_file: bool) -> s
         folders=[{"model": name, **about} for name, about in result["models"].items()],
         diversity=[{"model": name, **found} for name, found in result.get("diversity", {}).items()],
         protocol=json.dumps(result.get("protocol"), indent=2, ensure_ascii=False),
+        install=install_hint("report"),
         total=total,
         shown=len(data["rows"]),
         single_file=single_file,

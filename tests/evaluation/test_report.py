@@ -98,6 +98,7 @@ def test_without_matplotlib_there_are_tables_alone(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = Page(write(tmp_path))
     assert not any(tag == "svg" for tag, _ in page.tags)
+    assert "Plots need matplotlib:" in page.texts
     assert sum(tag == "table" for tag, _ in page.tags) > 3
 
 
