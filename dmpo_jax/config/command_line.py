@@ -46,15 +46,19 @@ def log_to_console() -> None:
     """Prints this package's messages as plain lines, and other libraries' from warnings up."""
     handler = progress.ConsoleHandler()
     handler.setFormatter((logging.Formatter if _debugging() else _OneLine)("%(message)s"))
+    if not _debugging():
+        handler.addFilter(_is_news)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("dmpo_jax").setLevel(logging.INFO)
 
 
-class _OneLine(logging.Formatter):
-    """Drops tracebacks that libraries log, since `in_words` also receives the error.
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for errors of Orbax: it logs one in each thread that it passes, and then raises it."""
+    return record.levelno != logging.ERROR or "/orbax/" not in record.pathname
 
-    Orbax logs an error once for each thread that it passes through.
-    """
+
+class _OneLine(logging.Formatter):
+    """Drops tracebacks that libraries log, since `in_words` also receives the error."""
 
     def format(self, record: logging.LogRecord) -> str:
         return errors.printable(record.getMessage())

@@ -4,6 +4,7 @@ Orbax reports a failure only after waiting for the other processes, up to its ti
 These may themselves be waiting for this one's part.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.future import Future
+
+DRAIN = 10.0  # s that writes have to end once one has failed
 
 
 class Failure:
@@ -65,11 +68,47 @@ class _WatchedFuture(Future):
         return self._future.cancel()
 
 
+class _ArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Writes arrays. If one fails, the others end before the event loop of the save is closed.
+
+    Orbax closes it at the first error. tensorstore reports every write that ends later to the
+    loop, and prints a traceback because it is closed.
+    """
+
+    async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+        created = infos[0].await_path_creation
+
+        async def prepare() -> None:  # the first call in the event loop of the writes
+            _drain_at_close(asyncio.get_running_loop())
+            await created()
+
+        infos[0].await_path_creation = prepare
+        return await super().serialize(values, infos, args)
+
+
+def _drain_at_close(loop: Any) -> None:
+    close = loop.close
+
+    def drain() -> None:
+        # At least one round, in which `gather` learns of the errors after the first.
+        loop.run_until_complete(_wait_for_others())
+        close()
+
+    loop.close = drain
+
+
+async def _wait_for_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    if others:
+        await asyncio.wait(others, timeout=DRAIN)
+    await asyncio.sleep(0)
+
+
 def array_registry() -> Any:
     """Returns a type registry that has one device write an array under 1 MiB.
 
     By default every replica writes a slice of every array. With thousands of small ones on
     eight devices that costs six seconds per save.
     """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    arrays = _ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))

@@ -47,6 +47,13 @@ def run(act, *flags):
         ),
         ("raise KeyboardInterrupt", 130, "\nstopped; the same command resumes\n"),
         ("1 / 0", 1, "a thread failed\nthe disk is full\n"),
+        (
+            'said = {"pathname": "a/orbax/b.py", "levelno": logging.ERROR, "msg": "of a thread"}; '
+            "logging.getLogger().handle(logging.makeLogRecord(said)); "
+            'raise UserError("the disk is full")',
+            1,
+            "the disk is full\n",
+        ),
     ],
 )
 def test_what_the_user_can_act_on_is_all_that_is_said(act, status, said):
