@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -233,11 +234,23 @@ def local_copy(folder: epath.Path) -> Iterator[epath.Path]:
         yield epath.Path(local)
 
 
-def stage(folder: epath.Path, files: Mapping[str, int], kind: str) -> epath.Path:
-    """Copies a remote folder's files (name -> size) to a local folder that later runs reuse."""
-    key = hashlib.sha256(json.dumps([os.fspath(folder), files]).encode()).hexdigest()[:16]
-    local = epath.Path(tempfile.gettempdir()) / f"dmpo_jax-{kind}-{key}"
-    local.mkdir(parents=True, exist_ok=True)
+def stage(folder: epath.Path, files: Mapping[str, int], kind: str, content: str) -> epath.Path:
+    """Copies a remote folder's files (name -> size) to a local folder that later runs reuse.
+
+    Args:
+        content: a hash of what the files hold. Names and sizes do not tell two folders apart:
+            ArrayRecord pads its files.
+
+    Raises:
+        UserError: the local folder is another user's, who could have put anything there.
+    """
+    user = os.geteuid()
+    local = epath.Path(tempfile.gettempdir()) / f"dmpo_jax-{kind}-{user}-{content[:16]}"
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(local, 0o700)
+    about = os.lstat(local)
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != user:
+        raise UserError(f"{local}, for the copy of {folder}, is another user's: set TMPDIR")
     for name, size in files.items():
         target = local / name
         if target.exists() and target.stat().length == size:

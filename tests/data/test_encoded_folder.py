@@ -1,5 +1,6 @@
 """Tests for dmpo_jax/data/encoded/records.py."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -292,7 +293,43 @@ def test_remote_folders_are_written_and_read_through_local_copies(tmp_path, monk
     before = {p.name: p.stat().st_mtime_ns for p in staged.iterdir()}
     assert_same(records.open_pairs(bucket).prompts[2], list(make_prompts())[2])
     assert before == {p.name: p.stat().st_mtime_ns for p in staged.iterdir()}
+    assert os.stat(staged).st_mode & 0o77 == 0
     shutil.rmtree(staged)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_copy_of_other_pairs_at_the_same_place_is_not_reused(hashed, tmp_path, monkeypatch):
+    """Their names and sizes are equal."""
+    bucket, other = tmp_path / "bucket", tmp_path / "other"
+    write(bucket)
+    write(other, {"train": map(make_pair, reversed(range(40)))})
+    monkeypatch.setattr(storage, "is_remote", lambda path: "bucket" in epath.Path(path).parts)
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    for folder in (bucket, other) if not hashed else ():
+        meta = dataclasses.replace(records.load_meta(folder), hashes={})
+        meta.save(folder)
+    first = records.open_pairs(bucket)
+    files = first.meta.files
+    shutil.rmtree(bucket)
+    other.rename(bucket)
+    second = records.open_pairs(bucket)
+    assert second.meta.files == files
+    assert_same(first.split("train")[0], make_pair(0))
+    assert_same(second.split("train")[0], make_pair(39))
+
+
+def test_a_copy_that_another_user_made_is_refused(tmp_path, monkeypatch):
+    bucket = tmp_path / "bucket"
+    monkeypatch.setattr(storage, "is_remote", lambda path: "bucket" in epath.Path(path).parts)
+    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    write(bucket)
+    records.open_pairs(bucket)
+    (staged,) = tmp_path.glob("dmpo_jax-*")
+    target = tmp_path / "theirs"
+    staged.rename(target)
+    staged.symlink_to(target)  # as another user could leave it
+    with pytest.raises(ValueError, match=r"is another user's: set TMPDIR"):
+        records.open_pairs(bucket)
 
 
 def test_imports_neither_tensorflow_nor_torch(tmp_path):

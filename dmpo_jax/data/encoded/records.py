@@ -183,8 +183,15 @@ def open_pairs(folder: epath.PathLike) -> "EncodedPairs":
     folder = epath.Path(folder)
     meta = load_meta(folder)
     if storage.is_remote(folder) and not os.fspath(folder).startswith("gs://"):
-        folder = storage.stage(folder, meta.files, NAME)
+        folder = storage.stage(folder, meta.files, NAME, _content(folder, meta))
     return EncodedPairs(folder, meta)
+
+
+def _content(folder: epath.Path, meta: EncodedMeta) -> str:
+    """Returns a hash of a folder's content; of samples where encoded.json has no hashes."""
+    if meta.hashes:
+        return storage.hash_json(meta.to_json())
+    return storage.hash_json({name: storage.sample_file(folder / name) for name in meta.files})
 
 
 def load_meta(folder: epath.PathLike) -> EncodedMeta:
