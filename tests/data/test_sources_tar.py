@@ -114,6 +114,41 @@ def test_large_shards_are_cut_and_prompts_read_no_image(tmp_path, monkeypatch):
     assert read == ["1000.json"]
 
 
+class Opened:
+    """A tar file, and the headers that are read from it."""
+
+    def __init__(self, monkeypatch):
+        self.headers, original = 0, tarfile.TarInfo.fromtarfile.__func__
+
+        def counted(kind, tar):
+            self.headers += 1
+            return original(kind, tar)
+
+        monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(counted))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_unit_reads_no_header_before_it(kind, known, tmp_path, monkeypatch):
+    """Names of 150 letters have headers of their own."""
+    monkeypatch.setattr(web_dataset, "UNIT_PAIRS", 10)
+    monkeypatch.setattr(tarfile.TarFile, "format", kind)
+    samples = [sample(i) for i in range(200)]
+    for one in samples:
+        one["__key__"] = "k" * 150 + one["__key__"]
+    write(tmp_path / "a.tar", samples)
+    source = sources.open_source(f"webdataset:{tmp_path}")
+    units = source.units()
+    assert len(units) == 20
+    whole = check_units(source, 200)
+    if not known:  # as a worker that was only told its units
+        source = sources.open_source(f"webdataset:{tmp_path}")
+        list(source.read(units[3]))
+    opened = Opened(monkeypatch)
+    assert [pair for unit in units for pair in source.read(unit)] == whole
+    assert opened.headers <= 2 * 3 * (200 + 2 * 20)  # of a name and of a file, thrice a sample
+
+
 def test_bad_samples_are_skipped_by_reason(tmp_path, monkeypatch):
     bad = [
         ("no image", {"jpg_0": b""}),

@@ -1,14 +1,16 @@
 """Pairs in tar shards in WebDataset's layout."""
 
+import array
 import concurrent.futures
 import contextlib
 import functools
 import itertools
 import json
 import math
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -36,10 +38,12 @@ _BLOCK = 512  # bytes of a tar header
 class Sample(NamedTuple):
     """The members of one key in a shard.
 
-    texts: by kind (json, txt, ...). images: by role (0, 1, chosen, ...). twice: roles that recur.
+    start: byte of the first member's header. texts: by kind (json, txt, ...).
+    images: by role (0, 1, chosen, ...). twice: roles that recur.
     """
 
     key: str
+    start: int
     texts: dict[str, tarfile.TarInfo]
     images: dict[str, tarfile.TarInfo]
     twice: list[str]
@@ -48,6 +52,13 @@ class Sample(NamedTuple):
     def pairs(self) -> int:
         """Upper bound on the sample's pairs."""
         return max(math.comb(sum(map(str.isdigit, self.images)), 2), 1)
+
+
+class Index(NamedTuple):
+    """Samples of a shard: `Sample.start` of each, and an upper bound on its pairs."""
+
+    starts: Sequence[int]
+    pairs: Sequence[int]
 
 
 class WebDatasetSource(Source):
@@ -72,13 +83,13 @@ class WebDatasetSource(Source):
     def __init__(self, path: epath.PathLike, ties: str = "keep", allow_outside: bool = False):
         super().__init__(ties, allow_outside)  # a tar file names no others
         self._files = find_files(epath.Path(path), ".tar")
-        self._indices: list[list[int]] | None = None
+        self._indices: dict[str, Index] = {}
         self.layout = _find_layout(self._files, str(path))
         self.given = self.layout.given
 
     def units(self) -> list[Unit]:
         units = []
-        for file, pairs in zip(self._files, self._index(), strict=True):
+        for file, pairs in zip(self._files, self._pairs_by_file(), strict=True):
             size = UNIT_PAIRS // self._most(pairs)
             units += cut(file.name, file, len(pairs), size)
         return units
@@ -90,24 +101,31 @@ class WebDatasetSource(Source):
 
     def __len__(self) -> int:
         if len(self.layout.images) == 2:
-            return sum(map(len, self._index()))
-        return sum(map(sum, self._index()))
+            return sum(map(len, self._pairs_by_file()))
+        return sum(map(sum, self._pairs_by_file()))
 
-    def _most(self, pairs: list[int]) -> int:
+    def _most(self, pairs: Sequence[int]) -> int:
         return max(pairs, default=1) if len(self.layout.images) == 1 else 1
 
-    def _index(self) -> list[list[int]]:
-        """Returns, by file, an upper bound on each sample's pairs; reads only headers."""
-        if self._indices is None:
-            with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-                self._indices = list(pool.map(_count_pairs, self._files))
-        return self._indices
+    def _pairs_by_file(self) -> list[Sequence[int]]:
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            return [index.pairs for index in pool.map(self._index, self._files)]
+
+    def _index(self, file: epath.Path) -> Index:
+        """Returns the index of a shard; reads its headers once."""
+        name = os.fspath(file)
+        if name not in self._indices:
+            self._indices[name] = _read_index(file)
+        return self._indices[name]
 
     def _samples_of(self, unit: Unit) -> Iterator[tuple[tarfile.TarFile, str, Sample]]:
-        """Yields (shard, id, sample) of a unit."""
-        file, number = epath.Path(unit.file), 0
-        with _opened(file) as tar:
-            for number, sample in enumerate(_samples(tar, file), 1):
+        """Yields (shard, id, sample) of a unit; reads from its first sample on."""
+        file = epath.Path(unit.file)
+        starts = self._index(file).starts
+        number = unit.start if unit.start < len(starts) else 0
+        with _opened(file, starts[number] if number else 0) as tar:
+            for sample in _samples(tar, file):
+                number += 1
                 if number > unit.start:
                     yield tar, f"{file.name}:{sample.key}", sample
                 if number == unit.stop:
@@ -138,15 +156,24 @@ def _find_layout(files: list[epath.Path], path: str) -> columns.Layout:
     raise UserError(f"the shards at {path} hold no sample: members are KEY.jpg_0, ...")
 
 
-def _count_pairs(file: epath.Path) -> list[int]:
+def _read_index(file: epath.Path) -> Index:
+    starts, pairs = array.array("q"), array.array("l")
     with _opened(file) as tar:
-        return [sample.pairs for sample in _samples(tar, file)]
+        for sample in _samples(tar, file):
+            starts.append(sample.start)
+            pairs.append(sample.pairs)
+    return Index(starts, pairs)
 
 
 @contextlib.contextmanager
-def _opened(file: epath.Path) -> Iterator[tarfile.TarFile]:
-    """Opens a shard; raises ValueError if the shard, or data read from it, is damaged."""
+def _opened(file: epath.Path, start: int = 0) -> Iterator[tarfile.TarFile]:
+    """Opens a shard at the header that begins at byte `start`.
+
+    Raises:
+        ValueError: the shard, or data read from it, is damaged.
+    """
     with file.open("rb") as stream:
+        stream.seek(start)
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 yield tar
@@ -170,7 +197,7 @@ def _samples(tar: tarfile.TarFile, file: epath.Path) -> Iterator[Sample]:
             if key in keys:
                 raise UserError(f"{file}: the members of {shown(key)} should stand together")
             keys.add(key)
-            sample = Sample(key, {}, {}, [])
+            sample = Sample(key, info.offset, {}, {}, [])
         image = _IMAGE.fullmatch(what)
         role = what if image is None else image[1] or image[2]
         role = str(int(role)) if role.isdigit() else role
