@@ -16,6 +16,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from dmpo_jax import locks
 from dmpo_jax.data import sources
 from dmpo_jax.data.sources import counts, splits
 from dmpo_jax.data.sources.bad_records import TooManyBadError, decode_pair
@@ -146,6 +147,29 @@ def test_a_build_can_be_built_again(example, tmp_path):
     assert len(kept) == 90
     found = json.loads((again.data_path / "statistics.json").read_text())
     assert found["skipped"] == {"tie": 30}
+
+
+def test_two_builds_do_not_run_at_once(example, tmp_path, monkeypatch):
+    folder, _, builder = example
+    left = tmp_path / "preference_pairs" / "mine" / "incomplete.ABCDEF_1.0.0"
+    left.mkdir(parents=True)
+    (left / "shard").write_bytes(b"of a build that was killed")
+    refused = []
+
+    def write_shard(job, shard, write=build.write_shard):
+        write(job, shard)
+        with monkeypatch.context() as patch:  # as another process has it
+            patch.setattr(locks, "_held", {})
+            with pytest.raises(ValueError, match=r"preference_pairs/mine is in use by tfds build"):
+                built(folder, tmp_path)
+        refused.append(shard)
+
+    monkeypatch.setattr(build, "write_shard", write_shard)
+    assert_same_files(builder, built(folder, tmp_path))
+    assert refused
+    assert [p.name for p in left.parent.iterdir()] == ["1.0.0"]
+    monkeypatch.setattr(locks, "hold", None)
+    built(folder, tmp_path)  # it is built: nothing is written
 
 
 def test_shards_without_a_pair_have_no_file(tmp_path):

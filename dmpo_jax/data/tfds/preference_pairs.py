@@ -21,8 +21,10 @@ import os
 from typing import Any
 
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
 
+from dmpo_jax import locks
 from dmpo_jax.data import sources
 from dmpo_jax.data.sources.bad_records import Tally
 from dmpo_jax.data.sources.built import STATISTICS
@@ -81,6 +83,22 @@ class PreferencePairs(FileReaderBuilder):
             features=build.make_features(),
             disable_shuffling=True,
         )
+
+    def download_and_prepare(self, **settings: Any) -> None:
+        """Builds as TFDS does, unless it is built; takes its keywords.
+
+        Raises:
+            UserError: another process is building it.
+        """
+        wanted = settings.get("download_config") or tfds.download.DownloadConfig()
+        if self.data_path.exists() and not wanted.download_mode.overwrite_dataset:
+            super().download_and_prepare(**settings)  # reuses it, wherever it may not be written
+            return
+        folder = epath.Path(self.data_path).parent
+        with locks.hold(folder, "tfds build"):
+            for left in folder.glob(f"incomplete.*_{self.version}"):  # by a build that was killed
+                left.rmtree()
+            super().download_and_prepare(**settings)
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         if download_config.max_examples_per_split is not None or download_config.num_shards:
