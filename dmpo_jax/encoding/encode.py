@@ -57,7 +57,7 @@ def encode(settings: Settings, pipeline: diffusers_io.Pipeline, out: epath.PathL
     devices = meshes.make_mesh(devices=jax.local_devices())
     parts = encode_parts.make_parts(source.units(), settings.pairs_per_shard)
     if jax.process_index() == 0:  # which alone writes the plan and encoded.json
-        about["source_files"] = plans.sample_files(parts)
+        about["source_files"] = plans.sample_files(unit for part in parts for unit in part.units)
     work = Work(
         out=out,
         source=source,

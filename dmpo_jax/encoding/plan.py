@@ -13,7 +13,7 @@ from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import sources
 from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.meta import differences
-from dmpo_jax.encoding.parts import PARTS, Part, Work
+from dmpo_jax.encoding.parts import PARTS, Work
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import Family
 
@@ -115,15 +115,18 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
 
 def make_plan(work: Work, settings: Settings) -> dict[str, Any]:
     """Returns the settings that must match for a run to resume with the parts of another."""
-    units = hashlib.sha256(repr([list(map(tuple, part.units)) for part in work.parts]).encode())
+    units = [list(map(tuple, part.units)) for part in work.parts]
+    names = [[unit.name for unit in part.units] for part in work.parts]
     return {
         **work.about,
         "flipped": work.flip,
         "compute_dtype": jnp.dtype(settings.dtype).name,
         "pairs_per_shard": settings.pairs_per_shard,
         "parts": len(work.parts),
-        "source_units": units.hexdigest(),
-        "allow_outside": settings.allow_outside or None,  # absent from earlier plans
+        "source_units": hashlib.sha256(repr(units).encode()).hexdigest(),
+        # Absent from earlier plans:
+        "source_names": storage.hash_json(names),
+        "allow_outside": settings.allow_outside or None,
     }
 
 
@@ -140,7 +143,7 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
             (out / PARTS).rmtree()
         (out / PARTS).mkdir()
         storage.write_json(out / PARTS / PLAN, dict(plan))
-    elif said := _differences(found, plan):
+    elif said := _differences(found, _unmoved(found, plan)):
         raise UserError(
             f"{out} holds an unfinished encoding of another kind ({said}): delete it or choose "
             "another folder"
@@ -150,16 +153,17 @@ def begin(out: epath.Path, plan: Mapping[str, Any]) -> None:
         (out / records.MARKER).unlink(missing_ok=True)
 
 
-def sample_files(parts: Iterable[Part]) -> dict[str, str]:
+def sample_files(units: Iterable[sources.Unit]) -> dict[str, str]:
     """Returns {file of the source: sampled hash}."""
-    files = dict.fromkeys(unit.file for part in parts for unit in part.units)
+    files = dict.fromkeys(unit.file for unit in units)
     return {file: storage.sample_file(file) for file in files if epath.Path(file).is_file()}
 
 
 def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
     """True if `out` holds this encoding, complete; raises ValueError if it holds another.
 
-    A source that changed since makes another encoding; one that is gone does not matter.
+    A source that changed since makes another encoding. One that is gone, or that merely moved,
+    does not.
     """
     if not (out / records.MARKER).exists():
         return False
@@ -168,14 +172,41 @@ def is_done(out: epath.Path, about: Mapping[str, Any]) -> bool:
     except records.IncompleteError:
         return False
     have = meta.to_json()
-    there = [file for file in meta.source_files if epath.Path(file).is_file()]
-    have["source_files"] = {file: meta.source_files[file] for file in there}
-    now = {file: storage.sample_file(file) for file in there}
-    if said := _differences(have, {**about, "source_files": now}):
+    if meta.source == about["source"]:
+        there = [file for file in meta.source_files if epath.Path(file).is_file()]
+        have["source_files"] = {file: meta.source_files[file] for file in there}
+        now = {file: storage.sample_file(file) for file in there}
+    else:
+        now = sample_files(sources.open_source(about["source"], ties=about["ties"]).units())
+    if said := _differences(have, _unmoved(have, {**about, "source_files": now})):
         raise UserError(
             f"{out} holds another encoding ({said}): delete it, or choose another folder"
         )
     return True
+
+
+def _unmoved(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `want`, without its source if that is the source of `have` at another place.
+
+    It is if files of the same names have the same content, and are cut into the same units.
+    """
+    want = dict(want)
+    if "source_names" not in have:  # encoded.json has none, nor have earlier plans
+        want.pop("source_names", None)
+    theirs, ours = map(_contents, (have, want))
+    same_units = have.get("source_names") == want.get("source_names")
+    if theirs[1] and theirs == ours and same_units:
+        want = {k: v for k, v in want.items() if k not in ("source", "source_files")}
+        if "source_names" in have:
+            want.pop("source_units", None)
+    return want
+
+
+def _contents(about: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """Returns the kind of the source, and the name and the hash of each of its files."""
+    files = about.get("source_files") or {}
+    named = sorted((epath.Path(file).name, digest) for file, digest in files.items())
+    return str(about.get("source")).partition(":")[0], named
 
 
 def _differences(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,6 +288,30 @@ def test_another_encoding_is_refused(made, whole, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"unfinished encoding .*flipped: False there, True asked"):
         encode(made, tmp_path, flip=True)
     encode(made, whole)  # the same one: nothing to do
+
+
+def test_a_source_that_merely_moved_is_the_same(made, whole, tmp_path, monkeypatch):
+    source, model = made
+    before = files_of(whole)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(source.partition(":")[2], moved)
+    encode((f"pickapic:{moved}", model), whole)
+    assert files_of(whole) == before
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_pairs, "finish", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            encode(made, tmp_path / "out")
+    written = (tmp_path / "out" / records.shard_name("train", 0)).stat().st_mtime_ns
+    encode((f"pickapic:{moved}", model), tmp_path / "out")
+    assert (tmp_path / "out" / records.shard_name("train", 0)).stat().st_mtime_ns == written
+
+    sources.write_pick_a_pic(moved / "1.parquet", make_rows(ROWS[1], 99))
+    with pytest.raises(ValueError, match=r"another encoding .*1\.parquet"):
+        encode((f"pickapic:{moved}", model), whole)
+    (moved / "1.parquet").unlink()
+    with pytest.raises(ValueError, match=r"another encoding .*1\.parquet"):
+        encode((f"pickapic:{moved}", model), whole)
 
 
 def test_settings_that_do_not_exist_are_refused(made, tmp_path):
