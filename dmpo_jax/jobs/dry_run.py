@@ -11,6 +11,7 @@ from dmpo_jax import storage
 from dmpo_jax.config import checks, configs, step_settings
 from dmpo_jax.data.encoded.records import load_meta
 from dmpo_jax.diffusers_io import load_family
+from dmpo_jax.parallel.compilation import describe_cache
 from dmpo_jax.planning.report import GB, count_parts
 from dmpo_jax.planning.step import Model, make_planned
 
@@ -96,15 +97,6 @@ def about_training(
     yield f"  {describe_cache()}"
     for words in checks.advice(config, pairs or batch, planned.built.model_size()):
         yield f"  warning: {words}"
-
-
-def describe_cache() -> str:
-    """Describes JAX's cache of compiled programs."""
-    folder = jax.config.values["jax_compilation_cache_dir"]
-    if folder is None or storage.is_remote(folder):
-        return f"compilation cache: {folder or 'off'}"
-    count = len(list(epath.Path(folder).glob("jit_train_step-*-cache")))
-    return f"compilation cache: {folder}, {count} training steps; any other one is compiled first"
 
 
 def check_writable(workdir: epath.Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from dmpo_jax.errors import UserError
+from dmpo_jax.parallel.compilation import describe_cache
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
 from dmpo_jax.training.metrics import MetricsWriter
@@ -25,10 +26,7 @@ MEASURED = frozenset(
     "seconds_compile compiled_from_cache seconds_to_first_step device_memory_gb "
     "device_memory_peak_gb host_memory_gb host_memory_peak_gb".split()
 )
-COMPILING = (
-    "compiling the step: about a minute for a small model, 10 for a full-size one, or seconds "
-    "from the compilation cache ..."
-)
+COMPILING = "compiling the step: about a minute for a small model, 10 for a full-size one (%s) ..."
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -112,7 +110,7 @@ class Watch:
             if event == _CACHE_HIT:
                 hits.append(event)
 
-        LOG.info(COMPILING)
+        LOG.info(COMPILING, describe_cache())
         with self.timed("compile"):
             lowered = jitted.lower(*arguments)
             jax.monitoring.register_event_listener(listen)

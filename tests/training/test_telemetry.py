@@ -13,6 +13,7 @@ import pytest
 import rich.console
 from etils import epath
 
+from dmpo_jax.parallel import compilation
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
 from dmpo_jax.training import telemetry as watch
@@ -145,11 +146,17 @@ def test_what_a_hook_measures_is_shown(make_rig, caplog):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_compiling_is_timed_and_is_no_part_of_the_first_step(make_rig, caplog, cached):
+def test_compiling_is_timed_and_is_no_part_of_the_first_step(
+    make_rig, caplog, cached, tmp_path, monkeypatch
+):
     rig = make_rig()
+    (tmp_path / "jit_train_step-0-cache").write_bytes(b"")
+    monkeypatch.setattr(compilation, "cache_folder", lambda: str(tmp_path))
 
     def compile():
-        assert "compiling the step: about a minute" in caplog.text  # said before, not after
+        # Said before, not after, and no more than is known.
+        assert "compiling the step: about a minute" in caplog.text
+        assert f"compilation cache: {tmp_path}, 1 training steps; any other one" in caplog.text
         rig.now += 7.0
         if cached:
             jax.monitoring.record_event("/jax/compilation_cache/cache_hits")
