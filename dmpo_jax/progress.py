@@ -17,6 +17,7 @@ import rich.text
 LOG = logging.getLogger(__name__)
 EVERY = 30.0  # seconds between two lines about one activity
 _bars: list["_Bar"] = []  # the one on the terminal, if any
+_activities: list[threading.Event] = []  # their ends, the innermost last
 
 
 @functools.cache
@@ -175,21 +176,27 @@ def stop_bars() -> None:
 
 @contextlib.contextmanager
 def reported(what: str, *, at_start: bool = True) -> Iterator[None]:
-    """Logs an activity, at its start and every `EVERY` seconds: compiling takes minutes."""
+    """Logs an activity, at its start and every `EVERY` seconds: compiling takes minutes.
+
+    Of activities within each other the innermost alone is logged.
+    """
     done, began = threading.Event(), time.monotonic()
 
     def watch() -> None:
         while not done.wait(EVERY):
-            LOG.info("%s, %.0f s", what, time.monotonic() - began)
+            if _activities[-1:] == [done]:
+                LOG.info("%s, %.0f s", what, time.monotonic() - began)
 
     thread = threading.Thread(target=watch, daemon=True)
     if at_start:
         LOG.info("%s ...", what)
+    _activities.append(done)
     thread.start()
     try:
         yield
     finally:
         done.set()
+        _activities.remove(done)
         thread.join()
 
 

@@ -143,6 +143,17 @@ def test_off_a_terminal_a_long_activity_says_that_it_goes_on(monkeypatch, caplog
     assert caplog.messages[0] == "compiling the step, 0 s"
 
 
+def test_of_activities_within_each_other_the_innermost_speaks(monkeypatch, caplog):
+    monkeypatch.setattr(progress_bar, "EVERY", 0.05)
+    with caplog.at_level(logging.INFO), progress_bar.reported("sampling", at_start=False):
+        with progress_bar.reported("first batch, compiling", at_start=False):
+            time.sleep(0.12)
+        inner = list(caplog.messages)
+        time.sleep(0.12)
+    assert set(inner) == {"first batch, compiling, 0 s"}
+    assert set(caplog.messages[len(inner) :]) == {"sampling, 0 s"}
+
+
 def test_what_ends_a_job_is_printed_below_its_bar():
     """The bar of a generator's job is still there while its consumer's error is printed."""
     out = console(terminal=True)
