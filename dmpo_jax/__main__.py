@@ -3,6 +3,7 @@
 Imports little, so that an unknown command is rejected before JAX is imported.
 """
 
+import difflib
 import sys
 
 from dmpo_jax.errors import in_words
@@ -38,7 +39,9 @@ def main(name: str = "") -> None:
             if asked:
                 print(usage)
             else:
-                print(f"dmpo-jax: there is no command {argv[0]!r}\n{usage}", file=sys.stderr)
+                near = difflib.get_close_matches(argv[0], NAMES, 1, 0)[0]
+                words = f"there is no command {argv[0]!r}; did you mean {near}?"
+                print(f"dmpo-jax: {words}\n{usage}", file=sys.stderr)
             sys.exit(0 if asked and argv else 1)
         name, *argv = argv
         called = f"dmpo-jax {name}"

@@ -7,7 +7,7 @@ an update. Here it is already scaled: `optimizer.learning_rate` is the rate appl
 
 from typing import Any, NamedTuple
 
-from dmpo_jax.config.configs import Config
+from dmpo_jax.config.configs import Config, nearest
 from dmpo_jax.errors import UserError
 
 PAIRS = 2048  # per update, in all recipes
@@ -90,6 +90,9 @@ def apply(config: Config, name: str) -> Config:
         ValueError: unknown name; the message lists the recipes.
     """
     if name not in RECIPES:
-        raise UserError(f"the published recipes are {', '.join(RECIPES)}, but got {name!r}")
+        raise UserError(
+            f"there is no published recipe {name!r}; did you mean {nearest(name, RECIPES)!r}? "
+            f"There are {', '.join(RECIPES)}"
+        )
     config.update_from_flattened_dict(RECIPES[name].leaves)
     return config

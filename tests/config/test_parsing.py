@@ -78,6 +78,8 @@ def no_gcsfs(monkeypatch):
             "--config.data.source: gs://b/x needs a package",
         ),
         ("--config=sd15_dpmo", "no config of this name; did you mean --config=sd15_dmpo"),
+        ("--config=what", "no config of this name; did you mean --config="),
+        ("--config=published:sd15_dmop", "no published recipe .*; did you mean 'sd15_dmpo'"),
     ],
 )
 def test_a_wrong_flag_is_refused(flag, match):

@@ -105,7 +105,7 @@ def test_importing_the_package_imports_no_jax():
     [
         (["launch/train.py", "--config=sdxl_dmpo", "--config.train.stepz=3"], "train.steps?"),
         (["-m", "dmpo_jax", "train"], "--config must name a config"),
-        (["-m", "dmpo_jax", "trian"], "there is no command 'trian'"),
+        (["-m", "dmpo_jax", "trian"], "there is no command 'trian'; did you mean train?"),
         (["launch/evaluate.py", "--a=x", "--b=y", "--prompts=z"], "--out is required"),
         (["launch/sample.py", "--stepz=3"], "did you mean --steps?"),
     ],
