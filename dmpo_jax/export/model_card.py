@@ -180,6 +180,12 @@ def metrics(workdir: epath.Path, step: int, ema: bool) -> dict[str, Any]:
     return found
 
 
+def plain(text: str) -> str:
+    """Returns text on one line, without its HTML, links, images and columns of tables."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"[|\[\]`]", r"\\\g<0>", text)
+
+
 def table(rows: dict[str, Any]) -> str:
     def shown(value: Any) -> str:
         if isinstance(value, list | tuple):
@@ -187,7 +193,7 @@ def table(rows: dict[str, Any]) -> str:
         text = f"{value:.6g}" if isinstance(value, float) else str(value)
         if "/" in text:
             text = public(text)
-        return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+        return plain(text)
 
-    lines = [f"| {name} | {shown(value)} |" for name, value in rows.items()]
+    lines = [f"| {plain(name)} | {shown(value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

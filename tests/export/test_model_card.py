@@ -81,6 +81,8 @@ def test_only_hub_ids_are_named_whole(text, shown):
 def test_what_a_source_says_of_itself_is_no_markup():
     shown = model_card.table({"source": "a\n## Hacked <img src=x> | b"})
     assert shown.endswith("| source | a ## Hacked &lt;img src=x&gt; \\| b |")
+    shown = model_card.table({"a\n## b": "![x](evil)", "c": "`d`"})
+    assert shown.endswith("| a ## b | !\\[x\\](evil) |\n| c | \\`d\\` |")
 
 
 def test_a_fork_says_where_it_comes_from(workdir, pipeline):
