@@ -4,7 +4,9 @@
 hour.
 """
 
+import collections
 import functools
+import itertools
 import os
 import random
 import signal
@@ -15,9 +17,10 @@ import pytest
 
 from dmpo_jax import locks
 from tests.support.every_job import JOBS, contents, make_given
+from tests.support.forked import Forked
 
 pytestmark = pytest.mark.slow
-KILLS, FILLS = 15, 20  # of each job
+KILLS, FILLS, TRIALS = 15, 20, 50  # of each job
 
 
 @pytest.fixture(scope="module")
@@ -113,24 +116,53 @@ def test_a_full_disk_is_named_and_room_is_all_it_takes(job, given, whole, disk, 
 
 
 @pytest.mark.parametrize("first", [job for job in JOBS if job != "tfds"])
-def test_a_second_writer_is_refused_and_changes_nothing(first, given, whole, tmp_path):
-    """Every other command tries while the first one runs."""
-    out, refused = tmp_path / "out", 0
-    others = [job for job in JOBS if job != "tfds"]
-    with given.start(first, out) as process:
-        while not (out / locks.NAME).exists():
-            assert process.poll() is None, process.communicate()[0]
-            time.sleep(0.01)
-        process.send_signal(signal.SIGSTOP)  # it holds the folder all the while
-        for other in others:
-            second = given.start(other, out)
-            said = second.communicate(timeout=300)[0]
-            assert second.returncode == 1, said
-            assert f"{out} is in use by {first} (process {process.pid} " in said
-            assert "Traceback" not in said
-            refused += 1
+def test_second_writers_are_refused_and_change_nothing(first, given, whole, tmp_path):
+    """Every other command tries, at many moments of the first one's runs."""
+    _, seconds = whole(first)
+    draw, moments, refused = random.Random(first), 0, collections.Counter()
+    with Forked(tmp_path) as forked:
+        for run in itertools.count():
+            out = tmp_path / str(run)
+            with given.start(first, out) as process:
+                while held(process, out / locks.NAME) and moments < TRIALS:
+                    for other in JOBS[:-1]:
+                        status, said = forked.run(given.command(other, out))
+                        assert status == 1, said
+                        assert f"{out} is in use by {first} (process {process.pid} " in said
+                        assert "Traceback" not in said
+                        refused[other] += 1
+                    moments += 1
+                    process.send_signal(signal.SIGCONT)
+                    time.sleep(draw.uniform(0, 2 * seconds / TRIALS))
+                process.send_signal(signal.SIGCONT)
+                said = process.communicate(timeout=600)[0]
+            assert process.returncode == 0, said
+            assert contents(out) == contents(whole(first)[0])
+            if moments == TRIALS:
+                break
+    print(f"{first}: at {moments} moments of {run + 1} runs refused {dict(refused)}")
+
+
+def test_a_second_build_is_refused_and_changes_nothing(given, whole, tmp_path):
+    """TFDS's folder is of a data set, not of all that lie beside it."""
+    out = tmp_path / "out"
+    folder = out / "preference_pairs" / "x"
+    with given.start("tfds", out) as process:
+        assert held(process, folder / locks.NAME)
+        said = given.start("tfds", out).communicate(timeout=300)[0]
+        assert f"{folder} is in use by tfds build (process {process.pid} " in said
+        assert "Traceback" not in said
         process.send_signal(signal.SIGCONT)
         said = process.communicate(timeout=600)[0]
     assert process.returncode == 0, said
-    assert contents(out) == contents(whole(first)[0])
-    print(f"{first}: {refused} other writers refused")
+    assert contents(out) == contents(whole("tfds")[0])
+
+
+def held(process, lock) -> bool:
+    """Waits for a job's lock and stops the job; False if it has ended, or gives the lock back."""
+    while process.poll() is None:
+        if lock.exists():
+            process.send_signal(signal.SIGSTOP)
+            return lock.exists()
+        time.sleep(0.01)
+    return False

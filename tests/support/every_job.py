@@ -53,23 +53,36 @@ class Given(NamedTuple):
         name = [] if job == "tfds" else [job]
         return [*name, *arguments, f"--{where}={out}"]
 
-    def start(self, job: str, out: pathlib.Path, **more) -> subprocess.Popen:
+    def reads(self, job: str) -> pathlib.Path:
+        """A file that the job reads."""
+        at = self.folder
+        return {
+            "encode": at / "pairs.parquet",
+            "tfds": at / "pairs.parquet",
+            "train": at / "encoded" / "encoded.json",
+            "convert": at / "run" / "config.json",
+        }.get(job, at / "prompts.txt")
+
+    def start(
+        self, job: str, out: pathlib.Path, environment: dict | None = None, **more
+    ) -> subprocess.Popen:
+        """Starts a job. environment: further variables. more: further arguments of Popen."""
         module = "dmpo_jax.data.tfds" if job == "tfds" else "dmpo_jax"
-        environment = {
+        variables = {
             **os.environ,
             "PYTHONPATH": str(launched.ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            **(environment or {}),
         }
         return subprocess.Popen(
             [sys.executable, "-m", module, *self.command(job, out)],
-            cwd=self.folder,
-            env=environment,
+            env=variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **more,
+            **{"cwd": self.folder, **more},
         )
 
 

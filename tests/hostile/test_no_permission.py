@@ -1,0 +1,74 @@
+"""Every command as a user who may not write its folder: one line that names it, before compiling.
+
+Root may write everywhere, so a second user runs them.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+
+import pytest
+
+from tests.support.every_job import JOBS, make_given
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root"),
+]
+NOBODY = 65534
+
+
+@pytest.fixture(scope="module")
+def given():
+    """In a folder that another user may enter, as pytest's may not be."""
+    folder = pathlib.Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    yield make_given(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def refused(given):
+    """(job, out) -> what nobody is told, in a line, without having compiled anything."""
+    home = pathlib.Path(tempfile.mkdtemp())
+    os.chown(home, NOBODY, NOBODY)
+
+    def run(job, out):
+        environment = {"HOME": str(home), "JAX_COMPILATION_CACHE_DIR": str(home / "cache")}
+        process = given.start(
+            job, out, environment, user=NOBODY, group=NOBODY, extra_groups=[], cwd=home
+        )
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 1, said
+        assert not list(home.glob("cache/*-cache")), "it has compiled"
+        (line,) = said.splitlines()
+        return line
+
+    yield run
+    shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_folder_that_may_not_be_written_is_named(job, given, refused):
+    theirs = given.folder / f"theirs_{job}"
+    theirs.mkdir(mode=0o755)
+    assert str(theirs) in refused(job, theirs)
+    assert str(theirs) in refused(job, theirs / "new")
+    assert not list(theirs.iterdir())
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_input_that_may_not_be_read_is_named(job, given, refused):
+    out = given.folder / f"out_{job}"
+    out.mkdir()
+    os.chown(out, NOBODY, NOBODY)
+    file = given.reads(job)
+    before = file.stat().st_mode
+    file.chmod(0)
+    try:
+        line = refused(job, out)
+    finally:
+        file.chmod(before)
+    assert str(file) in line or str(file.parent) in line
+    assert "ermission denied" in line
