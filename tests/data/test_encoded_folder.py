@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dmpo_jax import storage
+from dmpo_jax.data.batches.pipeline import make_batches
 from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.pair import chosen_first
 from dmpo_jax.errors import UserError
@@ -245,6 +246,30 @@ def test_a_damaged_copy_is_not_whole(tmp_path, damage):
     damage(tmp_path)
     with pytest.raises(ValueError, match="encoding did not finish"):
         records.open_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+@pytest.mark.parametrize("name", ["encoded_pairs-train", "prompts"])
+def test_a_damaged_record_names_its_file(name, num_threads, tmp_path):
+    """As training reads it. Sizes are right, so the folder opens."""
+    write(tmp_path, pairs_per_shard=20)
+    file = sorted(tmp_path.glob(f"{name}.array_record-*"))[-1]
+    content = bytearray(file.read_bytes())
+    last = max(i for i, byte in enumerate(content) if byte)
+    content[last] ^= 1
+    for i in range(last - 4000, last - 100):
+        content[i] ^= 1
+    file.write_bytes(content)
+    batches = make_batches(
+        records.open_pairs(tmp_path),
+        "train",
+        global_batch=40,
+        rows=range(40),
+        seed=0,
+        num_threads=num_threads,
+    )
+    with pytest.raises(UserError, match=rf"{file}, record \d+, cannot be read: .*dmpo-jax verify"):
+        next(batches)
 
 
 def test_a_whole_folder_is_kept_and_other_files_too(tmp_path):

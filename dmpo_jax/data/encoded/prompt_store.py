@@ -4,7 +4,6 @@ Prompt j is record j of the files `prompts.array_record-NNNNN` in their order. P
 empty prompt.
 """
 
-import operator
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -17,7 +16,7 @@ from jaxtyping import Float, Int
 
 from dmpo_jax.data.encoded.examples import read_example, write_example
 from dmpo_jax.data.encoded.meta import Arrays
-from dmpo_jax.data.encoded.shards import Shard, ShardWriter
+from dmpo_jax.data.encoded.shards import Shard, ShardWriter, read_record
 from dmpo_jax.errors import UserError
 
 PROMPTS = "prompts.array_record"
@@ -51,6 +50,7 @@ class PromptStore:
         names = [os.fspath(folder / shard_name(k)) for k in range(len(counts))]
         files: Any = [_Whole(f, 0, n, n) for f, n in zip(names, counts, strict=True)]
         self._source = ArrayRecordDataSource(files)
+        self._files = list(zip(names, counts, strict=True))
         if len(self._source) != total:
             raise UserError(f"{folder / PROMPTS} holds {len(self._source)} prompts, not {total}")
 
@@ -58,7 +58,7 @@ class PromptStore:
         return len(self._source)
 
     def __getitem__(self, j: int) -> PromptEmbedding:
-        record = self._source[checked_index(j, len(self))]
+        record = read_record(self._source, j, self._files)
         values = read_example(record, self._arrays)
         text = values.pop("text").decode()
         return PromptEmbedding(text, **values)
@@ -117,14 +117,6 @@ def check_floats(what: str, array: np.ndarray, dtypes: Sequence[str] = DTYPES) -
         raise UserError(f"{what} should be one of {dtypes}, but got {array.dtype.name}")
     if not np.isfinite(array).all():
         raise UserError(f"{what} is not finite: encode in float32, or with another VAE")
-
-
-def checked_index(i: int, length: int) -> int:
-    """Returns i as an int; raises IndexError, which ends a for loop, outside [0, length)."""
-    i = operator.index(i)
-    if not 0 <= i < length:
-        raise IndexError(f"index {i} is outside [0, {length})")
-    return i
 
 
 def _shapes(prompt: PromptEmbedding) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from dmpo_jax.data.encoded.pair import (
     make_features,
 )
 from dmpo_jax.data.encoded.prompt_store import PromptStore
-from dmpo_jax.data.encoded.shards import Shard
+from dmpo_jax.data.encoded.shards import Shard, read_record
 from dmpo_jax.data.tfds_folder import open_builder
 from dmpo_jax.errors import MissingFileError, UserError
 
@@ -241,21 +241,23 @@ class EncodedPairs:
             raise UserError(f"there is no split {name!r}, only {names}")
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         source = self._builder.as_data_source(name, deserialize_method=raw)
-        return PairSource(source, self.meta.arrays)
+        info = self._builder.info.splits[name]
+        files = list(zip(info.filepaths, info.shard_lengths, strict=True))
+        return PairSource(source, self.meta.arrays, files)
 
 
 class PairSource:
     """Random access to the pairs of one split; nothing is kept in memory."""
 
-    def __init__(self, source: Any, arrays: Arrays):
-        """source: records as bytes. arrays: specs of the arrays that they hold."""
-        self._source, self._arrays = source, arrays._asdict()
+    def __init__(self, source: Any, arrays: Arrays, files: Sequence[tuple[epath.PathLike, int]]):
+        """source: records as bytes. arrays: specs of what they hold. files: of `read_record`."""
+        self._source, self._arrays, self._files = source, arrays._asdict(), files
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, i: int) -> EncodedPair:
-        record = self._source[prompt_store.checked_index(i, len(self))]
+        record = read_record(self._source, i, self._files)
         values = read_example(record, self._arrays)
         return EncodedPair(
             id=values["id"].decode(),

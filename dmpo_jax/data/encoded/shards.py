@@ -1,13 +1,16 @@
-"""Writer of ArrayRecord files, atomic in local and remote folders.
+"""ArrayRecord files: a writer, atomic in local and remote folders, and reading a record.
 
 ArrayRecord writes only local files, so a remote file is written locally and copied.
 """
 
+import bisect
 import contextlib
+import itertools
+import operator
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -29,6 +32,32 @@ class Shard(NamedTuple):
     record_bytes: int
     size: int
     sha256: str
+
+
+def read_record(source: Any, i: int, files: Sequence[tuple[epath.PathLike, int]]) -> bytes:
+    """Returns a record of ArrayRecord files that follow one another.
+
+    Args:
+        source: gives their bytes, `source[i]`.
+        i: its number, from 0 on; IndexError, which ends a for loop, if there is none.
+        files: (path, number of records) of each.
+
+    Raises:
+        UserError: the file is damaged; names it and the record in it.
+    """
+    i = operator.index(i)
+    if not 0 <= i < len(source):
+        raise IndexError(f"index {i} is outside [0, {len(source)})")
+    try:
+        return source[i]
+    except RuntimeError as error:
+        starts = [0, *itertools.accumulate(count for _, count in files)]
+        file = bisect.bisect_right(starts, i) - 1
+        raise UserError(
+            f"{files[file][0]}, record {i - starts[file]}, cannot be read: {error}. The file is "
+            "damaged (dmpo-jax verify finds all that are): copy it again, or delete it and run "
+            "encode again"
+        ) from error
 
 
 class ShardWriter:
