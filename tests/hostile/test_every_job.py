@@ -8,6 +8,7 @@ import collections
 import functools
 import itertools
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -29,48 +30,60 @@ def given(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(given, tmp_path_factory):
+def forked(given, tmp_path_factory):
+    with Forked(tmp_path_factory.mktemp("said"), given.environment()) as forked:
+        yield forked
+
+
+@pytest.fixture(scope="module")
+def start(given, forked):
+    """(job, out) -> the job, running."""
+
+    def start(job, out):
+        name, *flags = given.command(job, out)
+        return forked.start(name, flags)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def finish(start):
+    def finish(job, out):
+        status, said = start(job, out).end()
+        assert status == 0, said
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def whole(finish, tmp_path_factory):
     """job -> (the folder of an unbroken run, its seconds)."""
 
     @functools.cache
     def of(job):
         folder = tmp_path_factory.mktemp(f"whole_{job}")
-        given.start(job, folder / "first").communicate()  # fills the compilation cache
+        finish(job, folder / "first")  # fills the compilation cache
         began = time.monotonic()
-        process = given.start(job, folder / "out")
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
+        finish(job, folder / "out")
         return folder / "out", time.monotonic() - began
 
     return of
 
 
-def finish(given, job, out) -> str:
-    process = given.start(job, out)
-    said = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, said
-    return said
-
-
 @pytest.mark.parametrize("job", JOBS)
-def test_a_killed_job_ends_with_the_same_bytes(job, given, whole, tmp_path):
+def test_a_killed_job_ends_with_the_same_bytes(job, start, finish, whole, tmp_path):
     """Three kills in a row before each rerun, at moments of the whole run's time."""
     want, seconds = whole(job)
     draw, killed = random.Random(job), 0
-    for i in range(KILLS // 3):
-        out = tmp_path / str(i)
+    for rerun in itertools.count():
+        out = tmp_path / str(rerun)
         for _ in range(3):
-            with given.start(job, out, start_new_session=True) as process:
-                try:
-                    process.wait(draw.uniform(0.2, 1.0) * seconds)
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    killed += 1
-        finish(given, job, out)
+            killed += start(job, out).kill_after(draw.uniform(0, 1) * seconds)
+        finish(job, out)
         assert contents(out) == contents(want)
-    print(f"{job}: {killed} kills, {KILLS // 3} reruns, the same bytes each time")
-    assert killed >= KILLS // 3
+        if killed >= KILLS:
+            break
+    print(f"{job}: {killed} kills, {rerun + 1} reruns, the same bytes each time")
 
 
 @pytest.fixture
@@ -91,7 +104,7 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_full_disk_is_named_and_room_is_all_it_takes(job, given, whole, disk, tmp_path):
+def test_a_full_disk_is_named_and_room_is_all_it_takes(job, start, finish, whole, disk):
     want, seconds = whole(job)
     needed = sum(f.stat().st_blocks for f in want.rglob("*")) // 2  # kB
     said_by, slowest = {}, 0.0
@@ -99,70 +112,59 @@ def test_a_full_disk_is_named_and_room_is_all_it_takes(job, given, whole, disk, 
         folder = disk(max(4, needed * k // FILLS))
         out = folder / "out"
         began = time.monotonic()
-        process = given.start(job, out)
-        said = process.communicate(timeout=600)[0]
+        status, said = start(job, out).end()
         slowest = max(slowest, time.monotonic() - began)
-        if process.returncode == 0:
+        if status == 0:
             break
         assert "Traceback" not in said, said
         assert str(folder) in said, said
         assert "No space left" in said or "disk is full" in said, said
-        said_by[k] = process.returncode
-    finish(given, job, disk(64 * needed) / "out")
+        said_by[k] = status
+    finish(job, disk(64 * needed) / "out")
     assert contents(out) == contents(want)
     assert said_by
     assert slowest < seconds + 60
     print(f"{job}: full at {len(said_by)} levels of {FILLS}, {slowest:.0f} s at most")
 
 
-@pytest.mark.parametrize("first", [job for job in JOBS if job != "tfds"])
-def test_second_writers_are_refused_and_change_nothing(first, given, whole, tmp_path):
-    """Every other command tries, at many moments of the first one's runs."""
-    _, seconds = whole(first)
+@pytest.mark.parametrize("first", JOBS)
+def test_second_writers_are_refused_and_change_nothing(first, start, whole, tmp_path):
+    """Every other command tries, at many moments of the first one's runs.
+
+    A TFDS build holds the folder of its data set alone: others may lie beside it.
+    """
+    want, seconds = whole(first)
     draw, moments, refused = random.Random(first), 0, collections.Counter()
-    with Forked(tmp_path) as forked:
-        for run in itertools.count():
-            out = tmp_path / str(run)
-            with given.start(first, out) as process:
-                while held(process, out / locks.NAME) and moments < TRIALS:
-                    for other in JOBS[:-1]:
-                        status, said = forked.run(given.command(other, out))
-                        assert status == 1, said
-                        assert f"{out} is in use by {first} (process {process.pid} " in said
-                        assert "Traceback" not in said
-                        refused[other] += 1
-                    moments += 1
-                    process.send_signal(signal.SIGCONT)
-                    time.sleep(draw.uniform(0, 2 * seconds / TRIALS))
-                process.send_signal(signal.SIGCONT)
-                said = process.communicate(timeout=600)[0]
-            assert process.returncode == 0, said
-            assert contents(out) == contents(whole(first)[0])
-            if moments == TRIALS:
-                break
+    for run in itertools.count():
+        out = tmp_path / str(run)
+        folder = out / "preference_pairs" / "x" if first == "tfds" else out
+        running = start(first, out)
+        while moments < TRIALS and held(running.pid, folder / locks.NAME):
+            for other in [first] if first == "tfds" else JOBS[:-1]:
+                status, said = start(other, out).end()
+                assert status == 1, said
+                assert f"{folder} is in use by {first}" in said
+                assert f"(process {running.pid} " in said
+                assert "Traceback" not in said
+                refused[other] += 1
+            moments += 1
+            os.kill(running.pid, signal.SIGCONT)
+            time.sleep(draw.uniform(0, 2 * seconds / TRIALS))
+        os.kill(running.pid, signal.SIGCONT)
+        status, said = running.end()
+        assert status == 0, said
+        assert contents(out) == contents(want)
+        if moments == TRIALS:
+            break
     print(f"{first}: at {moments} moments of {run + 1} runs refused {dict(refused)}")
 
 
-def test_a_second_build_is_refused_and_changes_nothing(given, whole, tmp_path):
-    """TFDS's folder is of a data set, not of all that lie beside it."""
-    out = tmp_path / "out"
-    folder = out / "preference_pairs" / "x"
-    with given.start("tfds", out) as process:
-        assert held(process, folder / locks.NAME)
-        said = given.start("tfds", out).communicate(timeout=300)[0]
-        assert f"{folder} is in use by tfds build (process {process.pid} " in said
-        assert "Traceback" not in said
-        process.send_signal(signal.SIGCONT)
-        said = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, said
-    assert contents(out) == contents(whole("tfds")[0])
-
-
-def held(process, lock) -> bool:
-    """Waits for a job's lock and stops the job; False if it has ended, or gives the lock back."""
-    while process.poll() is None:
+def held(pid, lock) -> bool:
+    """Waits for a job's lock and stops the job; False if it has ended, or given the lock back."""
+    state = pathlib.Path(f"/proc/{pid}/stat")
+    while state.read_text().rpartition(")")[2].split()[0] != "Z":
         if lock.exists():
-            process.send_signal(signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
             return lock.exists()
         time.sleep(0.01)
     return False

@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from tests.support.every_job import JOBS, make_given
+from tests.support.forked import Forked
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,25 +29,25 @@ def given():
     shutil.rmtree(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def refused(given):
     """(job, out) -> what nobody is told, in a line, without having compiled anything."""
-    home = pathlib.Path(tempfile.mkdtemp())
-    os.chown(home, NOBODY, NOBODY)
+    home = given.folder / "home"
+    (home / "cache").mkdir(parents=True)
+    for folder in (home, home / "cache"):
+        os.chown(folder, NOBODY, NOBODY)
+    environment = {"HOME": str(home), "JAX_COMPILATION_CACHE_DIR": str(home / "cache")}
+    with Forked(home, given.environment() | environment) as forked:
 
-    def run(job, out):
-        environment = {"HOME": str(home), "JAX_COMPILATION_CACHE_DIR": str(home / "cache")}
-        process = given.start(
-            job, out, environment, user=NOBODY, group=NOBODY, extra_groups=[], cwd=home
-        )
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode == 1, said
-        assert not list(home.glob("cache/*-cache")), "it has compiled"
-        (line,) = said.splitlines()
-        return line
+        def run(job, out):
+            name, *flags = given.command(job, out)
+            status, said = forked.start(name, flags, NOBODY).end()
+            assert status == 1, said
+            assert not list((home / "cache").iterdir()), "it has compiled"
+            (line,) = said.splitlines()
+            return line
 
-    yield run
-    shutil.rmtree(home)
+        yield run
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -30,7 +30,7 @@ class Given(NamedTuple):
     folder: pathlib.Path
 
     def command(self, job: str, out: pathlib.Path) -> list[str]:
-        """The command line of a job that writes `out`."""
+        """[job, flags ...] of a job that writes `out`."""
         at, digits = self.folder, str(PIPELINE)
         drawing = ["--steps=2", "--guidance_scale=1", "--batch_size=4", "--dtype=float32"]
         prompts = f"--prompts={at / 'prompts.txt'}"
@@ -50,8 +50,7 @@ class Given(NamedTuple):
             "convert": ([f"--checkpoint={at / 'run'}"], "out"),
             "tfds": ([f"--config={json.dumps({'name': 'x', 'source': pairs})}"], "data_dir"),
         }[job]
-        name = [] if job == "tfds" else [job]
-        return [*name, *arguments, f"--{where}={out}"]
+        return [job, *arguments, f"--{where}={out}"]
 
     def reads(self, job: str) -> pathlib.Path:
         """A file that the job reads."""
@@ -63,22 +62,24 @@ class Given(NamedTuple):
             "convert": at / "run" / "config.json",
         }.get(job, at / "prompts.txt")
 
-    def start(
-        self, job: str, out: pathlib.Path, environment: dict | None = None, **more
-    ) -> subprocess.Popen:
-        """Starts a job. environment: further variables. more: further arguments of Popen."""
-        module = "dmpo_jax.data.tfds" if job == "tfds" else "dmpo_jax"
-        variables = {
-            **os.environ,
+    def environment(self) -> dict[str, str]:
+        """The variables of a command, beside this process's own."""
+        return {
             "PYTHONPATH": str(launched.ROOT),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **(environment or {}),
         }
+
+    def start(
+        self, job: str, out: pathlib.Path, environment: dict | None = None, **more
+    ) -> subprocess.Popen:
+        """Starts a job. environment: further variables. more: further arguments of Popen."""
+        name, *flags = self.command(job, out)
+        module = ["dmpo_jax.data.tfds"] if job == "tfds" else ["dmpo_jax", name]
         return subprocess.Popen(
-            [sys.executable, "-m", module, *self.command(job, out)],
-            env=variables,
+            [sys.executable, "-m", *module, *flags],
+            env={**os.environ, **self.environment(), **(environment or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
