@@ -26,7 +26,7 @@ MEASURED = frozenset(
     "seconds_compile compiled_from_cache seconds_to_first_step device_memory_gb "
     "device_memory_peak_gb host_memory_gb host_memory_peak_gb".split()
 )
-COMPILING = "compiling the step: about a minute for a small model, 10 for a full-size one (%s) ..."
+COMPILING = "compiling the step: about a minute for a small model, 10 for a full-size one ..."
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 
@@ -110,7 +110,8 @@ class Watch:
             if event == _CACHE_HIT:
                 hits.append(event)
 
-        LOG.info(COMPILING, describe_cache())
+        LOG.info("%s", describe_cache())
+        LOG.info(COMPILING)
         with self.timed("compile"):
             lowered = jitted.lower(*arguments)
             jax.monitoring.register_event_listener(listen)
