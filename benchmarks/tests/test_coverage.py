@@ -49,4 +49,4 @@ def test_full_table(bench):
         for win_rate in bench.WIN_RATES:
             assert 0.93 <= bench.coverage(design, win_rate, 2000, 999) <= 0.97
     for design in bench.ITSELF[:3]:
-        assert 0.03 <= bench.named(design, 2000)["winner"] <= 0.07
+        assert 0.03 <= bench.named(design, 20_000)["winner"] <= 0.07
