@@ -65,7 +65,7 @@ def test_the_page_holds_all_figures_and_rows(tmp_path):
     for row in page.data["rows"]:
         for side, thumb in enumerate(row["thumbs"]):
             with Image.open(path.parent / thumb) as image:
-                assert image.getpixel((9, 9))[1] // 50 == 2 * side  # of the model in its place
+                assert (image.getpixel((9, 9))[1] > 50) == side  # of the model in its place
                 assert image.format == "WEBP"
                 assert image.width == (384 if row["number"] == 0 else 40)
     before = path.read_bytes()
