@@ -127,8 +127,8 @@ def agreement(scores: Mapping[str, Float[np.ndarray, " N"]]) -> list[dict[str, A
     found = []
     for a, b in itertools.combinations(scores, 2):
         varies = np.ptp(scores[a]) > 0 and np.ptp(scores[b]) > 0
-        rho, _ = scipy.stats.spearmanr(scores[a], scores[b]) if varies else (None, None)
-        found.append({"a": a, "b": b, "spearman": None if rho is None else float(rho)})
+        test: Any = scipy.stats.spearmanr(scores[a], scores[b]) if varies else None
+        found.append({"a": a, "b": b, "spearman": float(test.statistic) if varies else None})
     return found
 
 
@@ -274,5 +274,5 @@ def _sign_test(wins: int, losses: int) -> float:
 def _wilcoxon(differences: np.ndarray) -> float:
     if not differences.any():
         return 1.0
-    _, p = scipy.stats.wilcoxon(differences, zero_method="pratt")
-    return float(p)
+    test: Any = scipy.stats.wilcoxon(differences, zero_method="pratt")
+    return float(test.pvalue)
