@@ -4,6 +4,7 @@ A folder is flat: weights in safetensors, a config, and the tokenizer's files be
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from dmpo_jax import storage
 from dmpo_jax.diffusers_io import folders, tensor_files
 from dmpo_jax.diffusers_io.folders import some
 from dmpo_jax.diffusers_io.open_clip import CONFIG, transformers_config, transformers_names
@@ -59,6 +61,12 @@ class RewardFolder:
         """Files of weights."""
         found = [*folders.weight_files(self.path, self.stem, None)]
         return found if self.head is None else [*found, self.head]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A sha256 of the weights: one file's own, or over those of several."""
+        hashes = [storage.hash_file(file) for file in self.files]
+        return hashes[0] if len(hashes) == 1 else storage.hash_json(hashes)
 
 
 def find_weights(folder: epath.PathLike) -> tuple[epath.Path, str, epath.Path | None]:

@@ -45,10 +45,11 @@ class ClipScorer:
     def _configs(self) -> dict[str, Any]:
         """The config of each tower, checked against the headers of the weights."""
         with naming(self.kind):
-            towers = {"vision": reward_folders.load_vision_tower(self._found, abstract=True)}
+            found = {"vision": reward_folders.load_vision_tower(self._found, abstract=True).config}
             if self.uses_prompt:
-                towers["text"] = reward_folders.load_text_tower(self._found, abstract=True)
-        return {side: tower.config for side, tower in towers.items()}
+                text = reward_folders.load_text_tower(self._found, abstract=True)
+                found["text"] = text.config
+        return found
 
     @property
     def name(self) -> str:
@@ -60,7 +61,7 @@ class ClipScorer:
         side = f"-{vision.image_size}" if vision.image_size != 224 else ""
         return f"clip-vit-{letter}-{vision.patch_size}{side}"
 
-    @functools.cached_property
+    @property
     def version(self) -> str:
         """Hashes of weights and settings, and the preprocessing."""
         keys = ("hidden_act", "layer_norm_eps", "num_attention_heads")

@@ -45,7 +45,7 @@ class ImageRewardScorer:
             path, known = self._found.path, self._config.vocab_size
             return reward_folders.load_tokenizer(path, "bert", known)
 
-    @functools.cached_property
+    @property
     def version(self) -> str:
         """Hashes of weights and settings, and the preprocessing."""
         heads = [self._config.vision_heads, self._config.text_heads]

@@ -156,13 +156,9 @@ def naming(kind: str) -> Iterator[None]:
 def version_of(found: reward_folders.RewardFolder, kind: str, settings: Any) -> str:
     """Returns the sha256 of the weights, a digest of settings, and the preprocessing.
 
-    A single file's sha256 is the file's own; of several it is over theirs.
-
     settings: of the model, as far as the weights' shapes do not tell.
     """
-    hashes = [storage.hash_file(file) for file in found.files]
-    weights = hashes[0] if len(hashes) == 1 else storage.hash_json(hashes)
     how = PUBLISHED[kind]
     read = ("cleaned" if how.cleaned else "plain") if how.uses_prompt else "no"
     about = f"{how.pixels} pixels, {read} prompts"
-    return f"sha256 {weights}, model {storage.hash_json(settings)[:8]}, {about}"
+    return f"sha256 {found.digest}, model {storage.hash_json(settings)[:8]}, {about}"

@@ -43,7 +43,7 @@ def tokens(
 ) -> tuple[Int32[np.ndarray, "N S"], Int32[np.ndarray, "N S"]]:
     """Returns (ids, mask) of `length` tokens; longer prompts are cut before their end token."""
     found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    return tuple(np.asarray(found[key], np.int32) for key in ("input_ids", "attention_mask"))
+    return np.asarray(found["input_ids"], np.int32), np.asarray(found["attention_mask"], np.int32)
 
 
 def warn_of_long(name: str, tokenizer: Any, prompts: Sequence[str], length: int) -> None:

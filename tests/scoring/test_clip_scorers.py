@@ -1,5 +1,7 @@
 """The scorers by CLIP's embeddings give transformers' scores, in both namings of the weights."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -164,3 +166,29 @@ def test_shards_are_read(tmp_path):
     one, more = (make_scorer(f"pickscore:{tmp_path / name}") for name in ("one", "more"))
     more.check(PROMPTS)
     np.testing.assert_array_equal(one(images(), PROMPTS), more(images(), PROMPTS))
+
+
+def test_a_folder_of_transformers_4_is_read(folder, tmp_path):
+    """Its config states the towers twice, with generation's defaults; its weights hold buffers."""
+    path, model = folder
+    reward_folders.write_clip(tmp_path)
+    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+    for tower, count in (("text_model", 12), ("vision_model", 17)):
+        tensors[f"{tower}.embeddings.position_ids"] = torch.arange(count)[None]
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    junk = {"max_length": 20, "id2label": {"0": "LABEL_0"}, "top_k": 50, "typical_p": 1.0}
+    for side in ("text", "vision"):
+        own = config[f"{side}_config"]
+        twice = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        config[f"{side}_config_dict"] = {key: own.pop(key) for key in twice}
+        own |= {**junk, "hidden_size": 4096, "dropout": 0.0, "torch_dtype": None}
+    config |= {
+        "initializer_factor": 1.0,
+        "logit_scale_init_value": 2.6592,
+        "torch_dtype": "float32",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    old, new = make_scorer(f"pickscore:{tmp_path}"), make_scorer(f"pickscore:{path}")
+    old.check(PROMPTS)
+    np.testing.assert_array_equal(old(images(), PROMPTS), new(images(), PROMPTS))

@@ -278,6 +278,11 @@ def blip_models(seed: int = 0):
     torch.manual_seed(seed)
     seen = randomise(BlipVisionModel(vision), seed)
     read = randomise(BlipTextModel(text, add_pooling_layer=False), seed + 1)
+    with torch.no_grad():  # so small that a norm's epsilon tells
+        for parameter in seen.embeddings.parameters():
+            parameter.mul_(0.02)
+        read.embeddings.word_embeddings.weight.mul_(0.02)
+        read.embeddings.position_embeddings.weight.mul_(0.02)
     return seen, read, head_state(32, seed + 2)
 
 
