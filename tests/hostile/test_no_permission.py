@@ -64,6 +64,7 @@ def test_an_input_that_may_not_be_read_is_named(job, given, refused):
     out = given.folder / f"out_{job}"
     out.mkdir()
     os.chown(out, NOBODY, NOBODY)
+    given.command(job, out)  # has it made
     file = given.reads(job)
     before = file.stat().st_mode
     file.chmod(0)

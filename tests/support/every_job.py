@@ -25,13 +25,15 @@ UNCOMPARED = (
 
 
 class Given(NamedTuple):
-    """The commands' inputs: a folder of it, with the tiny model, its pairs and a run."""
+    """The commands' inputs: a folder with the tiny model, its pairs and a run."""
 
     folder: pathlib.Path
 
     def command(self, job: str, out: pathlib.Path) -> list[str]:
         """[job, flags ...] of a job that writes `out`."""
         at, digits = self.folder, str(PIPELINE)
+        if job == "convert":
+            self.train()
         drawing = ["--steps=2", "--guidance_scale=1", "--batch_size=4", "--dtype=float32"]
         prompts = f"--prompts={at / 'prompts.txt'}"
         pairs = f"pickapic:{at / 'pairs.parquet'}"
@@ -62,6 +64,12 @@ class Given(NamedTuple):
             "convert": at / "run" / "config.json",
         }.get(job, at / "prompts.txt")
 
+    def train(self) -> None:
+        """Takes the training run, if there is none."""
+        if not (self.folder / "run" / "export").exists():
+            said = self.start("train", self.folder / "run").communicate()[0]
+            assert (self.folder / "run" / "export").exists(), said
+
     def environment(self) -> dict[str, str]:
         """The variables of a command, beside this process's own."""
         return {
@@ -91,14 +99,11 @@ JOBS = ("collect", "encode", "train", "sample", "evaluate", "convert", "tfds")
 
 
 def make_given(folder: pathlib.Path) -> Given:
-    """Writes what the commands read; takes a training run."""
-    given = Given(folder)
+    """Writes what the commands read, but for the run that convert reads (`Given.train`)."""
     made = tiny.write(folder)
     (folder / "prompts.txt").write_text("a handwritten one\na handwritten two\n")
     launched.write_config(folder / "config.py", made, train__steps=6, log__tensorboard=True)
-    said = given.start("train", folder / "run").communicate()[0]
-    assert (folder / "run" / "export").exists(), said
-    return given
+    return Given(folder)
 
 
 def contents(out: pathlib.Path) -> dict[str, str]:

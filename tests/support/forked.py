@@ -11,12 +11,14 @@ import time
 from tests.support import launched
 
 SERVER = """
-import importlib, json, os, pkgutil, runpy, sys
+import importlib, json, os, pkgutil, runpy, sys, traceback
 from dmpo_jax import commands, jobs
 for module in pkgutil.iter_modules(jobs.__path__):
     importlib.import_module(f"dmpo_jax.jobs.{module.name}")
-for name in ("dmpo_jax.data.tfds.preference_pairs", "sklearn.svm", "sklearn.ensemble"):
+# What is imported late: another user may not be able to read it.
+for name in ("dmpo_jax.data.tfds", "tensorflow_datasets.scripts.cli.build", "sklearn.ensemble"):
     importlib.import_module(name)
+from transformers import AutoTokenizer, CLIPTokenizer
 
 def run(name, flags, file, user):
     said = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -39,6 +41,8 @@ def run(name, flags, file, user):
         if isinstance(status, str):
             print(status)
             status = 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
