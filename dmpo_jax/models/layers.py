@@ -3,6 +3,7 @@
 Every constructor takes `**kw`: dtype (compute), param_dtype and rngs.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,8 @@ ACTIVATIONS = {
     "relu": jax.nn.relu,
     "mish": jax.nn.mish,
     "gelu": lambda x: _gelu(x),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu-approximate": functools.partial(jax.nn.gelu, approximate=True),  # diffusers' name of it
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
@@ -145,6 +148,19 @@ class GroupNorm(nnx.GroupNorm):
 class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
         return jax.checkpoint(super().__call__)(x)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """Root-mean-square normalisation of the last axis, times `scale`. Statistics in float32."""
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        return jax.checkpoint(self._normalise)(x)
+
+    def _normalise(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * inverse * scale).astype(self.dtype or x.dtype)
 
 
 def group_norm(

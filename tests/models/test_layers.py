@@ -1,0 +1,48 @@
+"""Layers that several models share, against PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from dmpo_jax.models.layers import RMSNorm, activation
+
+LARGE = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32) * 300
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, 1e-2])
+def test_rms_norm(epsilon):
+    theirs = torch.nn.RMSNorm(16, eps=epsilon)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.linspace(-1, 2, 16))
+    ours = RMSNorm(16, epsilon=epsilon, rngs=nnx.Rngs(0))
+    ours.scale[...] = jnp.asarray(theirs.weight.detach().numpy())
+    for x in (LARGE, LARGE * 1e-5):
+        given = torch.tensor(x, requires_grad=True)
+        want = theirs(given)
+        (want**2).sum().backward()
+        np.testing.assert_allclose(ours(jnp.asarray(x)), want.detach(), rtol=2e-6, atol=1e-6)
+        slope = jax.grad(lambda x: (ours(x) ** 2).sum())(jnp.asarray(x))
+        scale = given.grad.abs().max().item()
+        np.testing.assert_allclose(slope, given.grad, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_rms_norm_computes_its_statistics_in_float32():
+    """Squares of 300 sum to what bfloat16 holds to two digits."""
+    ours = RMSNorm(16, epsilon=1e-6, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    got = ours(jnp.asarray(LARGE, jnp.bfloat16))
+    rounded = np.asarray(jnp.asarray(LARGE, jnp.bfloat16), np.float32)
+    want = rounded / np.sqrt((rounded**2).mean(-1, keepdims=True) + 1e-6)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(got, jnp.asarray(want, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("name", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh"), ("gelu-approximate", "tanh")]
+)
+def test_gelu(name, approximate):
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    want = torch.nn.functional.gelu(torch.tensor(x), approximate=approximate)
+    np.testing.assert_allclose(activation(name)(jnp.asarray(x)), want, atol=1e-6)
