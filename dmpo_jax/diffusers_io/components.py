@@ -9,8 +9,9 @@ from etils import epath
 from dmpo_jax.diffusers_io import folders
 from dmpo_jax.diffusers_io.weights import load_weights, save_weights
 from dmpo_jax.errors import UserError
-from dmpo_jax.families import FAMILIES, Family
+from dmpo_jax.families import FAMILIES, Family, without
 from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 
@@ -19,6 +20,7 @@ DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 TEXT_MODELS: dict[str, Callable[..., Any]] = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": functools.partial(CLIPTextModel, projection=True),
+    "T5EncoderModel": T5EncoderModel,
 }
 # CosXL scales its input image and has its own noise schedule. A refiner takes an aesthetic
 # score in place of the target size.
@@ -26,7 +28,7 @@ OTHER_CONDITIONING = ("is_cosxl_edit", "requires_aesthetics_score")
 
 
 def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
-    """Returns the folder and its family, from model_index.json.
+    """Returns the folder and its family, from model_index.json, less optional parts it lacks.
 
     Raises:
         ValueError: the folder or its index is missing; the pipeline class is not supported, or
@@ -40,7 +42,15 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
     for key in OTHER_CONDITIONING:
         if index.get(key):
             raise UserError(f"{path / 'model_index.json'} has {key}={index[key]}; supported: false")
-    return path, FAMILIES[kind]
+    family = FAMILIES[kind]
+    optional = [part.name for part in family.text if part.optional]
+    return path, without(family, frozenset(name for name in optional if _is_null(index, name)))
+
+
+def _is_null(index: Mapping[str, Any], part: str) -> bool:
+    """True if model_index.json says that the pipeline has no such part."""
+    library, *_ = index.get(part) or (None,)
+    return library is None
 
 
 def load_model(folder: epath.PathLike, **kw: Any) -> Any:

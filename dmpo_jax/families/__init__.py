@@ -1,15 +1,20 @@
 """Trainable pipelines: one `Family` record for each pipeline class."""
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.families import sdxl, stable_diffusion
+from dmpo_jax.families import sd3, sdxl, stable_diffusion
 from dmpo_jax.families.editing import SD_EDIT, SD_INPAINT, SDXL_EDIT, SDXL_INPAINT
-from dmpo_jax.families.family import Family, Published
+from dmpo_jax.families.family import Family, Published, without
+from dmpo_jax.families.sd3 import SD3
 from dmpo_jax.families.sdxl import SDXL
 from dmpo_jax.families.stable_diffusion import SD
 
 # Keyed by the pipeline class in model_index.json.
 FAMILIES: dict[str, Family] = {}
-PUBLISHED: dict[str, Published] = {**stable_diffusion.PUBLISHED, **sdxl.PUBLISHED}
+PUBLISHED: dict[str, Published] = {
+    **stable_diffusion.PUBLISHED,
+    **sdxl.PUBLISHED,
+    **sd3.PUBLISHED,
+}
 
 
 def register(family: Family) -> Family:
@@ -38,5 +43,5 @@ def family_named(name: str) -> Family:
     )
 
 
-for _family in (SD, SDXL, SD_EDIT, SDXL_EDIT, SD_INPAINT, SDXL_INPAINT):
+for _family in (SD, SDXL, SD_EDIT, SDXL_EDIT, SD_INPAINT, SDXL_INPAINT, SD3):
     register(_family)

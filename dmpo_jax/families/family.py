@@ -1,6 +1,7 @@
 """`Family`: everything specific to one kind of pipeline. Arrays only: no files."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ class TextPart(NamedTuple):
     template: wraps a prompt, as `str.format` does.
     masked: the encoder receives the attention mask.
     layers: number of layers to load of a deep encoder; None loads all.
+    optional: a pipeline may lack it (null in model_index.json). `tokens` zeros as wide as the
+        model's context then stand for its states.
     """
 
     name: str
@@ -28,6 +31,7 @@ class TextPart(NamedTuple):
     template: str = "{}"
     masked: bool = False
     layers: int | None = None
+    optional: bool = False
 
     @property
     def tokenizer(self) -> str:
@@ -84,13 +88,14 @@ class Given(NamedTuple):
 class Tiny(NamedTuple):
     """Configs of a random pipeline of about 100,000 parameters, for tests and debug runs.
 
-    model: changes to the toy's model config. text: part -> changes to the toy's text config.
-    scheduler: changes to the toy's scheduler config.
+    model: changes to the toy's UNet config, or all of another model's. text: part -> changes to
+    the toy's text config. vae, scheduler: changes to the toy's.
     """
 
     model: Mapping[str, Any]
     text: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any] = {}
+    vae: Mapping[str, Any] = {}
 
 
 def config_factors(vae: Any) -> tuple[Factor, Factor]:
@@ -107,7 +112,8 @@ class Family:
     """Everything in which one kind of pipeline differs from the others.
 
     name: our short name. pipeline: the class in model_index.json.
-    text: its text encoders, in order. embed: (encoders' outputs, their masks) -> Embedded.
+    text: its text encoders, in order, optional ones last. absent: optional ones that a pipeline
+        lacks (`without`). embed: (outputs of both in that order, their masks) -> Embedded.
     model: class of the trained component; component: its folder, and the prefix in LoRA files.
     predict: (model, latents [N H W C], times [N], Condition) -> prediction [N H W C].
     facts: the model's config.json -> Facts, with defaults filled in.
@@ -141,6 +147,7 @@ class Family:
     torch_class: str
     torch_inputs: Callable[[Any, Any, Condition], dict[str, Any]]
     tiny: Tiny
+    absent: tuple[TextPart, ...] = ()
     pack: int = 1
     factors: Callable[[Any], tuple[Factor, Factor]] = config_factors
     noise: str = "ddpm"
@@ -263,6 +270,16 @@ class Family:
         )
 
 
+@functools.cache
+def without(family: Family, names: frozenset[str]) -> Family:
+    """Returns the family of a pipeline that lacks these optional text encoders."""
+    if not names:
+        return family
+    here = tuple(part for part in family.text if part.name not in names)
+    gone = tuple(part for part in family.text if part.name in names)
+    return dataclasses.replace(family, text=here, absent=gone)
+
+
 class Published(NamedTuple):
     """Shapes of a published model, to plan without its files.
 
@@ -276,3 +293,4 @@ class Published(NamedTuple):
     latent_channels: int = 4
     factor: int = 8
     tokens: int = 77
+    shift_factor: float = 0.0

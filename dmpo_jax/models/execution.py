@@ -1,18 +1,20 @@
 """Execution choices of a forward: kernel, rematerialisation, scan. Results do not change."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dmpo_jax.models import attention, parameters
 
 REMAT = ("none", "block", "transformer", "offload")
 _INPUT = "block_input"
+Carry = TypeVar("Carry")
 
 
 class Execution(NamedTuple):
@@ -38,8 +40,8 @@ DEFAULT = Execution()
 
 
 def rematerialised(
-    function: Callable[..., jax.Array], remat: str, *, in_scan: bool = False
-) -> Callable[..., jax.Array]:
+    function: Callable[..., Any], remat: str, *, in_scan: bool = False
+) -> Callable[..., Any]:
     """Wraps `function(x, ...)` so that its backward recomputes what `remat` names.
 
     in_scan: the loop keeps XLA from merging the two computations, so barriers would only cost.
@@ -58,38 +60,47 @@ def rematerialised(
     )
 
     def from_named(x, *rest):
-        return function(checkpoint_name(x, _INPUT), *rest)
+        return function(jax.tree.map(lambda leaf: checkpoint_name(leaf, _INPUT), x), *rest)
 
     return jax.checkpoint(from_named, prevent_cse=not in_scan, policy=policy)
 
 
-def apply_blocks(
-    blocks: Sequence[Any],
-    x: Float[Array, "N T D"],
-    context: Float[Array, "N S E"],
-    execution: Execution,
-) -> Float[Array, "N T D"]:
-    """Applies equal transformer blocks in order; with `scan`, as one compiled loop.
+def apply_blocks(blocks: Sequence[Any], x: Carry, told: Any, execution: Execution) -> Carry:
+    """Applies transformer blocks in order; with `scan`, runs of equal ones as compiled loops.
 
     A loop's parameters are stacked here, not in the state. This copies the blocks' kernels in
     the compute dtype, and keeps one array per PyTorch tensor everywhere else (files, adapters,
-    checkpoints). Blocks that differ, for instance if only one has adapters, run unrolled.
+    checkpoints). Blocks have equal names of parameters or are different: one with adapters among
+    others without, for instance.
+
+    Args:
+        blocks: each takes (x, told, kernel=) and returns the next x.
+        x: an array or a tuple of arrays, all in the compute dtype.
+        told: read by every block, the same for all.
     """
-    inner = "none" if execution.remat == "block" else execution.remat
-    structures, parts = zip(*(parameters.split(block) for block in blocks), strict=True)
-    alike = all(part.keys() == parts[0].keys() for part in parts)
-    if not (execution.scan and alike and len(blocks) > 1):
-        for block in blocks:
-            one = functools.partial(block, kernel=execution.attention)
-            x = rematerialised(one, inner)(x, context)
+    split = [parameters.split(block) for block in blocks]
+    for _, run in itertools.groupby(split, lambda block: tuple(sorted(block[1]))):
+        x = _apply_run(list(run), x, told, execution)
+    return x
+
+
+def _apply_run(run: list[tuple[Any, dict[str, Any]]], x: Carry, told: Any, how: Execution) -> Carry:
+    """Applies equal blocks, given as (structure, parameters)."""
+    inner = "none" if how.remat == "block" else how.remat
+    if not (how.scan and len(run) > 1):
+        for structure, params in run:
+            one = functools.partial(parameters.merge(structure, params), kernel=how.attention)
+            x = rematerialised(one, inner)(x, told)
         return x
+    structure = run[0][0]
+    dtype = jax.tree.leaves(x)[0].dtype
 
     def stack(path: str) -> Array:
-        held = parameters.frozen_dtype(path, x.dtype)
-        return jnp.stack([part[path].astype(held) for part in parts])
+        held = parameters.frozen_dtype(path, dtype)
+        return jnp.stack([params[path].astype(held) for _, params in run])
 
     def body(x, params):
-        one = functools.partial(parameters.merge(structures[0], params), kernel=execution.attention)
-        return rematerialised(one, inner, in_scan=True)(x, context), None
+        one = functools.partial(parameters.merge(structure, params), kernel=how.attention)
+        return rematerialised(one, inner, in_scan=True)(x, told), None
 
-    return jax.lax.scan(body, x, {path: stack(path) for path in parts[0]})[0]
+    return jax.lax.scan(body, x, {path: stack(path) for path in run[0][1]})[0]

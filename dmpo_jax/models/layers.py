@@ -163,6 +163,20 @@ class RMSNorm(nnx.RMSNorm):
         return (wide * inverse * scale).astype(self.dtype or x.dtype)
 
 
+def modulated_norm(
+    x: Float[Array, "N T D"], shift: Float[Array, "N D"], scale: Float[Array, "N D"], epsilon: float
+) -> Float[Array, "N T D"]:
+    """Layer norm without parameters, times 1 + scale, plus shift; float32 until the result."""
+
+    def modulate(x: Array, shift: Array, scale: Array) -> Array:
+        wide, shift, scale = (y.astype(jnp.float32) for y in (x, shift, scale))
+        centred = wide - wide.mean(-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+        return (centred * inverse * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
+
+    return jax.checkpoint(modulate)(x, shift, scale)
+
+
 def group_norm(
     channels: int, groups: int, epsilon: float, act: str | None = None, **kw
 ) -> GroupNorm:

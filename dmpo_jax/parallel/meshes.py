@@ -27,7 +27,9 @@ SHARDED_FROM = 2**18  # elements; below it, gathering costs more than the memory
 # "tensor" follows. "whole": every device has all of it. A layer's `split` has the same values.
 RULES = (
     (r"(to_q|to_k|to_v|conv1|time_emb_proj)\.(lora_B\.)?kernel", "columns"),
+    (r"(add_q_proj|add_k_proj|add_v_proj)\.(lora_B\.)?kernel", "columns"),
     (r"(to_out\.0|ff\.net\.2|conv2)\.(lora_A\.)?kernel", "rows"),
+    (r"(to_add_out|ff_context\.net\.2)\.(lora_A\.)?kernel", "rows"),
     (r"", "whole"),
 )
 

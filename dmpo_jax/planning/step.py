@@ -70,6 +70,7 @@ def of_published(
         latent_channels=one.latent_channels,
         tokens=one.tokens,
         scaling_factor=one.scaling_factor,
+        shift_factor=one.shift_factor,
         moments=moments,
         moments_dtype=moments_dtype,
     )
@@ -127,13 +128,15 @@ def of_folder(
 
 
 def _tokens(path: epath.Path, family: Family) -> int:
-    """Returns the number of tokens that prompts are padded to."""
-    part = family.text[0]
-    if part.tokens:
-        return part.tokens
-    tokenizer = path / part.tokenizer / "tokenizer_config.json"
+    """Returns the number of tokens of an embedded prompt."""
+    parts = (*family.text, *family.absent)
+    own = sum(part.tokens for part in parts if part.tokens)
+    shared = [part for part in family.text if not part.tokens]
+    if not shared:
+        return own
+    tokenizer = path / shared[0].tokenizer / "tokenizer_config.json"
     found = diffusers_io.read_json(tokenizer).get("model_max_length", TOKENS)
-    return int(found) if found < 10**6 else TOKENS  # a huge number means no limit
+    return own + (int(found) if found < 10**6 else TOKENS)  # a huge number means no limit
 
 
 def make_planned(

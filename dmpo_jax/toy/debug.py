@@ -1,7 +1,7 @@
 """Tiny random pipelines of every family, and pairs of noise to train them on."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,22 @@ from etils import epath
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import sources
 from dmpo_jax.families import Family, Published
+from dmpo_jax.families.family import TextPart
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.parallel import processes
 from dmpo_jax.toy import digits
 from dmpo_jax.toy import make as make_digits
 
 LOG = logging.getLogger(__name__)
 SMALL_VAE = {**make_digits.VAE, "block_out_channels": [8, 8, 16]}
-# Keys of scheduler_config.json that `noise.make_ddpm_table` reads.
-SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "prediction_type")
+# Keys of scheduler_config.json that the noise table of each kind reads.
+SCHEDULE = {
+    "ddpm": ("beta_start", "beta_end", "beta_schedule", "prediction_type"),
+    "flow": ("shift", "num_train_timesteps"),
+}
+T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, epath.Path]:
@@ -48,59 +54,88 @@ def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, e
 
 def model_config(family: Family) -> dict[str, Any]:
     """Returns config.json of the family's tiny model."""
-    return {**make_digits.UNET, "sample_size": 8, **family.tiny.model}
+    base = make_digits.UNET if family.component == "unet" else {}
+    return {**base, **family.tiny.model}
+
+
+def vae_config(family: Family) -> dict[str, Any]:
+    """Returns config.json of the family's tiny VAE."""
+    return {**SMALL_VAE, **family.tiny.vae}
+
+
+def scheduler_config(family: Family) -> dict[str, Any]:
+    """Returns scheduler_config.json of the family's tiny pipeline."""
+    base = make_digits.SCHEDULER if family.noise == "ddpm" else {}
+    return {**base, **family.tiny.scheduler}
 
 
 def published(family: Family) -> Published:
     """Returns the shapes of the family's tiny pipeline, as of a published model's."""
-    scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
+    scheduler, vae = scheduler_config(family), vae_config(family)
+    own = [part.tokens for part in family.text if part.tokens]
+    shared = len(own) < len(family.text)
     return Published(
         family,
         model_config(family),
         scaling_factor=0.18215,  # default of a VAE that names none
-        scheduler={name: scheduler[name] for name in SCHEDULE if name in scheduler},
-        latent_channels=SMALL_VAE["latent_channels"],
-        factor=2 ** (len(SMALL_VAE["block_out_channels"]) - 1),
-        tokens=make_digits.TOKENS,
+        scheduler={name: scheduler[name] for name in SCHEDULE[family.noise] if name in scheduler},
+        latent_channels=vae["latent_channels"],
+        factor=family.factor(vae),
+        tokens=sum(own) + shared * make_digits.TOKENS,
+        shift_factor=vae.get("shift_factor", 0.0),
     )
 
 
 def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
     """Writes a pipeline of the family's parts, with a few hundred thousand random parameters."""
     out.mkdir(parents=True, exist_ok=True)
-    tokens = make_digits.TOKENS
-    index = dict(make_digits.INDEX)
+    model, vae, scheduler = model_config(family), vae_config(family), scheduler_config(family)
+    index = {name: kind for name, kind in make_digits.INDEX.items() if kind == (None, None)}
+    index |= {
+        "scheduler": ("diffusers", scheduler["_class_name"]),
+        "vae": ("diffusers", family.vae.__name__),
+        family.component: ("diffusers", family.torch_class),
+    }
     for i, part in enumerate(family.text):
-        vocabulary = make_digits.write_tokenizer(out / part.tokenizer)
-        changes = family.tiny.text[part.name]
-        width = changes["hidden_size"]
-        text = {
-            **make_digits.TEXT,
-            "intermediate_size": 2 * width,
-            "projection_dim": width,
-            "max_position_embeddings": tokens,
-            "vocab_size": len(vocabulary),
-            **{f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in make_digits.SPECIAL.items()},
-            **changes,
-        }
-        (kind,) = text["architectures"]
-        projects = kind == "CLIPTextModelWithProjection"
-        encoder = parameters.initialise(CLIPTextModel, text, i, projection=projects)
-        diffusers_io.save_text_encoder(encoder, out / part.name)
-        index |= {
-            part.name: ("transformers", kind),
-            part.tokenizer: ("transformers", "CLIPTokenizer"),
-        }
-    vae = parameters.initialise(family.vae, SMALL_VAE, 2)
-    diffusers_io.save_vae(vae, out / "vae")
-    model = parameters.initialise(family.model, model_config(family), 3)
-    diffusers_io.save_model(model, out / family.component)
+        kind, tokenizer = _write_text(out, part, family.tiny.text[part.name], i)
+        index |= {part.name: ("transformers", kind), part.tokenizer: ("transformers", tokenizer)}
+    diffusers_io.save_vae(parameters.initialise(family.vae, vae, 2), out / "vae")
+    made = parameters.initialise(family.model, model, 3)
+    diffusers_io.save_model(made, out / family.component)
     (out / "scheduler").mkdir(exist_ok=True)
-    scheduler = {**make_digits.SCHEDULER, **family.tiny.scheduler}
     index = diffusers_io.make_index(family.pipeline, index)
     if jax.process_index() == 0:
         storage.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
         storage.write_json(out / "model_index.json", index)
+
+
+def _write_text(
+    out: epath.Path, part: TextPart, changes: Mapping[str, Any], seed: int
+) -> tuple[str, str]:
+    """Writes a tokenizer and its text encoder; returns the encoder's and the tokenizer's class."""
+    (kind,) = changes.get("architectures", make_digits.TEXT["architectures"])
+    if kind == "T5EncoderModel":
+        words = make_digits.write_t5_tokenizer(out / part.tokenizer)
+        encoder = parameters.initialise(
+            T5EncoderModel, {**T5, "vocab_size": words, **changes}, seed
+        )
+        diffusers_io.save_text_encoder(encoder, out / part.name)
+        return kind, "T5TokenizerFast"
+    vocabulary = make_digits.write_tokenizer(out / part.tokenizer)
+    width = changes["hidden_size"]
+    text = {
+        **make_digits.TEXT,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "max_position_embeddings": make_digits.TOKENS,
+        "vocab_size": len(vocabulary),
+        **{f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in make_digits.SPECIAL.items()},
+        **changes,
+    }
+    projects = kind == "CLIPTextModelWithProjection"
+    encoder = parameters.initialise(CLIPTextModel, text, seed, projection=projects)
+    diffusers_io.save_text_encoder(encoder, out / part.name)
+    return kind, "CLIPTokenizer"
 
 
 def synthetic_pairs(count: int, *, given: Sequence[str] = ()) -> list[dict]:

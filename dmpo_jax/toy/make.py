@@ -136,6 +136,31 @@ def write_tokenizer(folder: epath.Path) -> dict[str, int]:
     return vocabulary
 
 
+def write_t5_tokenizer(folder: epath.Path) -> int:
+    """Writes a T5TokenizerFast over the captions' words; returns the size of its vocabulary.
+
+    A known word is one token and an unknown one falls back to letters.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors  # of transformers
+
+    pad, end, unknown = "<pad>", "</s>", "<unk>"
+    words = sorted({word for caption in digits.CAPTIONS for word in caption.split()})
+    scored = [(token, 0.0) for token in (pad, end, unknown)]
+    scored += [(f"▁{word}", -1.0) for word in words]
+    scored += [(token, -9.0) for token in "▁abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # pyright: ignore
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, 1)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    special = {"eos_token": end, "pad_token": pad, "unk_token": unknown}
+    config = {"tokenizer_class": "T5TokenizerFast", "model_max_length": 512, "extra_ids": 0}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | special))
+    return len(scored)
+
+
 def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
     """Trains the small VAE on all real digits: squared error plus a light KL to the unit normal.
 

@@ -91,6 +91,35 @@ CLIPS = {
     "bigg": ({**CLIP, "hidden_act": "gelu"}, True),
     "legacy_eos": ({**CLIP, "eos_token_id": 2}, False),
 }
+SD3 = {
+    "sample_size": 8,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 20,
+    "caption_projection_dim": 24,
+    "pooled_projection_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "pos_embed_max_size": 7,
+}
+SD3S = {  # name -> (config, latent height and width)
+    "sd3": (SD3, (8, 8)),
+    "sd35_dual": ({**SD3, "qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, (8, 8)),
+    "sd35_large": ({**SD3, "qk_norm": "rms_norm", "num_layers": 2}, (8, 8)),
+    # An odd and an even number of patches, so that the two margins of the crop differ.
+    "odd_sizes": (SD3, (6, 12)),
+    "three_by_three": ({**SD3, "patch_size": 3, "out_channels": 5}, (9, 15)),
+}
+T5 = {
+    "vocab_size": 61,
+    "d_model": 24,
+    "d_kv": 4,
+    "d_ff": 40,
+    "num_layers": 3,
+    "num_heads": 5,
+    "feed_forward_proj": "gated-gelu",
+}
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -122,3 +151,15 @@ def clip(name: str, seed: int = 0):
     config, projection = CLIPS[name]
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     return randomise(kind(CLIPTextConfig(**config)), seed)
+
+
+def sd3(name: str, seed: int = 0):
+    from diffusers import SD3Transformer2DModel
+
+    return randomise(SD3Transformer2DModel(**SD3S[name][0]), seed)
+
+
+def t5(seed: int = 0):
+    from transformers import T5Config, T5EncoderModel
+
+    return randomise(T5EncoderModel(T5Config(**T5)), seed)
