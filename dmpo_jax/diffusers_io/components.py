@@ -9,7 +9,8 @@ from etils import epath
 from dmpo_jax.diffusers_io import folders
 from dmpo_jax.diffusers_io.weights import load_weights, save_weights
 from dmpo_jax.errors import UserError
-from dmpo_jax.families import FAMILIES, Family, without
+from dmpo_jax.families import FAMILIES, Family
+from dmpo_jax.families.family import without
 from dmpo_jax.models.clip import CLIPTextModel
 from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.models.unet import UNet2DConditionModel

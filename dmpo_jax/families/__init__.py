@@ -3,7 +3,7 @@
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import sd3, sdxl, stable_diffusion
 from dmpo_jax.families.editing import SD_EDIT, SD_INPAINT, SDXL_EDIT, SDXL_INPAINT
-from dmpo_jax.families.family import Family, Published, without
+from dmpo_jax.families.family import Family, Published
 from dmpo_jax.families.sd3 import SD3
 from dmpo_jax.families.sdxl import SDXL
 from dmpo_jax.families.stable_diffusion import SD

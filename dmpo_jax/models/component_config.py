@@ -118,7 +118,8 @@ def _kind_fits(value: Any, default: Any) -> bool:
     if isinstance(default, bool | str):
         return type(value) is type(default)
     if isinstance(default, tuple):
-        return isinstance(value, list | tuple) and all(_kind_fits(v, default[0]) for v in value)
+        example = default[0] if default else 0  # the empty ones name layers
+        return isinstance(value, list | tuple) and all(_kind_fits(v, example) for v in value)
     values = value if isinstance(value, list | tuple) else [value]
     return all(
         all(_kind_fits(v, default) for v in x)

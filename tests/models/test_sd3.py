@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.models import parameters
