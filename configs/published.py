@@ -4,9 +4,10 @@
         --config.data.encoded=ENCODED   # made by launch/encode.py
 
 `dmpo_jax/config/recipes.py` lists them with their sources: sd15_dmpo, sd15_diffusion_dpo,
-sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo, sdxl_diffusion_dpo_safeguarded. All are 2,000 updates of
-2,048 pairs of Pick-a-Pic v2. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are plain DMPO,
-without the safeguard that its launchers add.
+sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo, sdxl_diffusion_dpo_safeguarded, all 2,000 updates of
+2,048 pairs of Pick-a-Pic v2; sd35_medium_diffusion_dpo (adapters), sd3_medium_diffusion_dpo; and
+sd35_medium_dmpo, which is nobody's but ours. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are
+plain DMPO, without the safeguard that its launchers add.
 """
 
 from dmpo_jax import config as base
@@ -15,6 +16,8 @@ from dmpo_jax.config import recipes
 MODELS = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd3": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd35": "stabilityai/stable-diffusion-3.5-medium",
 }
 
 
@@ -24,6 +27,7 @@ def get_config(name: str = "sd15_dmpo"):
     config.model.folder = MODELS[family]
     if family == "sdxl":
         config.model.vae = "madebyollin/sdxl-vae-fp16-fix"
-        # 70 transformer blocks: compiled once per kind, and recomputed in the backward.
+    if family != "sd15":
+        # 24 transformer blocks or more: compiled once per kind, and recomputed in the backward.
         config.model.scan, config.model.remat = True, "transformer"
     return config

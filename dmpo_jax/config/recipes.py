@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 from dmpo_jax.config.configs import Config, nearest
 from dmpo_jax.errors import UserError
 
-PAIRS = 2048  # per update, in all recipes
+PAIRS = 2048  # per update, in the recipes of DDPM models
+# Attention of both streams, without SD3.5-medium's second one of the image alone.
+SD3_TARGETS = tuple(
+    f"attn.{name}"
+    for name in "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+)
 
 
 class Recipe(NamedTuple):
@@ -42,6 +47,22 @@ def _recipe(objective: str, rate: float, source: str, more: dict[str, Any]) -> R
 
 _SDPO = "AIDC-AI/Diffusion-SDPO, scripts/train/{}.sh"
 _DPO = "SalesforceAIResearch/DiffusionDPO, launchers/{}.sh"
+SD3_LORA: dict[str, Any] = {
+    "lora.rank": 32,
+    "lora.alpha": 64.0,
+    "lora.targets": SD3_TARGETS,
+    "optimizer.learning_rate": 3e-4,
+}
+SD35_DMPO: dict[str, Any] = {
+    "objective": "dmpo",
+    "objectives.dmpo.beta": 1000.0,
+    "objectives.dmpo.alpha": 0.01,
+    "train.batch_size": 128,
+    "optimizer.learning_rate": 5e-6,
+    "optimizer.warmup_steps": 100,
+    "timesteps.density": "logit_normal",
+    "data.moments": "mean",  # half the bytes of 16 channels
+}
 RECIPES = {
     "sd15_dmpo": _recipe(
         "dmpo",
@@ -79,6 +100,37 @@ RECIPES = {
         1e-9,
         _SDPO.format("sdxl_diffusion_dpo"),
         {"objectives.diffusion_dpo.beta": 5000.0, "safeguard.mu": 0.6},
+    ),
+    "sd35_medium_diffusion_dpo": Recipe(
+        {
+            "objective": "diffusion_dpo",
+            "objectives.diffusion_dpo.beta": 100.0,
+            **SD3_LORA,
+            "train.batch_size": 192,  # 24 a GPU, on 8
+            "train.ema_decay": 0.987,  # 0.9 every 8 updates
+            "data.resolution": 512,
+            "data.prompt_dropout": 0.0,
+            "optimizer.weight_decay": 1e-4,
+            "optimizer.warmup_steps": 0,
+            "timesteps.density": "logit_normal",
+        },
+        "yifan123/flow_grpo, scripts/train_sd3_dpo.py and config/dpo.py, on pairs that it draws",
+    ),
+    "sd3_medium_diffusion_dpo": Recipe(
+        {
+            "objective": "diffusion_dpo",
+            "objectives.diffusion_dpo.beta": 5000.0,
+            "train.batch_size": 128,
+            "train.steps": 3200,
+            "optimizer.learning_rate": 5e-6,
+            "optimizer.warmup_steps": 100,
+        },
+        "Whynot0101/Linear-DPO, run_sd3 launchers, on HPDv3 (another launcher has beta 1000)",
+    ),
+    "sd35_medium_dmpo": Recipe(
+        SD35_DMPO,
+        "none: a starting point of this package, with the rate, batch and warmup of "
+        "Whynot0101/Linear-DPO and a beta between its 5000 and the 100 of yifan123/flow_grpo",
     ),
 }
 

@@ -393,4 +393,5 @@ def test_debug_pipelines_open_in_pytorch(name, tmp_path):
     debug.write_tiny_pipeline(epath.Path(tmp_path), family)
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(tmp_path)
     assert type(pipeline).__name__ == family.pipeline
-    FAMILY[name].check_channels(pipeline.unet.config.in_channels, 4)
+    model = getattr(pipeline, family.component)
+    FAMILY[name].check_channels(model.config.in_channels, pipeline.vae.config.latent_channels)

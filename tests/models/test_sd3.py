@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.models import parameters
+from dmpo_jax.families import PUBLISHED
+from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.execution import Execution
+from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.sd3 import SD3Transformer2DModel
 from dmpo_jax.parallel import meshes, placement
 from tests.models.test_models import nhwc, relative_error
@@ -90,6 +93,40 @@ def test_from_pytorch_and_back_to_the_bit(dtype, tmp_path):
 
 
 FOLDERS = ("theirs", "ours")
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "table"),
+    [
+        ("sd3_medium", 2_028_328_000, 192),
+        ("sd35_medium", 2_243_171_520, 384),
+        ("sd35_large", 8_056_627_520, 192),
+    ],
+)
+def test_published_models_have_their_number_of_parameters(name, trained, table):
+    """Laid out abstractly. "2.5B" counts SD3.5-medium's table of positions."""
+    config = PUBLISHED[name].model
+    model = parameters.abstract(SD3Transformer2DModel, config)
+    params, buffers = parameters.partition(model, parameters.shapes(model))
+    assert sum(x.size for x in params.values()) == trained
+    (positions,) = buffers.values()
+    assert positions.shape == (1, table**2, config["caption_projection_dim"])
+    if name == "sd35_medium":
+        assert len(params) + len(buffers) == 909
+
+
+def test_rules_are_the_layers_own():
+    """`mesh.RULES` knows paths, layers know themselves: both must say the same."""
+    model = parameters.abstract(SD3Transformer2DModel, DEEP)
+    targets = ("attn.to_q", "attn.add_q_proj", "attn.to_add_out", "attn2.to_out.0", "ff.net.2")
+    model = lora.attach(model, rank=4, alpha=4, targets=targets, seed=0)
+    found = set()
+    for path, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear | Conv):
+            name = ".".join(map(str, path))
+            assert meshes.split_of(f"{name}.kernel") == layer.split, name
+            found.add(layer.split)
+    assert found == {"columns", "rows", "whole"}
 
 
 def test_latents_larger_than_the_table_are_refused():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.families import PUBLISHED, SD, SDXL, SDXL_EDIT
+from dmpo_jax.families import PUBLISHED, SD, SD3, SDXL, SDXL_EDIT
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.planning import flops
 from dmpo_jax.toy import debug
@@ -15,7 +15,7 @@ from dmpo_jax.types import Condition
 
 TOKENS = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1")
-FAMILIES = {"sd": SD, "sdxl": SDXL, "sdxl_edit": SDXL_EDIT}
+FAMILIES = {"sd": SD, "sdxl": SDXL, "sdxl_edit": SDXL_EDIT, "sd3": SD3}
 
 
 def make(family, size=(8, 8)):
@@ -25,7 +25,7 @@ def make(family, size=(8, 8)):
         family,
         family.facts(config),
         size=size,
-        latent_channels=4,
+        latent_channels=debug.vae_config(family)["latent_channels"],
         tokens=TOKENS,
         scaling_factor=1.0,
         moments_dtype="float32",
@@ -61,7 +61,7 @@ def trace(family, model, meta, *, to: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("sd", (9, 10)), ("sdxl", (7, 10)), ("sdxl_edit", (8, 8))]
+    ("name", "size"), [("sd", (9, 10)), ("sdxl", (7, 10)), ("sdxl_edit", (8, 8)), ("sd3", (8, 12))]
 )
 def test_a_forward_is_counted_whatever_its_execution(name, size):
     """Blocks as loops, as they are counted, are as many FLOPs as blocks one after another."""
@@ -75,7 +75,7 @@ def test_a_forward_is_counted_whatever_its_execution(name, size):
     assert model.execution == before
 
 
-@pytest.mark.parametrize("name", ["sdxl"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_a_backward_is_twice_a_forward(name):
     """To the last FLOP, with the gradients of inputs, which a step is spared."""
     family = FAMILIES[name]
@@ -101,7 +101,13 @@ def test_adapters():
 
 
 @pytest.mark.parametrize(
-    ("name", "forward", "pair"), [("sd15", 0.8033, 6.426), ("sdxl", 6.7612, 54.09)]
+    ("name", "forward", "pair"),
+    [
+        ("sd15", 0.8033, 6.426),
+        ("sdxl", 6.7612, 54.09),
+        ("sd35_medium", 11.2495, 89.996),  # as PyTorch's FlopCounterMode counts it, too
+        ("sd35_large", 31.1, 249.0),
+    ],
 )
 def test_full_size(name, forward, pair):
     """TFLOP, as counted by hand from the published models."""

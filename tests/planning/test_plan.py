@@ -20,6 +20,7 @@ from dmpo_jax.planning import report as plan_report
 from dmpo_jax.planning.plan import check_topology, open_devices
 from dmpo_jax.planning.report import Memory, Parts
 from dmpo_jax.planning.step import make_planned
+from dmpo_jax.toy import debug
 from dmpo_jax.training.build import check_fits
 from tests.support import full_size, steps, tiny
 
@@ -147,7 +148,8 @@ def test_every_familys_tiny_model_is_planned_by_its_name():
     for family in FAMILIES.values():
         config = configs.debug(configs.defaults(), family.name)
         model = load_model(config)
-        assert model.meta.arrays.moments.shape == (2, 8, 8, 8)
+        channels = 2 * debug.vae_config(family)["latent_channels"]
+        assert model.meta.arrays.moments.shape == (2, 8, 8, channels)
         check_fits(family, family.facts(model.config), model.meta)
 
 

@@ -101,4 +101,3 @@ def _t5(folder: epath.Path):
     )
     tokenizer = transformers.T5TokenizerFast.from_pretrained(str(folder))
     return tokenizer, randomise(transformers.T5EncoderModel(config), 5)
-
