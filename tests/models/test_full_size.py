@@ -30,6 +30,8 @@ pytestmark = [
 LOADERS = {
     "unet": diffusers_io.load_unet,
     "vae": diffusers_io.load_vae,
+    "sd3": diffusers_io.load_model,
+    "t5": diffusers_io.load_text_encoder,
     "clip": diffusers_io.load_text_encoder,
     "clip_projection": diffusers_io.load_text_encoder,
 }
@@ -58,10 +60,14 @@ def outputs(kind, model, arrays) -> dict:
     if kind == "unet":
         names = ("sample", "timesteps", "context", "pooled", "time_ids")
         return {"out": model(*(arrays[name] for name in names if name in arrays))}
+    if kind == "sd3":
+        return {"out": model(*(arrays[name] for name in ("sample", "times", "context", "pooled")))}
     if kind == "vae":
         encoded, decoded = model.encode(arrays["images"]), model.decode(arrays["latents"])
         return {"moments": encoded, "decoded": decoded}
     out = model(arrays["ids"])
+    if kind == "t5":
+        return {"last": out.last_hidden_state}
     states = {"last": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
     return {**states, "pooled": out.pooled}
 

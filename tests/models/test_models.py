@@ -9,6 +9,8 @@ import torch
 from dmpo_jax import diffusers_io
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.sd3 import SD3Transformer2DModel
+from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 from tests.support import full_size, torch_models
@@ -145,7 +147,12 @@ def test_attention_scores_are_float32_in_bfloat16():
 def test_real_models_have_their_number_of_parameters(name):
     """Laid out abstractly, which takes seconds and no memory even for SDXL."""
     kind, config, count, _ = full_size.MODELS[name]
-    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "sd3": SD3Transformer2DModel,
+        "t5": T5EncoderModel,
+    }
     kw = {} if kind in kinds else {"projection": kind == "clip_projection"}
     model = parameters.abstract(kinds.get(kind, CLIPTextModel), config, **kw)
     assert sum(spec.size for spec in parameters.shapes(model).values()) == count

@@ -13,6 +13,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from dmpo_jax.families.sd3 import SD35_MEDIUM
 from dmpo_jax.families.sdxl import SDXL_BASE as SDXL
 from dmpo_jax.families.stable_diffusion import SD15, SD21
 
@@ -47,6 +48,15 @@ BIGG = {
     "hidden_act": "gelu",
     "projection_dim": 1280,
 }
+T5_XXL = {  # 4 of its 24 layers: whole, it takes 19 GB
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 4,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+    "vocab_size": 32128,
+}
 MODELS = {  # name -> (kind, config, number of parameters, height and width of latents or images)
     "sd15_unet": ("unet", SD15, 859_520_964, (13, 9)),
     "sd21_unet": ("unet", SD21, 865_910_724, (9, 16)),
@@ -54,6 +64,9 @@ MODELS = {  # name -> (kind, config, number of parameters, height and width of l
     "sdxl_vae": ("vae", SDXL_VAE, 83_653_863, (56, 40)),
     "sdxl_text_encoder": ("clip", CLIP_L, 123_060_480, None),
     "sdxl_text_encoder_2": ("clip_projection", BIGG, 694_659_840, None),
+    # With the table of positions, which is not trained: 226,492,416.
+    "sd35_medium_transformer": ("sd3", SD35_MEDIUM, 2_243_171_520 + 226_492_416, (22, 12)),
+    "t5_xxl_4_layers": ("t5", T5_XXL, 903_387_136, None),
 }
 SHARDS = "3GB"
 
@@ -76,11 +89,22 @@ def make(kind, config):
     if kind == "clip_projection":
         text = transformers.CLIPTextConfig(**config)
         return transformers.CLIPTextModelWithProjection(text)
-    classes = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    if kind == "t5":
+        return transformers.T5EncoderModel(transformers.T5Config(**config))
+    classes = {
+        "unet": diffusers.UNet2DConditionModel,
+        "vae": diffusers.AutoencoderKL,
+        "sd3": diffusers.SD3Transformer2DModel,
+    }
     with torch.device("meta"):
         model = classes[kind](**config)
-    assert not list(model.buffers())
+    assert kind == "sd3" or not list(model.buffers())
     return model.to_empty(device="cpu")
+
+
+def stored_buffers(model) -> list:
+    """SD3's positions: what a folder holds besides parameters."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
 def draw(model, generator) -> None:
@@ -93,6 +117,8 @@ def draw(model, generator) -> None:
             parameter.data.mul_((parameter[0].numel()) ** -0.5)
         else:
             parameter.data.mul_(0.1).add_(float(name.endswith("weight")))
+    for buffer in stored_buffers(model):
+        buffer.data.normal_(generator=generator).mul_(0.5)
 
 
 def compute(kind, model, size, generator) -> dict:
@@ -115,6 +141,18 @@ def compute(kind, model, size, generator) -> dict:
             names = {"text_embeds": added["pooled"], "time_ids": added["time_ids"]}
         out = model(*given.values(), added_cond_kwargs=names if added else None).sample
         return {**given, **added, "out": out}
+    if kind == "sd3":
+        given = {
+            "sample": normal(2, 16, *size),
+            "times": torch.tensor([37.25, 871.0]),
+            "context": normal(2, 20, model.config.joint_attention_dim),
+            "pooled": normal(2, model.config.pooled_projection_dim),
+        }
+        latents, times, context, pooled = given.values()
+        return {**given, "out": model(latents, context, pooled, times).sample}
+    if kind == "t5":
+        ids = torch.randint(3, 32000, (2, 40), generator=generator)
+        return {"ids": ids, "last": model(ids).last_hidden_state}
     if kind == "vae":
         images = normal(1, 3, *size)
         moments = model.encode(images).latent_dist.parameters
@@ -145,7 +183,7 @@ def main(name: str, folder: str) -> None:
         arrays = compute(kind, model, size, generator)
     model.save_pretrained(folder, max_shard_size=SHARDS)
     np.savez(pathlib.Path(folder) / "io.npz", **{k: v.numpy() for k, v in arrays.items()})
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(p.numel() for p in (*model.parameters(), *stored_buffers(model)))
     seconds = round(time.monotonic() - start, 1)
     print(json.dumps({"count": count, "seconds": seconds, "peak_gb": round(peak_gigabytes(), 2)}))
 
