@@ -246,8 +246,8 @@ def check_export(source: epath.PathLike, out: epath.PathLike) -> None:
     parts.check_copy(path, out, family.component)
 
 
-def make_index(kind: str, parts: dict[str, tuple[str, str]]) -> dict[str, Any]:
-    """Returns model_index.json of a pipeline class. parts: part -> (library, class)."""
+def make_index(kind: str, parts: dict[str, tuple[str | None, str | None]]) -> dict[str, Any]:
+    """Returns model_index.json of a pipeline class. parts: part -> (library, class) or Nones."""
     if kind not in FAMILIES:
         raise UserError(f"{kind!r} is not supported; supported pipelines: {sorted(FAMILIES)}")
     # PyTorch's inpainting pipeline requires a version above 0.5.1.
