@@ -23,6 +23,8 @@ from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import TextOutput
 from dmpo_jax.parallel import processes
 
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
 
 class Pipeline(NamedTuple):
     """Parts of a pipeline besides its model, which is loaded separately.
@@ -99,6 +101,11 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     """
     if not (path / name / "tokenizer_config.json").exists():
         raise UserError(f"{path} lacks its {name!r} part (tokenizer_config.json)")
+    if not any((path / name / file).exists() for file in VOCABULARIES):
+        # T5's class would make a tokenizer that knows no word.
+        raise UserError(
+            f"{path / name} holds no valid tokenizer: none of {', '.join(VOCABULARIES)}"
+        )
     config = read_json(path / name / "tokenizer_config.json")
     # Old CLIP folders name no class, and AutoTokenizer needs a config.json to infer one.
     clip = str(config.get("tokenizer_class", "CLIPTokenizer")).startswith("CLIPTokenizer")
