@@ -294,7 +294,7 @@ class SD3Transformer2DModel(nnx.Module):
         times: Shaped[Array, " N"] | Shaped[Array, ""],
         context: Float[Array, "N S E"],
         pooled: Float[Array, "N P"],
-    ) -> Float[Array, "N H W C"]:
+    ) -> Float[Array, "N h w D"]:
         """Predicts, in the compute dtype. times: 1000 sigma."""
         times = jnp.broadcast_to(times, latents.shape[:1])
         embedded = self.time_text_embed(times, pooled.astype(self.dtype))

@@ -130,6 +130,7 @@ def test_the_export_draws_the_same_in_pytorch(finished):
     assert np.ptp(ours) > 0.1
 
 
+@pytest.mark.slow
 def test_adapters_draw_the_same_in_pytorch(made, finished, tmp_path):
     """Beside the base through `load_lora_weights`, and folded into it."""
     lora = {"lora__rank": 2, "lora__targets": LORA, "optimizer__learning_rate": 0.05}

@@ -80,7 +80,7 @@ def update(built, state, batch):
     ("dtype", "adapters", "scan", "pairs"),
     [
         ("bfloat16", None, False, 4),
-        ("float32", None, False, 4),
+        pytest.param("float32", None, False, 4, marks=SLOW),
         pytest.param("bfloat16", None, True, 8, marks=SLOW),
         pytest.param("float32", None, True, 3, marks=SLOW),
         pytest.param("bfloat16", Adapters(2, TARGETS), False, 4, marks=SLOW),

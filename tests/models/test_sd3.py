@@ -19,6 +19,8 @@ from dmpo_jax.parallel import meshes, placement
 from tests.models.test_models import nhwc, relative_error
 from tests.support import torch_models
 
+FOLDERS = ("theirs", "ours")
+SLOW = pytest.mark.slow
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -90,9 +92,6 @@ def test_from_pytorch_and_back_to_the_bit(dtype, tmp_path):
         assert torch.equal(got[name], tensor), name
     before, after = (json.loads((tmp_path / f / "config.json").read_text()) for f in FOLDERS)
     assert before == after
-
-
-FOLDERS = ("theirs", "ours")
 
 
 @pytest.mark.parametrize(
@@ -188,13 +187,13 @@ def plain():
 @pytest.mark.parametrize(
     ("how", "mesh"),
     [
-        (Execution(scan=True), None),
         (Execution(scan=True, remat="transformer"), None),
-        (Execution(scan=True, remat="block"), None),
-        (Execution(scan=True, remat="offload"), None),
-        (Execution(), {"data": 8}),
         (Execution(scan=True), {"data": 2, "fsdp": 4}),
-        (Execution(), {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(Execution(scan=True), None, marks=SLOW),
+        pytest.param(Execution(scan=True, remat="block"), None, marks=SLOW),
+        pytest.param(Execution(scan=True, remat="offload"), None, marks=SLOW),
+        pytest.param(Execution(), {"data": 8}, marks=SLOW),
+        pytest.param(Execution(), {"data": 2, "fsdp": 2, "tensor": 2}, marks=SLOW),
     ],
 )
 def test_execution_changes_nothing(how, mesh, plain, monkeypatch):
