@@ -1,6 +1,7 @@
 """Class and file names of each component of a pipeline folder."""
 
 import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,18 +11,22 @@ from dmpo_jax.diffusers_io import folders
 from dmpo_jax.diffusers_io.weights import load_weights, save_weights
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import FAMILIES, Family
-from dmpo_jax.families.family import without
+from dmpo_jax.families.family import unguided, without
 from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.qwen3 import Qwen3Model
 from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
 
+LOG = logging.getLogger(__name__)
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 # Text encoders, keyed by the first of `architectures` in config.json.
 TEXT_MODELS: dict[str, Callable[..., Any]] = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": functools.partial(CLIPTextModel, projection=True),
     "T5EncoderModel": T5EncoderModel,
+    "Qwen3ForCausalLM": Qwen3Model,
+    "Qwen3Model": Qwen3Model,
 }
 # CosXL scales its input image and has its own noise schedule. A refiner takes an aesthetic
 # score in place of the target size.
@@ -44,8 +49,20 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
         if index.get(key):
             raise UserError(f"{path / 'model_index.json'} has {key}={index[key]}; supported: false")
     family = FAMILIES[kind]
+    if index.get("is_distilled"):
+        _warn_of_distillation(str(path))
+        family = unguided(family)
     optional = [part.name for part in family.text if part.optional]
     return path, without(family, frozenset(name for name in optional if _is_null(index, name)))
+
+
+@functools.cache  # once a folder
+def _warn_of_distillation(folder: str) -> None:
+    LOG.warning(
+        "%s is distilled to few steps (is_distilled): training undoes that gradually, and images "
+        "are drawn without guidance, whatever its scale. Better train the model before distillation",
+        folder,
+    )
 
 
 def _is_null(index: Mapping[str, Any], part: str) -> bool:

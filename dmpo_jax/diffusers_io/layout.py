@@ -43,6 +43,13 @@ LEGACY = (
         lambda name: name if name.startswith("text_projection") else f"text_model.{name}",
         lambda name: name.removeprefix("text_model."),
     ),
+    # A language model with its head, of which only the model itself is used.
+    Legacy(
+        "language_model",
+        lambda names: "model.embed_tokens.weight" in names,
+        lambda name: name.removeprefix("model."),
+        lambda name: f"model.{name}",
+    ),
 )
 BUFFERS = ("embeddings.position_ids",)  # stored by transformers < 4.31, holds 0, 1, 2, ...
 

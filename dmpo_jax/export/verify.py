@@ -100,4 +100,4 @@ def predict_in_pytorch(
     told = jax.tree.map(torch.tensor, family.torch_inputs(*inputs))
     with torch.no_grad():
         predicted = model.eval()(**told).sample
-    return predicted.numpy().transpose(0, 2, 3, 1)
+    return family.torch_output(jax.tree.map(lambda x: x.numpy(), predicted), inputs[0].shape)

@@ -1,12 +1,14 @@
 """Trainable pipelines: one `Family` record for each pipeline class."""
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.families import sd3, sdxl, stable_diffusion
+from dmpo_jax.families import flux2, sd3, sdxl, stable_diffusion, z_image
 from dmpo_jax.families.editing import SD_EDIT, SD_INPAINT, SDXL_EDIT, SDXL_INPAINT
 from dmpo_jax.families.family import Family, Published
+from dmpo_jax.families.flux2 import KLEIN
 from dmpo_jax.families.sd3 import SD3
 from dmpo_jax.families.sdxl import SDXL
 from dmpo_jax.families.stable_diffusion import SD
+from dmpo_jax.families.z_image import Z_IMAGE
 
 # Keyed by the pipeline class in model_index.json.
 FAMILIES: dict[str, Family] = {}
@@ -14,6 +16,8 @@ PUBLISHED: dict[str, Published] = {
     **stable_diffusion.PUBLISHED,
     **sdxl.PUBLISHED,
     **sd3.PUBLISHED,
+    **flux2.PUBLISHED,
+    **z_image.PUBLISHED,
 }
 
 
@@ -43,5 +47,5 @@ def family_named(name: str) -> Family:
     )
 
 
-for _family in (SD, SDXL, SD_EDIT, SDXL_EDIT, SD_INPAINT, SDXL_INPAINT, SD3):
+for _family in (SD, SDXL, SD_EDIT, SDXL_EDIT, SD_INPAINT, SDXL_INPAINT, SD3, KLEIN, Z_IMAGE):
     register(_family)

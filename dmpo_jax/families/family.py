@@ -59,6 +59,7 @@ class Facts(NamedTuple):
     pooled_width: 0 if it takes no pooled embedding.
     splits: counts (heads, groups of channels) that `mesh.tensor` must divide.
     patch: side of a transformer's patches, in packed latents; one patch is one token.
+    lengths: the model takes the number of text positions (`Condition.lengths`).
     """
 
     in_channels: int
@@ -67,6 +68,7 @@ class Facts(NamedTuple):
     pooled_width: int
     splits: frozenset[int]
     patch: int = 1
+    lengths: bool = False
 
 
 class Given(NamedTuple):
@@ -103,6 +105,11 @@ def config_factors(vae: Any) -> tuple[Factor, Factor]:
     return vae.config.scaling_factor, vae.config.shift_factor or 0.0
 
 
+def from_channels_first(predicted: Any, shape: Sequence[int]) -> Any:
+    """Returns PyTorch's prediction [N C H W] as [N H W C]."""
+    return predicted.transpose(0, 2, 3, 1)
+
+
 def no_check(folder: Any, facts: Facts, texts: Mapping[str, Mapping[str, Any]]) -> None:
     """Accepts any text encoders."""
 
@@ -132,6 +139,7 @@ class Family:
         scheduler_config.json's, or passes to its sampler besides (`Solver.given`).
     torch_class: diffusers' class of the trained component. torch_inputs: (latents [N H W C],
         times, Condition) in NumPy -> keyword arguments of its call, with arrays in NumPy.
+        torch_output: (what the call returns, in NumPy, shape of the latents) -> [N H W C].
     tiny: configs of a small pipeline, for debug runs.
     """
 
@@ -147,6 +155,7 @@ class Family:
     torch_class: str
     torch_inputs: Callable[[Any, Any, Condition], dict[str, Any]]
     tiny: Tiny
+    torch_output: Callable[[Any, Sequence[int]], Any] = from_channels_first
     absent: tuple[TextPart, ...] = ()
     pack: int = 1
     factors: Callable[[Any], tuple[Factor, Factor]] = config_factors
@@ -230,7 +239,8 @@ class Family:
         latents = normal(2, height, width, facts.in_channels)
         context = normal(2, tokens, facts.context_width)
         pooled = normal(2, facts.pooled_width) if facts.pooled_width else None
-        embedded: Any = (context, pooled)  # NumPy arrays, which the call accepts
+        lengths = np.array([tokens, tokens // 2 + 1], np.int32) if facts.lengths else None
+        embedded: Any = (context, pooled, lengths)  # NumPy arrays, which the call accepts
         one = self.condition(Embedded(*embedded), (1024, 768))
         sizes = one.sizes
         if sizes is not None:
@@ -268,6 +278,12 @@ class Family:
             f"{latent_channels + beside} in all: take the VAE, and the pairs encoded with it, that "
             "belong to this model"
         )
+
+
+@functools.cache
+def unguided(family: Family) -> Family:
+    """Returns the family of a distilled model, which is sampled without guidance."""
+    return dataclasses.replace(family, guidance=lambda scale: (1.0, 0.0))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import placement
@@ -46,6 +46,7 @@ def attention(
     key: Float[Array, "B S N H"],
     value: Float[Array, "B S N H"],
     mask: Bool[Array, "T S"] | Bool[Array, "B _ S"] | None = None,
+    lengths: Int[Array, " B"] | None = None,
     *,
     kernel: str = "plain",
 ) -> Float[Array, "B T N H"]:
@@ -58,6 +59,9 @@ def attention(
     these do not divide, plain runs. Without a mesh, the default backend is used.
 
     Args:
+        lengths: number of keys of each row that are attended to, at least 1; None: all. In
+            self-attention the outputs of the tokens behind them are finite but arbitrary:
+            kernels differ there.
         kernel: one of KERNELS. Inputs that it does not support run plain. Off the TPU, splash
             is interpreted, which is correct and very slow: for tests.
 
@@ -69,11 +73,12 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     takes = {"cudnn": takes_cudnn, "splash": takes_splash}.get(kernel, lambda *_: False)
     if not takes(query, key, mask) or _split(mesh, *query.shape[::2]) is None:
-        return _plain(query, key, value, mask)
+        return _plain(query, key, value, mask, lengths)
+    given = (query, key, value) if lengths is None else (query, key, value, lengths)
     if kernel == "cudnn":
         _check_gpu(placement.platform())
-        return _each_device(_cudnn, mesh, query, key, value)
-    return _each_device(_splash, mesh, query, key, value)
+        return _each_device(_cudnn, mesh, *given)
+    return _each_device(_splash, mesh, *given)
 
 
 def takes_cudnn(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
@@ -99,29 +104,40 @@ def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
     return mask is None and half and fits and tokens >= SPLASH_FROM
 
 
-def _plain(query, key, value, mask):
+def _plain(query, key, value, mask, lengths):
     # Heads before tokens: on CPU a batched product over adjacent axes is several times faster.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
+    lowest = jnp.finfo(scores.dtype).min
     if mask is not None:
-        shown = mask[None, None] if mask.ndim == 2 else mask[:, None]
-        scores = jnp.where(shown, scores, jnp.finfo(scores.dtype).min)
+        mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+        scores = jnp.where(mask, scores, lowest)
+    if lengths is not None:
+        valid = jnp.arange(key.shape[2])[None] < lengths[:, None]
+        scores = jnp.where(valid[:, None, None], scores, lowest)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, value), 1, 2)
 
 
-def _cudnn(platform, query, key, value):
+def _cudnn(platform, query, key, value, lengths=None):
     del platform
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
 
 
-def _splash(platform, query, key, value):
+def _splash(platform, query, key, value, lengths=None):
     # The kernel does not scale.
     query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
     kernel = _splash_kernel(*query.shape[2:0:-1], interpret=platform != "tpu")
-    out = jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)))
-    return jnp.swapaxes(out, 1, 2)
+    heads = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
+    if lengths is None:
+        return jnp.swapaxes(jax.vmap(kernel)(*heads), 1, 2)
+    # Tokens attend to those of their own segment: 0 up to the length, 1 behind it.
+    behind = jnp.arange(key.shape[1])[None] >= lengths[:, None]
+    segments = splash.SegmentIds(*(behind.astype(jnp.int32),) * 2)
+    return jnp.swapaxes(jax.vmap(kernel)(*heads, segments), 1, 2)
 
 
 def _splash_kernel(heads: int, tokens: int, *, interpret: bool) -> Callable[..., Any]:
@@ -159,8 +175,10 @@ def _each_device(kernel: Callable, mesh: AbstractMesh, *inputs: Array) -> Array:
     spec = _split(mesh, *inputs[0].shape[::2])
     if spec == PartitionSpec():
         return local(*inputs)
+    # Lengths, the fourth input, have rows alone.
+    specs = (*(spec,) * 3, PartitionSpec(spec[0]))[: len(inputs)]
     # check_vma: a Pallas call does not declare over which axes its results vary.
-    split = jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    split = jax.shard_map(local, in_specs=specs, out_specs=spec, check_vma=False)
     return split(*inputs)
 
 

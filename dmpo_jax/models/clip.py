@@ -51,12 +51,13 @@ class TextOutput(NamedTuple):
     """Outputs of a text encoder.
 
     hidden_states: embeddings first, then one per layer, without the final layer norm.
-    pooled: `text_embeds` of a tower with a projection, else `pooler_output`.
+    pooled: `text_embeds` of a tower with a projection, else `pooler_output`; None if the model
+        has neither.
     """
 
     last_hidden_state: Float[Array, "N S D"]
     hidden_states: tuple[Float[Array, "N S D"], ...]
-    pooled: Float[Array, "N P"]
+    pooled: Float[Array, "N P"] | None = None
 
 
 class SelfAttention(nnx.Module):

@@ -104,3 +104,8 @@ def _apply_run(run: list[tuple[Any, dict[str, Any]]], x: Carry, told: Any, how: 
         return rematerialised(one, inner, in_scan=True)(x, told), None
 
     return jax.lax.scan(body, x, {path: stack(path) for path in run[0][1]})[0]
+
+
+def by_block(execution: Execution) -> Execution:
+    """Returns the execution of a model that is transformer blocks alone: "block" is one of them."""
+    return execution._replace(remat="transformer") if execution.remat == "block" else execution

@@ -106,8 +106,8 @@ def abstract(make: Callable[..., Any], config: Any, **kw: Any) -> Any:
 def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> Any:
     """Makes the model with random float32 parameters, drawn by NumPy.
 
-    Kernels are normal with deviation 1/sqrt(fan in), embeddings 0.02; norms start at
-    one, biases at zero. Drawing on the host compiles nothing, whereas a module's own
+    Kernels are normal with deviation 1/sqrt(fan in), embeddings 0.02; norms and variances start
+    at one, biases at zero. Drawing on the host compiles nothing, whereas a module's own
     initialisers compile a program for every shape.
     """
     model = abstract(make, config, **kw)
@@ -120,6 +120,6 @@ def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> 
         elif kind == "embedding":
             value = 0.02 * rng.standard_normal(leaf.shape)
         else:
-            value = np.full(leaf.shape, 1.0 if kind == "scale" else 0.0)
+            value = np.full(leaf.shape, 1.0 if kind in ("scale", "running_var") else 0.0)
         params[path] = jnp.asarray(value, leaf.dtype)
     return merge(nnx.split(model)[0], params)

@@ -3,6 +3,7 @@
 Reference: diffusers `AutoencoderKL` with DownEncoderBlock2D and UpDecoderBlock2D.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from dmpo_jax.models.layers import (
     conv,
     group_norm,
 )
+from dmpo_jax.models.parameters import Buffer
 
 EPSILON = 1e-6
 
@@ -43,7 +45,8 @@ KEYS = {
     "use_quant_conv": True,
 }
 # force_upcast tells PyTorch pipelines not to run the VAE in fp16; here the caller picks the dtype.
-DEAD = frozenset({"force_upcast"})
+# batch_norm_momentum is of a training that is over.
+DEAD = frozenset({"force_upcast", "batch_norm_momentum"})
 
 
 class SpatialAttention(Attention):
@@ -120,7 +123,7 @@ class Encoder(nnx.Module):
 
 class Decoder(nnx.Module):
     def __init__(self, config: ModelConfig, **kw: Any):
-        widths = list(config.block_out_channels)[::-1]
+        widths = list(config.get("decoder_block_out_channels") or config.block_out_channels)[::-1]
         last = len(widths) - 1
         self.conv_in = conv(config.latent_channels, widths[0], **kw)
         self.mid_block = MidBlock(config, widths[0], **kw)
@@ -155,8 +158,10 @@ class AutoencoderKL(nnx.Module):
         ValueError: naming each config key whose value is not supported.
     """
 
+    KEYS: Mapping[str, Any] = KEYS
+
     def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
-        self.config = config = ModelConfig(config, KEYS, DEAD)
+        self.config = config = ModelConfig(config, self.KEYS, DEAD)
         self.dtype = dtype
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         _check(config)
@@ -179,6 +184,43 @@ class AutoencoderKL(nnx.Module):
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         return self.decoder(latents)
+
+
+class Statistics(nnx.Module):
+    """Running mean and variance of a batch norm, of packed latents."""
+
+    def __init__(self, channels: int):
+        self.running_mean = Buffer(jnp.zeros((channels,), jnp.float32))
+        self.running_var = Buffer(jnp.ones((channels,), jnp.float32))
+
+
+class AutoencoderKLFlux2(AutoencoderKL):
+    """FLUX.2's VAE: `AutoencoderKL` whose latents are scaled by statistics, a packed channel each.
+
+    Reference: diffusers `AutoencoderKLFlux2`.
+    """
+
+    KEYS: Mapping[str, Any] = {
+        **{k: v for k, v in KEYS.items() if k not in ("scaling_factor", "shift_factor")},
+        "batch_norm_eps": 1e-4,
+        "block_out_channels": (128, 256, 512, 512),
+        "decoder_block_out_channels": None,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "latent_channels": 32,
+        "layers_per_block": 2,
+        "patch_size": Only([2, 2], (2, 2)),
+        "sample_size": 1024,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+
+    def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        pack = self.config.patch_size
+        self.bn = Statistics(self.config.latent_channels * pack[0] * pack[1])
+
+    def unused(self, name: str) -> bool:
+        """True for tensors of a folder that are not needed: how many batches were seen."""
+        return name == "bn.num_batches_tracked"
 
 
 def _resnet(config: ModelConfig, in_channels: int, out_channels: int, **kw: Any) -> ResnetBlock2D:
