@@ -59,8 +59,8 @@ def load_family(folder: epath.PathLike) -> tuple[epath.Path, Family]:
 @functools.cache  # once a folder
 def _warn_of_distillation(folder: str) -> None:
     LOG.warning(
-        "%s is distilled to few steps (is_distilled): training undoes that gradually, and images "
-        "are drawn without guidance, whatever its scale. Better train the model before distillation",
+        "%s is distilled to few steps (is_distilled): training undoes that gradually, and "
+        "images are drawn without guidance. Better train the model that was not distilled",
         folder,
     )
 

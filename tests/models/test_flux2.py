@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dmpo_jax import diffusers_io, families
+from dmpo_jax.diffusion.noise import restore_latents, sample_latents
 from dmpo_jax.families import flux2 as family
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
@@ -67,10 +68,6 @@ def test_outputs_and_gradients_are_those_of_pytorch(changes, size, tmp_path):
     parity.check_files(tmp_path, tmp_path / "again")
 
 
-def Condition(context):
-    return families.flux2.Condition(context)
-
-
 def test_scan_and_remat_change_nothing():
     config = {**CONFIG, "num_layers": 2, "num_single_layers": 3}
     model = parameters.initialise(Flux2Transformer2DModel, config, 0)
@@ -114,8 +111,6 @@ def test_vae_and_the_factors_of_its_latents_are_those_of_pytorch(tmp_path):
     assert parity.relative_error(moments[..., :6], nhwc(mean)) <= 1e-5
     assert parity.relative_error(got, nhwc(decoded)) <= 1e-5
     scaling, shift = family.factors(ours)
-    from dmpo_jax.diffusion.noise import restore_latents, sample_latents
-
     told = {"scaling_factor": scaling, "shift_factor": shift, "pack": 2}
     latents = sample_latents(jax.random.key(0), moments[..., :6], mean_only=True, **told)
     assert parity.relative_error(latents, nhwc(scaled)) <= 1e-5
