@@ -109,7 +109,12 @@ def load_tokenizer(path: epath.Path, name: str) -> Any:
     config = read_json(path / name / "tokenizer_config.json")
     # Old CLIP folders name no class, and AutoTokenizer needs a config.json to infer one.
     clip = str(config.get("tokenizer_class", "CLIPTokenizer")).startswith("CLIPTokenizer")
-    return read_tokenizer(path / name, "CLIPTokenizer" if clip else "AutoTokenizer")
+    tokenizer = read_tokenizer(path / name, "CLIPTokenizer" if clip else "AutoTokenizer")
+    if tokenizer.padding_side != "right":  # a text's length would not tell where it is
+        raise UserError(
+            f"{path / name} pads on the {tokenizer.padding_side} (padding_side); supported: right"
+        )
+    return tokenizer
 
 
 def check_parts(path: epath.Path, family: Family) -> None:

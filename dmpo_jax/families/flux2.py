@@ -59,8 +59,16 @@ def facts(config: Mapping[str, Any]) -> Facts:
 def factors(vae: Any) -> tuple[Factor, Factor]:
     """Returns (scaling factor, shift factor), each packed channel's, from the VAE's statistics.
 
+    Raises:
+        ValueError: another kind of VAE.
+
     Source: diffusers `Flux2KleinPipeline`: (latents - mean) / sqrt(variance + epsilon).
     """
+    if not hasattr(vae, "bn"):
+        raise UserError(
+            f"FLUX.2 needs the statistics of an AutoencoderKLFlux2, but its VAE is an "
+            f"{type(vae).__name__}: take the VAE from the transformer's own pipeline"
+        )
     mean, variance = (x.get_value() for x in (vae.bn.running_mean, vae.bn.running_var))
     if isinstance(mean, jax.ShapeDtypeStruct):  # of a plan, which reads no weights
         return (1.0,) * mean.shape[0], (0.0,) * mean.shape[0]

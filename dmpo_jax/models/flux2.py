@@ -234,7 +234,7 @@ class Flux2Transformer2DModel(nnx.Module):
         sigma: Shaped[Array, " N"] | Shaped[Array, ""],
         context: Float[Array, "N S E"],
         guidance: Float[Array, " N"] | None = None,
-    ) -> Float[Array, "N H W C"]:
+    ) -> Float[Array, "N H W O"]:
         """Predicts, in the compute dtype.
 
         Args:
@@ -291,7 +291,7 @@ def _gated(gate: Row, x: Tokens) -> Tokens:
     return gate[:, None] * x
 
 
-def _swiglu(x: Tokens) -> Tokens:
+def _swiglu(x: Float[Array, "N T both"]) -> Float[Array, "N T half"]:
     gate, values = jnp.split(x, 2, axis=-1)
     return activation("silu")(gate) * values
 

@@ -144,7 +144,7 @@ class FinalLayer(nnx.Module):
         modulation = Linear(min(width, TIME_WIDTH), width, **kw)
         self.adaLN_modulation = nnx.List([None, modulation])  # the first is PyTorch's activation
 
-    def __call__(self, x: Tokens, embedded: Row) -> Float[Array, "N T P"]:
+    def __call__(self, x: Tokens, embedded: Float[Array, "N E"]) -> Float[Array, "N T P"]:
         modulation: Any = self.adaLN_modulation[1]
         scale = modulation(activation("silu")(embedded))
         return self.linear(modulated_norm(x, jnp.zeros_like(scale), scale, OUT_EPSILON))
@@ -267,7 +267,7 @@ class ZImageTransformer2DModel(nnx.Module):
         head = by_place.own.shape[-1]
         by_text = (np.arange(head) < config.axes_dims[0]).reshape(1, 1, 1, -1)
 
-        def of_image(table: Array, still: Array, at_rest: float) -> Array:
+        def of_image(table: Any, still: Any, at_rest: float) -> Array:
             # The first axis turns with the text's length, the others with row and column.
             behind = jnp.asarray(table)[0][filled + 1][:, None]
             turned = jnp.where(by_text, behind, still)
@@ -283,7 +283,7 @@ class ZImageTransformer2DModel(nnx.Module):
         return image, rope.Rotation(*(jnp.broadcast_to(table, shape) for table in text))
 
 
-def _filled(x: Tokens, length: Any, token: Any) -> Tokens:
+def _filled(x: Tokens, length: Any, token: Any) -> Float[Array, "N filled D"]:
     """Fills up to a multiple of 32 tokens; from `length` on, all are the learnt token."""
     total = MULTIPLE * -(-x.shape[1] // MULTIPLE)
     x = jnp.pad(x, ((0, 0), (0, total - x.shape[1]), (0, 0)))

@@ -30,6 +30,8 @@ RULES = (
     (r"(add_q_proj|add_k_proj|add_v_proj)\.(lora_B\.)?kernel", "columns"),
     (r"(to_out\.0|ff\.net\.2|conv2)\.(lora_A\.)?kernel", "rows"),
     (r"(to_add_out|ff_context\.net\.2)\.(lora_A\.)?kernel", "rows"),
+    (r"feed_forward\.(w1|w3)\.(lora_B\.)?kernel", "columns"),
+    (r"(linear_out|feed_forward\.w2)\.(lora_A\.)?kernel", "rows"),
     (r"", "whole"),
 )
 

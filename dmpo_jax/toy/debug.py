@@ -14,6 +14,7 @@ from dmpo_jax.families import Family, Published
 from dmpo_jax.families.family import TextPart
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.qwen3 import Qwen3Model
 from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.parallel import processes
 from dmpo_jax.toy import digits
@@ -121,6 +122,13 @@ def _write_text(
         )
         diffusers_io.save_text_encoder(encoder, out / part.name)
         return kind, "T5TokenizerFast"
+    if kind.startswith("Qwen3"):
+        words = make_digits.write_qwen2_tokenizer(out / part.tokenizer)
+        text = {"vocab_size": words, **changes}
+        diffusers_io.save_text_encoder(
+            parameters.initialise(Qwen3Model, text, seed), out / part.name
+        )
+        return kind, "Qwen2Tokenizer"
     vocabulary = make_digits.write_tokenizer(out / part.tokenizer)
     width = changes["hidden_size"]
     text = {

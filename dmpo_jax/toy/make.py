@@ -161,6 +161,44 @@ def write_t5_tokenizer(folder: epath.Path) -> int:
     return len(scored)
 
 
+# As Qwen3's own: a reply begins with empty thoughts only if thinking is switched off.
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+
+
+def write_qwen2_tokenizer(folder: epath.Path) -> int:
+    """Writes a Qwen2Tokenizer, with a chat template; returns the size of its vocabulary.
+
+    A byte is one token, as are the marks of a chat.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
+    end, special = "<|endoftext|>", ("<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in (end, *special)])
+    tokenizer.add_tokens([AddedToken(mark, normalized=False) for mark in ("<think>", "</think>")])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 1024,
+        "pad_token": end,
+        "eos_token": special[1],
+        "unk_token": None,
+        "bos_token": None,
+        "chat_template": CHAT,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return tokenizer.get_vocab_size()
+
+
 def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
     """Trains the small VAE on all real digits: squared error plus a light KL to the unit normal.
 

@@ -135,3 +135,17 @@ def test_the_shift_is_that_of_the_pipeline():
         for steps in (1, 4, 50, 200):
             want = compute_empirical_mu(tokens, steps)
             assert family.empirical_mu(tokens, steps) == pytest.approx(want, rel=1e-12)
+
+
+def test_a_sharded_model_computes_the_same(monkeypatch):
+    config = {**CONFIG, "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1}
+    model = parameters.initialise(Flux2Transformer2DModel, config, 0)
+    rng = np.random.default_rng(1)
+    latents, context = (rng.standard_normal(s, np.float32) for s in ((4, 2, 3, 12), (4, 5, 20)))
+    args = (latents, np.linspace(0.1, 1, 4, dtype=np.float32), context)
+    parity.check_sharded(model, args, monkeypatch)
+
+
+def test_rules_are_the_layers_own():
+    targets = ("to_q", "to_out.0", "to_add_out", "linear_out", "to_qkv_mlp_proj", "attn.to_out")
+    parity.check_rules(parameters.abstract(Flux2Transformer2DModel, CONFIG), targets)

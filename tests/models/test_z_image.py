@@ -111,3 +111,16 @@ def test_more_positions_than_the_model_has_are_refused():
     model = parameters.abstract(ZImageTransformer2DModel, CONFIG)
     with pytest.raises(ValueError, match=r"20 x 5 patches .*axes_lens=\[128, 16, 16\]"):
         jax.eval_shape(lambda model: model(*inputs(40, 10, (7, 8, 9))), model)
+
+
+def test_a_sharded_model_computes_the_same(monkeypatch):
+    config = {**CONFIG, "dim": 32, "n_heads": 2, "n_layers": 1}
+    model = parameters.initialise(ZImageTransformer2DModel, config, 0)
+    latents, _, context, _ = inputs(4, 6, (7, 7, 7, 7))
+    args = (latents, np.linspace(0, 1, 4, dtype=np.float32), context, np.int32([7, 32, 45, 64]))
+    parity.check_sharded(model, args, monkeypatch)
+
+
+def test_rules_are_the_layers_own():
+    targets = ("to_q", "to_out.0", "feed_forward.w1", "feed_forward.w2")
+    parity.check_rules(parameters.abstract(ZImageTransformer2DModel, CONFIG), targets)

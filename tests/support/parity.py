@@ -5,10 +5,13 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from flax import nnx
 from safetensors.numpy import load_file
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.models import parameters
+from dmpo_jax.models import lora, parameters
+from dmpo_jax.models.layers import Linear
+from dmpo_jax.parallel import meshes, placement
 
 
 def relative_error(ours, theirs) -> float:
@@ -54,3 +57,43 @@ def check_files(folder, out, load=diffusers_io.load_model, save=diffusers_io.sav
     assert got.keys() == {key for key in want if not key.endswith("num_batches_tracked")}
     for key, array in got.items():
         np.testing.assert_array_equal(array, want[key], err_msg=key)
+
+
+def check_sharded(model: Any, args: tuple, monkeypatch) -> None:
+    """Compares a sharded model's loss and gradients with those of one device."""
+    monkeypatch.setattr(meshes, "SHARDED_FROM", 256)
+    structure, params = parameters.split(model)
+    weights = np.random.default_rng(2).standard_normal(args[0].shape, np.float32)
+
+    def run(mesh: Any) -> Any:
+        forward = placement.over_rows(
+            lambda params, *args: parameters.merge(structure, params)(*args), mesh
+        )
+
+        def loss(params, *args):
+            return (forward(params, *args) * weights).sum()
+
+        given = params, *map(np.asarray, args)
+        if mesh is not None:
+            placed = jax.device_put(params, meshes.parameter_sharding(mesh, params))
+            given = placed, *jax.device_put(given[1:], meshes.batch_sharding(mesh))
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(*given))
+
+    want, wanted = run(None)
+    got, gradient = run(meshes.make_mesh(data=1, fsdp=4, tensor=2))
+    assert abs(got - want) <= 2e-5 * abs(want)
+    for path, g in wanted.items():
+        bound = 2e-5 * max(np.abs(g).max(), 1e-6)
+        np.testing.assert_allclose(gradient[path], g, atol=bound, err_msg=path)
+
+
+def check_rules(model: Any, targets: tuple[str, ...]) -> None:
+    """Compares what `meshes.RULES` says of paths with what the layers say of themselves."""
+    model = lora.attach(model, rank=2, alpha=2, targets=targets, seed=0)
+    found = set()
+    for path, layer in nnx.iter_modules(model):
+        if isinstance(layer, Linear):
+            name = ".".join(map(str, path))
+            assert meshes.split_of(f"{name}.kernel") == layer.split, name
+            found.add(layer.split)
+    assert found == {"columns", "rows", "whole"}
