@@ -34,9 +34,9 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return many + (few - many) * (200 - steps) / 190
 
 
-def _embed(outputs: Sequence[Any], masks: Sequence[Any]) -> Embedded:
+def embed(outputs: Sequence[Any], masks: Sequence[Any], states: Sequence[int] = STATES) -> Embedded:
     """Concatenates three states of the text encoder on their features."""
-    return Embedded(jnp.concatenate([outputs[0].hidden_states[i] for i in STATES], axis=-1))
+    return Embedded(jnp.concatenate([outputs[0].hidden_states[i] for i in states], axis=-1))
 
 
 def predict(model: Any, latents: Any, times: Any, condition: Condition) -> Any:
@@ -150,7 +150,7 @@ KLEIN = Family(
     text=(
         TextPart("text_encoder", tokens=TOKENS, template=TEMPLATE, masked=True, layers=STATES[-1]),
     ),
-    embed=_embed,
+    embed=embed,
     model=Flux2Transformer2DModel,
     component="transformer",
     predict=predict,

@@ -19,7 +19,7 @@ from dmpo_jax.jobs.run import run
 from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.toy import debug
 from tests.support import tiny, torch_flow
-from tests.support.torch_flow import SIDE, TOKENS
+from tests.support.torch_flow import SIDE
 
 FAMILIES = ("klein", "z_image")
 PROMPT = "the digit three"
@@ -30,8 +30,8 @@ TARGETS = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_prompts():
-    with torch_flow.short_prompts():
+def shortened():
+    with torch_flow.shortened():
         yield
 
 
@@ -70,7 +70,7 @@ def opened(folder, lora=None):
     return pipeline
 
 
-def drawn_by_pytorch(pipeline, shape):
+def drawn_by_pytorch(name, pipeline, shape):
     """The image of seed 5, from the noise that our sampler draws."""
     noise = np.asarray(jax.random.normal(jax.random.key(5), shape))
     images = pipeline(
@@ -80,8 +80,8 @@ def drawn_by_pytorch(pipeline, shape):
         width=SIDE,
         num_inference_steps=3,
         guidance_scale=2.0,
-        max_sequence_length=TOKENS,
         output_type="np",
+        **torch_flow.told(name),
     ).images
     return 255 * images[0]
 
@@ -102,8 +102,8 @@ def test_prompts_are_those_of_pytorch(trained):
     pairs = records.open_pairs(workdir / "encoded")
     pipeline = opened(model)
     stored = next(p for i in range(len(pairs.prompts)) if (p := pairs.prompts[i]).text)
-    told = {"max_sequence_length": TOKENS, "device": "cpu"}
     with torch.no_grad():
+        told = {"device": "cpu", **torch_flow.told(name)}
         wanted = pipeline.encode_prompt([stored.text], **told)[0][0].numpy()
     context = np.asarray(stored.context, np.float32)
     if name == "z_image":
@@ -122,7 +122,7 @@ def test_an_export_draws_in_pytorch_what_it_draws_here(trained):
         == json.loads((pathlib.Path(model) / "model_index.json").read_text())["_class_name"]
     )
     side = SIDE // 8 if name == "klein" else SIDE // 4
-    wanted = drawn_by_pytorch(pipeline, (side, side, 32 if name == "klein" else 8))
+    wanted = drawn_by_pytorch(name, pipeline, (side, side, 32 if name == "klein" else 8))
     ours = drawn_by_us(export)
     assert np.abs(ours - wanted).mean() <= 1
     assert wanted.std() > 5

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import diffusers
 import torch
@@ -9,45 +10,58 @@ import transformers
 from etils import epath
 
 from dmpo_jax import families
-from dmpo_jax.families import KLEIN, Z_IMAGE
+from dmpo_jax.families import KLEIN, Z_IMAGE, family, flux2
 from dmpo_jax.toy import debug, make
 from tests.support.torch_models import randomise
 
 SIDE = 32  # of the images; the VAE makes 8 of it
 TOKENS = 64  # of a prompt, in place of 512
+STATES = (1, 2, 3)  # of klein's text encoder, in place of 9, 18 and 27
 
 
 @contextlib.contextmanager
-def short_prompts():
-    """Inside, the families read fewer tokens of a prompt: the pipelines' max_sequence_length."""
+def shortened():
+    """Inside, the families read fewer tokens and layers, as the pipelines can be told to."""
     before = dict(families.FAMILIES)
-    for family in (KLEIN, Z_IMAGE):
-        text = tuple(part._replace(tokens=TOKENS) for part in family.text)
-        families.FAMILIES[family.pipeline] = dataclasses.replace(family, text=text)
+    klein = dataclasses.replace(
+        KLEIN,
+        text=(KLEIN.text[0]._replace(tokens=TOKENS, layers=STATES[-1]),),
+        embed=functools.partial(flux2.embed, states=STATES),
+        check_text=family.no_check,
+    )
+    text = (Z_IMAGE.text[0]._replace(tokens=TOKENS),)
+    for one in (klein, dataclasses.replace(Z_IMAGE, text=text)):
+        families.FAMILIES[one.pipeline] = one
     yield
     families.FAMILIES.clear()
     families.FAMILIES.update(before)
 
 
+def told(name: str) -> dict:
+    """What makes PyTorch's pipeline read no more."""
+    states = {"text_encoder_out_layers": STATES} if name == "klein" else {}
+    return {"max_sequence_length": TOKENS, **states}
+
+
 def write(name: str, folder) -> str:
     """The pipeline of a family, its weights off their initialisation."""
-    family = families.family_named(name)
+    kind = families.family_named(name)
     folder = epath.Path(folder)
     words = make.write_qwen2_tokenizer(folder.parent / "tokenizer")
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder.parent / "tokenizer"))
-    config = dict(family.tiny.text["text_encoder"])
-    kind = getattr(transformers, config.pop("architectures")[0])
+    config = {**kind.tiny.text["text_encoder"], "num_hidden_layers": 4}
+    encoder = getattr(transformers, config.pop("architectures")[0])
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
     parts = {
         "tokenizer": tokenizer,
-        "text_encoder": randomise(kind(transformers.Qwen3Config(vocab_size=words, **config)), 1),
-        "transformer": _transformer(family),
-        "vae": _vae(family),
+        "text_encoder": randomise(encoder(transformers.Qwen3Config(vocab_size=words, **config)), 1),
+        "transformer": _transformer(kind),
+        "vae": _vae(kind),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
-            **_public(debug.scheduler_config(family))
+            **_public(debug.scheduler_config(kind))
         ),
     }
-    getattr(diffusers, family.pipeline)(**parts).save_pretrained(str(folder))
+    getattr(diffusers, kind.pipeline)(**parts).save_pretrained(str(folder))
     return str(folder)
 
 
@@ -55,13 +69,13 @@ def _public(config: dict) -> dict:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _transformer(family: families.Family):
-    made = getattr(diffusers, family.torch_class)(**_public(debug.model_config(family)))
+def _transformer(kind: families.Family):
+    made = getattr(diffusers, kind.torch_class)(**_public(debug.model_config(kind)))
     return randomise(made, 2)
 
 
-def _vae(family: families.Family):
-    made = getattr(diffusers, family.vae.__name__)(**_public(debug.vae_config(family)))
+def _vae(kind: families.Family):
+    made = getattr(diffusers, kind.vae.__name__)(**_public(debug.vae_config(kind)))
     if hasattr(made, "bn"):
         generator = torch.Generator().manual_seed(4)
         made.bn.running_mean.copy_(torch.randn(made.bn.num_features, generator=generator))
