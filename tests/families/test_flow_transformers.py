@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from etils import epath
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data import sources
@@ -115,7 +116,7 @@ def test_prompts_are_those_of_pytorch(trained):
 def test_an_export_draws_in_pytorch_what_it_draws_here(trained):
     name, model, workdir = trained
     export = workdir / "export"
-    assert verify(export, Trained(str(export), None, None)) <= 1e-5
+    assert verify(epath.Path(export), Trained(str(export), None, None)) <= 1e-5
     pipeline = opened(export)
     assert (
         type(pipeline).__name__

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import diffusers_io
+from dmpo_jax import diffusers_io, families
 from dmpo_jax.models import parameters
+from dmpo_jax.types import Condition
 from tests.support import full_size
 
 pytestmark = [
@@ -31,7 +32,10 @@ LOADERS = {
     "unet": diffusers_io.load_unet,
     "vae": diffusers_io.load_vae,
     "sd3": diffusers_io.load_model,
+    "flux2": diffusers_io.load_model,
+    "z_image": diffusers_io.load_model,
     "t5": diffusers_io.load_text_encoder,
+    "qwen3": diffusers_io.load_text_encoder,
     "clip": diffusers_io.load_text_encoder,
     "clip_projection": diffusers_io.load_text_encoder,
 }
@@ -62,6 +66,10 @@ def outputs(kind, model, arrays) -> dict:
         return {"out": model(*(arrays[name] for name in names if name in arrays))}
     if kind == "sd3":
         return {"out": model(*(arrays[name] for name in ("sample", "times", "context", "pooled")))}
+    if kind in ("flux2", "z_image"):
+        family = families.family_named({"flux2": "klein"}.get(kind, kind))
+        condition = Condition(arrays["context"], lengths=arrays.get("lengths"))
+        return {"out": family.predict(model, arrays["sample"], arrays["times"], condition)}
     if kind == "vae":
         encoded, decoded = model.encode(arrays["images"]), model.decode(arrays["latents"])
         return {"moments": encoded, "decoded": decoded}
@@ -69,7 +77,7 @@ def outputs(kind, model, arrays) -> dict:
     if kind == "t5":
         return {"last": out.last_hidden_state}
     states = {"last": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
-    return {**states, "pooled": out.pooled}
+    return states if kind == "qwen3" else {**states, "pooled": out.pooled}
 
 
 @pytest.mark.parametrize("name", full_size.MODELS)

@@ -9,10 +9,13 @@ import torch
 from dmpo_jax import diffusers_io
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
+from dmpo_jax.models.flux2 import Flux2Transformer2DModel
+from dmpo_jax.models.qwen3 import Qwen3Model
 from dmpo_jax.models.sd3 import SD3Transformer2DModel
 from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.models.unet import UNet2DConditionModel
 from dmpo_jax.models.vae import AutoencoderKL
+from dmpo_jax.models.z_image import ZImageTransformer2DModel
 from tests.support import full_size, torch_models
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -152,6 +155,9 @@ def test_real_models_have_their_number_of_parameters(name):
         "vae": AutoencoderKL,
         "sd3": SD3Transformer2DModel,
         "t5": T5EncoderModel,
+        "flux2": Flux2Transformer2DModel,
+        "z_image": ZImageTransformer2DModel,
+        "qwen3": Qwen3Model,
     }
     kw = {} if kind in kinds else {"projection": kind == "clip_projection"}
     model = parameters.abstract(kinds.get(kind, CLIPTextModel), config, **kw)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from dmpo_jax.data.encoded.meta import EncodedMeta
-from dmpo_jax.families import PUBLISHED, SD, SD3, SDXL, SDXL_EDIT
+from dmpo_jax.families import KLEIN, PUBLISHED, SD, SD3, SDXL, SDXL_EDIT, Z_IMAGE
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.planning import flops
 from dmpo_jax.toy import debug
@@ -15,7 +15,14 @@ from dmpo_jax.types import Condition
 
 TOKENS = 5
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "conv1")
-FAMILIES = {"sd": SD, "sdxl": SDXL, "sdxl_edit": SDXL_EDIT, "sd3": SD3}
+FAMILIES = {
+    "sd": SD,
+    "sdxl": SDXL,
+    "sdxl_edit": SDXL_EDIT,
+    "sd3": SD3,
+    "klein": KLEIN,
+    "z_image": Z_IMAGE,
+}
 
 
 def make(family, size=(8, 8)):
@@ -44,7 +51,9 @@ def trace(family, model, meta, *, to: str) -> int:
     told = meta.abstract_batch(1).condition
     told = Condition(
         **{
-            name: None if x is None else jax.ShapeDtypeStruct(x.shape, jnp.float32)
+            name: None
+            if x is None
+            else jax.ShapeDtypeStruct(x.shape, x.dtype if name == "lengths" else jnp.float32)
             for name, x in told._asdict().items()
         }
     )
@@ -61,7 +70,15 @@ def trace(family, model, meta, *, to: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("sd", (9, 10)), ("sdxl", (7, 10)), ("sdxl_edit", (8, 8)), ("sd3", (8, 12))]
+    ("name", "size"),
+    [
+        ("sd", (9, 10)),
+        ("sdxl", (7, 10)),
+        ("sdxl_edit", (8, 8)),
+        ("sd3", (8, 12)),
+        ("klein", (8, 12)),
+        ("z_image", (8, 12)),
+    ],
 )
 def test_a_forward_is_counted_whatever_its_execution(name, size):
     """Blocks as loops, as they are counted, are as many FLOPs as blocks one after another."""
@@ -75,7 +92,7 @@ def test_a_forward_is_counted_whatever_its_execution(name, size):
     assert model.execution == before
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "klein"])
 def test_a_backward_is_twice_a_forward(name):
     """To the last FLOP, with the gradients of inputs, which a step is spared."""
     family = FAMILIES[name]
@@ -107,6 +124,8 @@ def test_adapters():
         ("sdxl", 6.7612, 54.09),
         ("sd35_medium", 11.2495, 89.996),  # as PyTorch's FlopCounterMode counts it, too
         ("sd35_large", 31.1211, 248.969),
+        ("klein_4b", 10.1730, 81.384),
+        ("z_image", 18.5334, 148.267),
     ],
 )
 def test_full_size(name, forward, pair):
@@ -116,7 +135,7 @@ def test_full_size(name, forward, pair):
     meta = EncodedMeta.expected(
         family,
         facts,
-        size=facts.latent_size,
+        size=facts.latent_size or (64, 64),
         latent_channels=published.latent_channels,
         tokens=published.tokens,
         scaling_factor=published.scaling_factor,

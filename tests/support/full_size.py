@@ -13,6 +13,7 @@ import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from dmpo_jax.families.flux2 import KLEIN_4B
 from dmpo_jax.families.sd3 import SD35_MEDIUM
 from dmpo_jax.families.sdxl import SDXL_BASE as SDXL
 from dmpo_jax.families.stable_diffusion import SD15, SD21
@@ -57,6 +58,19 @@ T5_XXL = {  # 4 of its 24 layers: whole, it takes 19 GB
     "feed_forward_proj": "gated-gelu",
     "vocab_size": 32128,
 }
+KLEIN_3_BLOCKS = {**KLEIN_4B, "num_layers": 1, "num_single_layers": 2}
+Z_IMAGE_4_BLOCKS = {"n_layers": 2, "n_refiner_layers": 1}
+QWEN3_2_LAYERS = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+    "tie_word_embeddings": True,
+}
 MODELS = {  # name -> (kind, config, number of parameters, height and width of latents or images)
     "sd15_unet": ("unet", SD15, 859_520_964, (13, 9)),
     "sd21_unet": ("unet", SD21, 865_910_724, (9, 16)),
@@ -67,6 +81,10 @@ MODELS = {  # name -> (kind, config, number of parameters, height and width of l
     # With the table of positions, which is not trained: 226,492,416.
     "sd35_medium_transformer": ("sd3", SD35_MEDIUM, 2_243_171_520 + 226_492_416, (22, 12)),
     "t5_xxl_4_layers": ("t5", T5_XXL, 903_387_136, None),
+    # Of full width, but not as deep: whole, they take 16, 25 and 16 GB.
+    "klein_4b_3_blocks": ("flux2", KLEIN_3_BLOCKS, 685_769_728, (9, 6)),
+    "z_image_4_blocks": ("z_image", Z_IMAGE_4_BLOCKS, 731_546_176, (14, 10)),
+    "qwen3_4b_2_layers": ("qwen3", QWEN3_2_LAYERS, 590_820_352, None),
 }
 SHARDS = "3GB"
 
@@ -95,7 +113,11 @@ def make(kind, config):
         "unet": diffusers.UNet2DConditionModel,
         "vae": diffusers.AutoencoderKL,
         "sd3": diffusers.SD3Transformer2DModel,
+        "flux2": diffusers.Flux2Transformer2DModel,
+        "z_image": diffusers.ZImageTransformer2DModel,
     }
+    if kind == "qwen3":
+        return transformers.Qwen3Model(transformers.Qwen3Config(**config))
     with torch.device("meta"):
         model = classes[kind](**config)
     assert kind == "sd3" or not list(model.buffers())
@@ -150,6 +172,12 @@ def compute(kind, model, size, generator) -> dict:
         }
         latents, times, context, pooled = given.values()
         return {**given, "out": model(latents, context, pooled, times).sample}
+    if kind in ("flux2", "z_image"):
+        return compute_flow(kind, model, size, normal)
+    if kind == "qwen3":
+        ids = torch.randint(0, 151643, (1, 512), generator=generator)
+        out = model(ids, output_hidden_states=True)
+        return {"ids": ids, "last": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
     if kind == "t5":
         ids = torch.randint(3, 32000, (2, 40), generator=generator)
         return {"ids": ids, "last": model(ids).last_hidden_state}
@@ -168,6 +196,44 @@ def compute(kind, model, size, generator) -> dict:
     pooled = out.text_embeds if kind == "clip_projection" else out.pooler_output
     states = {"last": out.last_hidden_state, "penultimate": out.hidden_states[-2]}
     return {"ids": ids, **states, "pooled": pooled}
+
+
+def compute_flow(kind, model, size, normal) -> dict:
+    """Of FLUX.2 and Z-Image, which PyTorch calls with tokens and with lists."""
+    import torch
+
+    from dmpo_jax.families import family_named
+    from dmpo_jax.types import Condition
+
+    family = family_named({"flux2": "klein"}.get(kind, kind))
+    facts = family.facts(model.config)
+    times = torch.tensor([37.25, 871.0])
+    given = {
+        "sample": normal(2, facts.in_channels, *size),
+        "times": times,
+        "context": normal(2, 64, facts.context_width),
+    }
+    if facts.lengths:
+        given["lengths"] = torch.tensor([17, 64])
+    latents = given["sample"].permute(0, 2, 3, 1).numpy()
+    context, lengths = given["context"].numpy(), given.get("lengths")
+    condition = Condition(context, lengths=None if lengths is None else lengths.numpy())
+    told = family.torch_inputs(latents, times.numpy(), condition)
+    out = model(**tensors(told)).sample
+    arrays = [x.numpy() for x in out] if isinstance(out, list) else out.numpy()
+    found = family.torch_output(arrays, latents.shape).transpose(0, 3, 1, 2)
+    return {**given, "out": torch.tensor(found)}
+
+
+def tensors(told):
+    """Arguments in NumPy, and lists of such, as PyTorch's."""
+    import torch
+
+    if isinstance(told, dict):
+        return {name: tensors(value) for name, value in told.items()}
+    if isinstance(told, list):
+        return [tensors(value) for value in told]
+    return None if told is None else torch.tensor(told)
 
 
 def main(name: str, folder: str) -> None:
