@@ -189,3 +189,30 @@ def test_refusals():
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match=r"needs NVIDIA GPUs.*use 'plain'"):
             attention(*inputs, kernel="cudnn")
+
+
+def test_keys_behind_a_rows_length_are_not_attended_to(short_splash):
+    """In plain attention as if they were not there; in splash as in plain."""
+    *inputs, cotangent = tokens(batch=2, dtype=jnp.float32)
+    lengths = jnp.array([256, 100])
+    valid = (jnp.arange(256)[None] < lengths[:, None])[..., None, None]
+
+    def run(kernel, inputs, lengths, cotangent):
+        attend = functools.partial(attention, lengths=lengths, kernel=kernel)
+        out, backward = jax.vjp(attend, *inputs)
+        return out, *backward(cotangent)
+
+    # What is behind is read by nobody.
+    got = run("plain", inputs, lengths, cotangent * valid)
+    for row, length in enumerate((256, 100)):
+        alone = [x[row : row + 1, :length] for x in (*inputs, cotangent)]
+        want = run("plain", alone[:3], None, alone[3])
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a[row, :length], b[0], atol=1e-5)
+    half = [x.astype(jnp.bfloat16) for x in (*inputs, cotangent * valid)]
+    assert takes_splash(*half[:2])
+    fast = [x.astype(jnp.float32) for x in run("splash", half[:3], lengths, half[3])]
+    exact = [x.astype(jnp.float32) for x in half]
+    slow = run("plain", exact[:3], lengths, exact[3])
+    assert max(relative_errors([x * valid for x in fast], [x * valid for x in slow])) <= 2**-7
+    assert not np.asarray(fast[2] * ~valid).any()  # nor do their keys get a gradient
