@@ -28,6 +28,9 @@ Spec = Array | jax.ShapeDtypeStruct
 # under 1 ms for the kernel (SD1.5's 8 heads of 80, 8 images, v5p).
 SPLASH_FROM = 1024  # tokens
 LANES = 128  # of a TPU's vector registers and its matrix unit: blocks are multiples of it
+# Token counts that LANES does not divide are padded to a multiple of this, whose divisors make
+# large blocks: SD3's 4,096 + 333 tokens become 4,608, in blocks of 768.
+PADDED_TO = 512
 # Tokens per block of the splash kernels. Compiled for v5e and v5p, they fit 16 MB of scoped
 # VMEM. The larger the key block, the fewer partial gradients of the query are written.
 BLOCK, BLOCK_COMPUTE, BLOCK_BACKWARD = 1024, 512, 2048
@@ -95,11 +98,11 @@ def takes_cudnn(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
 def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
     """True if the splash kernel runs: bfloat16 self-attention over many tokens.
 
-    At least SPLASH_FROM tokens and a multiple of LANES, H at most LANES, no mask. The scores
-    of a prompt's 77 tokens are small, and keys come in blocks of 128.
+    At least SPLASH_FROM tokens, H at most LANES, no mask. The scores of a prompt's 77 tokens
+    are small, and keys come in blocks of 128.
     """
     tokens, width = query.shape[1], query.shape[-1]
-    fits = tokens == key.shape[1] and tokens % LANES == 0 and width <= LANES
+    fits = tokens == key.shape[1] and width <= LANES
     half = query.dtype == key.dtype == jnp.bfloat16
     return mask is None and half and fits and tokens >= SPLASH_FROM
 
@@ -130,14 +133,20 @@ def _cudnn(platform, query, key, value, lengths=None):
 def _splash(platform, query, key, value, lengths=None):
     # The kernel does not scale.
     query = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
-    kernel = _splash_kernel(*query.shape[2:0:-1], interpret=platform != "tpu")
-    heads = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
-    if lengths is None:
-        return jnp.swapaxes(jax.vmap(kernel)(*heads), 1, 2)
+    tokens, heads = query.shape[1:3]
+    padding = -tokens % (PADDED_TO if tokens % LANES else LANES)
+    kernel = _splash_kernel(heads, tokens + padding, interpret=platform != "tpu")
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (query, key, value)]
+    if padding:
+        heads_first = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first]
+    elif lengths is None:
+        return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)
     # Tokens attend to those of their own segment: 0 up to the length, 1 behind it.
-    behind = jnp.arange(key.shape[1])[None] >= lengths[:, None]
+    ends = jnp.full(query.shape[:1], tokens) if lengths is None else lengths
+    behind = jnp.arange(tokens + padding)[None] >= ends[:, None]
     segments = splash.SegmentIds(*(behind.astype(jnp.int32),) * 2)
-    return jnp.swapaxes(jax.vmap(kernel)(*heads, segments), 1, 2)
+    out = jax.vmap(kernel)(*heads_first, segments)
+    return jnp.swapaxes(out[:, :, :tokens], 1, 2)
 
 
 def _splash_kernel(heads: int, tokens: int, *, interpret: bool) -> Callable[..., Any]:

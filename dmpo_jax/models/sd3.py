@@ -7,7 +7,6 @@ Letters: N images, H W their latents, T image tokens, S text tokens, D width.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
@@ -26,6 +25,7 @@ from dmpo_jax.models.layers import (
     sinusoid,
 )
 from dmpo_jax.models.parameters import Buffer
+from dmpo_jax.parallel.placement import gathered
 
 KEYS = {
     "attention_head_dim": 64,
@@ -223,14 +223,7 @@ class PatchEmbed(nnx.Module):
         top, left = (self.side - height) // 2, (self.side - width) // 2
         table = self.pos_embed[...].reshape(self.side, self.side, -1)
         table = table[top : top + height, left : left + width].astype(x.dtype)
-        return x + _whole(table, x.shape[-1])[None]
-
-
-def _whole(table: Array, width: int) -> Array:
-    """Gathers the features of a buffer that are sharded over "fsdp"."""
-    if table.shape[-1] == width:
-        return table
-    return jax.lax.all_gather(table, "fsdp", axis=table.ndim - 1, tiled=True)
+        return x + gathered(table, x.shape[-1], "whole")[None]
 
 
 class TimeTextEmbedding(nnx.Module):

@@ -24,6 +24,7 @@ def short_splash(monkeypatch):
     monkeypatch.setattr(module, "SPLASH_FROM", 256)
     monkeypatch.setattr(module, "BLOCK", 128)
     monkeypatch.setattr(module, "BLOCK_BACKWARD", 128)
+    monkeypatch.setattr(module, "PADDED_TO", 384)
 
 
 def tokens(batch=1, length=256, heads=2, width=40, *, keys=None, dtype=jnp.bfloat16):
@@ -58,6 +59,13 @@ def within_bfloat16(kernel, inputs):
 @pytest.mark.parametrize("width", [40, 64])
 def test_splash_is_plain_within_bfloat16(short_splash, width):
     inputs = tokens(width=width)
+    assert takes_splash(*inputs[:2])
+    within_bfloat16("splash", inputs)
+
+
+def test_splash_pads_tokens_that_it_cannot_cut_in_blocks(short_splash):
+    """SD3's image and text together: 4,429. Nothing attends to the padding, nor gets gradients."""
+    inputs = tokens(length=301)
     assert takes_splash(*inputs[:2])
     within_bfloat16("splash", inputs)
 
@@ -153,7 +161,8 @@ def test_each_device_has_its_rows_and_heads(short_splash, monkeypatch):
         ({"length": 1024, "width": 80}, True, True),  # a level further down
         ({"length": 512, "width": 80}, True, False),
         ({"length": 256, "width": 160}, False, False),  # SD1.5's lowest level
-        ({"length": 3952, "width": 64}, True, False),  # 832 x 1216: no multiple of 128
+        ({"length": 3952, "width": 64}, True, True),  # 832 x 1216: no multiple of 128
+        ({"length": 4096 + 333, "width": 64}, True, True),  # SD3 at 1024², with its text
         ({"length": 4096, "width": 40, "dtype": jnp.float32}, False, False),
         ({"length": 4096, "width": 40, "dtype": jnp.float16}, True, False),
         ({"length": 4096, "width": 36}, False, True),
