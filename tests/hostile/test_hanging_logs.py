@@ -19,7 +19,7 @@ from tests.support.launched import Job
 
 pytestmark = pytest.mark.slow
 SECONDS = 400  # for which there are event files
-STEPS = {"log__checkpoint_every": 0, "log__validate_every": 0, "log__every": 1}
+STEPS = {"log__checkpoint_every": 10**6, "log__validate_every": 0, "log__every": 1}
 STUCK = """
 import sys, time
 import dmpo_jax as dj

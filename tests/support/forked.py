@@ -16,7 +16,8 @@ from dmpo_jax import commands, jobs
 for module in pkgutil.iter_modules(jobs.__path__):
     importlib.import_module(f"dmpo_jax.jobs.{module.name}")
 # What is imported late: another user may not be able to read it.
-for name in ("dmpo_jax.data.tfds", "tensorflow_datasets.scripts.cli.build", "sklearn.ensemble"):
+for name in ("dmpo_jax.data.tfds", "tensorflow_datasets.scripts.cli.build", "sklearn.ensemble",
+             "importlib.readers"):
     importlib.import_module(name)
 from transformers import AutoTokenizer, CLIPTokenizer
 
