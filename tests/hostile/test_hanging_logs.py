@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.support.launched import Job
 
 pytestmark = pytest.mark.slow
 SECONDS = 400  # for which there are event files
-STEPS = {"log__checkpoint_every": 10**6, "log__validate_every": 0, "log__every": 1}
+STEPS: dict[str, Any] = {"log__checkpoint_every": 10**6, "log__validate_every": 0, "log__every": 1}
 STUCK = """
 import sys, time
 import dmpo_jax as dj
@@ -76,7 +77,7 @@ def test_sigterm_saves_and_ends(made, stuck):
 
 def test_a_run_ends_and_the_watchdog_is_still(made, stuck):
     """Its limit, thrice it at the end, is below what TensorBoard is waited for."""
-    leaves = {**STEPS, "train__steps": 1000, "train__hang_limit": 5}
+    leaves: dict[str, Any] = {**STEPS, "train__steps": 1000, "train__hang_limit": 5}
     with Job(made, stuck, count=1, devices=2, **leaves) as job:
         job.wait_for_step(1000)
         began = time.monotonic()
@@ -88,7 +89,12 @@ def test_a_run_ends_and_the_watchdog_is_still(made, stuck):
 
 
 def test_the_watchdog_ends_a_run_that_hangs_too(made, stuck):
-    leaves = {**STEPS, "train__steps": 1000, "train__hang_limit": 5, "mesh__cpu_devices": 2}
+    leaves: dict[str, Any] = {
+        **STEPS,
+        "train__steps": 1000,
+        "train__hang_limit": 5,
+        "mesh__cpu_devices": 2,
+    }
     config = launched.write_config(stuck.parent / "stuck.py", made, **leaves)
     environment = {
         **os.environ,
