@@ -19,7 +19,7 @@ from tests.support import launched, tiny
 from tests.support.launched import Job
 
 pytestmark = pytest.mark.slow
-SECONDS = 400  # for which there are event files
+SECONDS = 1800  # in which the run must open its event file
 STEPS: dict[str, Any] = {"log__checkpoint_every": 10**6, "log__validate_every": 0, "log__every": 1}
 STUCK = """
 import sys, time
