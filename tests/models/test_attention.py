@@ -139,7 +139,8 @@ def test_each_device_has_its_rows_and_heads(short_splash, monkeypatch):
     """The same arrays reach cuDNN, for which XLA's implementation stands in."""
     seen = []
 
-    def kernel(query, key, value, implementation):
+    def kernel(query, key, value, key_value_seq_lengths, implementation):
+        assert key_value_seq_lengths is None
         seen.append((query.shape, key.shape, implementation))
         return query
 
