@@ -45,23 +45,23 @@ def convert_scorer(spec: str, out: epath.PathLike, *, like: str = "") -> epath.P
         raise UserError(f"{file} does not exist")
     if out.exists() and list(out.glob("*.safetensors*")):
         raise UserError(f"{out} holds weights already: choose another --out")
-    copied = _copied(kind, like)
+    copied, config = _copied(kind, like), _config(kind)
+    weights = HEAD_FILE if kind == "aesthetic" else "model.safetensors"
+    names = [*copied, weights, *(["config.json"] if config else [])]
+    if present := [name for name in names if (out / name).exists()]:
+        raise UserError(f"{out} holds {folders.some(present)} already: choose another --out")
     tensors = _read(kind, path)
     out.mkdir(parents=True, exist_ok=True)
-    made = []
     try:
         for name, source in copied.items():
-            made.append(out / name)
-            source.copy(out / name, overwrite=True)
-        made.append(out / (HEAD_FILE if kind == "aesthetic" else "model.safetensors"))
-        _write(made[-1], tensors)
-        if config := _config(kind):
-            made.append(out / "config.json")
+            source.copy(out / name)
+        _write(out / weights, tensors)
+        if config:
             storage.write_json(out / "config.json", config)
         make_scorer(f"{kind}:{out}").check([])
     except BaseException:
-        for written in made:
-            written.unlink(missing_ok=True)
+        for name in names:
+            (out / name).unlink(missing_ok=True)
         raise
     return out
 

@@ -134,6 +134,13 @@ def test_what_is_no_such_scorer_is_refused_and_leaves_nothing(small, tmp_path):
     with pytest.raises(ValueError, match=r"1 missing: vision_model\.post_layernorm\.bias"):
         convert_scorer(scorer=spec, out=tmp_path / "out", like=str(path))
     assert not list((tmp_path / "out").glob("*.*"))
+    # Nor does it take anything: what lies there before is refused, not replaced.
+    (tmp_path / "own").mkdir()
+    shutil.copy(path / "vocab.json", tmp_path / "own")
+    shutil.copy(path / "merges.txt", tmp_path / "own")
+    with pytest.raises(ValueError, match=r"own holds .*vocab\.json.* already: choose another"):
+        convert_scorer(scorer=spec, out=tmp_path / "own", like=str(tmp_path / "own"))
+    assert {"vocab.json", "merges.txt"} <= {x.name for x in (tmp_path / "own").iterdir()}
     torch.save({"state_dict": {"a": 3}}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match="holds no state dict: a"):
         convert_scorer(scorer=spec, out=tmp_path / "out", like=str(path))
