@@ -7,7 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
-from dmpo_jax.models.layers import RMSNorm, activation
+from dmpo_jax.models.layers import RMSNorm, activation, modulated_norm
 
 LARGE = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32) * 300
 
@@ -37,6 +37,17 @@ def test_rms_norm_computes_its_statistics_in_float32():
     want = rounded / np.sqrt((rounded**2).mean(-1, keepdims=True) + 1e-6)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, jnp.asarray(want, jnp.bfloat16))
+
+
+@pytest.mark.parametrize("size", [300.0, 1e-3])  # at the second one epsilon counts
+def test_modulated_norm(size):
+    rng = np.random.default_rng(0)
+    x = (size * rng.normal(size=(2, 5, 16)) + size).astype(np.float32)
+    shift, scale = rng.normal(size=(2, 2, 16)).astype(np.float32)
+    normed = torch.nn.functional.layer_norm(torch.tensor(x), (16,), eps=1e-6).numpy()
+    want = normed * (1 + scale[:, None]) + shift[:, None]
+    got = modulated_norm(*map(jnp.asarray, (x, shift, scale)), 1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

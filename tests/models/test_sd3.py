@@ -14,7 +14,7 @@ from dmpo_jax.families import PUBLISHED
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.layers import Conv, Linear
-from dmpo_jax.models.sd3 import SD3Transformer2DModel
+from dmpo_jax.models.sd3 import EPSILON, SD3Transformer2DModel
 from dmpo_jax.parallel import meshes, placement
 from tests.models.test_models import nhwc, relative_error
 from tests.support import torch_models
@@ -73,6 +73,12 @@ def test_predictions_and_gradients(name, tmp_path):
     for n in order:  # no single tensor may hide behind the large ones
         bound = 1e-4 * max(np.linalg.norm(want[n]), 1e-3 * scale)
         assert np.linalg.norm(ours[n] - want[n]) <= bound, n
+
+
+def test_every_norm_has_pytorchs_epsilon():
+    """Which activations of order one hide: ten times as much stays within the bound above."""
+    modules = torch_models.sd3("sd35_dual").modules()
+    assert {module.eps for module in modules if hasattr(module, "eps")} == {EPSILON}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
