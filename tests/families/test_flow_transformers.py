@@ -157,6 +157,7 @@ def test_adapters_in_bfloat16_start_at_zero_and_load_in_pytorch(trained, tmp_pat
     assert np.linalg.norm(flat[2] - flat[1]) <= 0.02 * change + 1e-5 * np.linalg.norm(flat[0])
 
 
+@pytest.mark.slow
 def test_a_full_run_in_bfloat16_starts_at_zero(trained, tmp_path):
     _, model, workdir = trained
     leaves = {
