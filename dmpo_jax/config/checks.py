@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 from dmpo_jax.config.configs import Config, declared, flatten
-from dmpo_jax.config.recipes import RECIPES
+from dmpo_jax.config.recipes import PAIRS, RECIPES
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES
@@ -163,11 +163,12 @@ def advice(config: Config, pairs: int, parameters: int) -> list[str]:
 def published_rates(objective: str) -> tuple[float, float]:
     """Returns the lowest and the highest learning rate a pair of the recipes with an objective.
 
-    Of all recipes, if none has it.
+    Of all recipes, if none has it. Recipes of other batches do not scale their rate by the batch.
     """
     rates = {
         name: r.leaves["optimizer.learning_rate"] / r.leaves["train.batch_size"]
         for name, r in RECIPES.items()
+        if r.leaves["train.batch_size"] == PAIRS
     }
     own = [x for name, x in rates.items() if RECIPES[name].leaves["objective"] == objective]
     return min(own or rates.values()), max(own or rates.values())

@@ -16,6 +16,7 @@ from dmpo_jax.families import PUBLISHED, family_named
 from dmpo_jax.planning import plan as planning
 from dmpo_jax.planning import step
 from dmpo_jax.toy import debug
+from dmpo_jax.toy import make as toy
 
 
 def plan(
@@ -56,7 +57,9 @@ def load_model(config: Config, published: str = "") -> step.Model:
     if published:
         return step.of_published(PUBLISHED[published], published, **pairs)
     if name := config.debug.family:
-        return step.of_published(debug.published(family_named(name)), f"debug {name}", **pairs)
+        made = debug.published(family_named(name))
+        pairs["resolution"] = pairs["resolution"] or toy.UNET["sample_size"] * made.factor
+        return step.of_published(made, f"debug {name}", **pairs)
     return step.of_folder(config.model.folder, encoded=config.data.encoded, **pairs)
 
 

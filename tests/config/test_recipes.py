@@ -39,5 +39,7 @@ def test_rates_are_those_of_a_whole_update():
 
 
 def test_what_is_unknown_is_refused():
-    with pytest.raises(ValueError, match=r"sd15_dmpo, .*but got 'sd15'"):
+    with pytest.raises(
+        ValueError, match=r"no published recipe 'sd15'; did you mean 'sd15_dmpo'\? There are"
+    ):
         recipes.apply(configs.defaults(), "sd15")

@@ -128,7 +128,12 @@ def test_the_list_names_every_image(monkeypatch, prompts, tmp_path):
 
 def test_collected_pairs_hold_scores_and_what_the_model_was_given(monkeypatch, prompts, tmp_path):
     quickly(monkeypatch)
-    run(collect.collect, prompts, tmp_path / "out", **{"collect.labels": "probability"})
+    run(
+        collect.collect,
+        prompts,
+        tmp_path / "out",
+        **{"collect.labels": "probability", "collect.temperature": 1.0},
+    )
     assert [path.name for path in epath.Path(tmp_path / "out").iterdir()] == ["pairs.parquet"]
     table = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
     assert len(table) == 19
@@ -136,7 +141,7 @@ def test_collected_pairs_hold_scores_and_what_the_model_was_given(monkeypatch, p
     for row in table:
         assert row["scorer"] == "digits_svm"
         odds = 1 / (1 + np.exp(row["score_1"] - row["score_0"]))
-        assert abs(row["label_0"] - odds) < 1e-6
+        assert abs(row["label_0"] - odds) < 1e-6  # digits_svm's temperature is given as 1
 
 
 def test_verify_reads_every_image(monkeypatch, prompts, tmp_path):

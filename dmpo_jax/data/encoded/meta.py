@@ -265,6 +265,7 @@ class EncodedMeta:
                 moments=ArraySpec((2, *size, channels), moments_dtype),
                 context=ArraySpec((tokens, facts.context_width), family.stored),
                 pooled=pooled,
+                length=ArraySpec((), "int32") if facts.lengths else None,
                 image=ArraySpec((*size, beside), moments_dtype) if beside else None,
             ),
             moments=moments,
