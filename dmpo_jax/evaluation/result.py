@@ -43,7 +43,7 @@ def make_result(
     protocol: all that could change a score.
     """
     found = compare_all(compared, estimand=estimand)
-    about = {model.name: {"folder": model.folder} for model in models}
+    about: dict[str, Any] = {model.name: {"folder": model.folder} for model in models}
     for model in models:
         if model.drawn:
             about[model.name]["export"] = describe(model.folder)
@@ -70,7 +70,7 @@ def write(out: epath.Path, result: dict[str, Any], compared: Compared, single_fi
     kept = [
         {i: small(read_image(compared.files[model][i])) for i in numbers} for model in (base, first)
     ]
-    save_png(out / "samples" / "before_after.png", before_after(*kept, shown))
+    save_png(out / "samples" / "before_after.png", before_after(kept[0], kept[1], shown))
     write_rows(compared)
 
     def open_image(path: str) -> np.ndarray:

@@ -182,7 +182,7 @@ def _each_device(kernel: Callable, mesh: AbstractMesh, *inputs: Array) -> Array:
     """Runs kernel(platform, *inputs) on each device's rows and heads."""
     local = functools.partial(kernel, placement.platform())
     spec = _split(mesh, *inputs[0].shape[::2])
-    if spec == PartitionSpec():
+    if spec is None or spec == PartitionSpec():
         return local(*inputs)
     # Lengths, the fourth input, have rows alone.
     specs = (*(spec,) * 3, PartitionSpec(spec[0]))[: len(inputs)]

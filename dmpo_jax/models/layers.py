@@ -159,7 +159,8 @@ class RMSNorm(nnx.RMSNorm):
     def _normalise(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
         wide = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.epsilon)
-        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        weight: Any = self.scale
+        scale = weight[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * inverse * scale).astype(self.dtype or x.dtype)
 
 

@@ -141,7 +141,7 @@ def test_collected_pairs_hold_scores_and_what_the_model_was_given(monkeypatch, p
     for row in table:
         assert row["scorer"] == "digits_svm"
         odds = 1 / (1 + np.exp(row["score_1"] - row["score_0"]))
-        assert abs(row["label_0"] - odds) < 1e-6  # digits_svm's temperature is given as 1
+        assert abs(row["label_0"] - odds) < 1e-6
 
 
 def test_verify_reads_every_image(monkeypatch, prompts, tmp_path):
