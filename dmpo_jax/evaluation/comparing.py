@@ -19,7 +19,7 @@ Scores = Mapping[str, Float[np.ndarray, " N"]]  # scorer -> a score an image
 
 
 class Compared(NamedTuple):
-    """What the models drew and how it was scored; the first model is the baseline.
+    """Images of all models with their scores; the first model is the baseline.
 
     files: model -> its images. scores: model -> scorer -> scores, and `DIVERSITY` of each prompt.
     """

@@ -17,7 +17,7 @@ IMAGES = "images"  # folder of a folder of each model's images
 
 
 class Asked(NamedTuple):
-    """What every model draws: `each` images of each of the prompts.
+    """The images to draw of every model: `each` of each prompt.
 
     Image i is the one of prompt `i % len(prompts)` and `seeds[i]`.
     """
@@ -86,7 +86,9 @@ class Drawer:
             return load_params(folder, variant=how["variant"], dtype=how["dtype"])
 
         drawing = Drawing(sampler, load, asked.every, asked.seeds, about)
-        names = draw_gallery(out, drawing, {"model": model.folder}, f"drawing {model.name}")
+        settings = {name: how[name] for name in ("steps", "guidance_scale")}
+        settings = {"model": model.folder, **settings}
+        names = draw_gallery(out, drawing, settings, f"drawing {model.name}")
         return [out / name for name in names], about
 
 

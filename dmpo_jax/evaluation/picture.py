@@ -36,17 +36,20 @@ def rows_shown(prompts: Sequence[str], columns: int) -> dict[str, list[int]]:
 
 
 def before_after(
-    base: Mapping[int, UInt8[np.ndarray, "H W 3"]],
-    policy: Mapping[int, UInt8[np.ndarray, "H W 3"]],
+    base: Mapping[int, UInt8[np.ndarray, "_ _ 3"]],
+    policy: Mapping[int, UInt8[np.ndarray, "_ _ 3"]],
     rows: Mapping[str, Sequence[int]],
 ) -> Image.Image:
     """Of each of `rows_shown` a row of the base's images above one of the policy's, same seeds.
 
-    Small images are enlarged; large ones should be `small` copies.
+    All are shown at the size of the first. Small images are enlarged; large ones should be
+    `small` copies.
     """
     images, labels = [], []
+    height, width = base[next(iter(rows.values()))[0]].shape[:2]
     for prompt, held in rows.items():
-        images += [model[i] for model in (base, policy) for i in held]
+        shown = [Image.fromarray(model[i]) for model in (base, policy) for i in held]
+        images += [np.asarray(image.resize((width, height))) for image in shown]
         labels += [f"{prompt}: before", "after"]
     columns, scale = len(next(iter(rows.values()))), max(1, SIDE // (2 * images[0].shape[1]))
     return image_grid(np.stack(images), columns, labels=labels, scale=scale)

@@ -128,7 +128,7 @@ def _webp(image: np.ndarray) -> bytes:
 def _row(
     row: Record, thumbs: list[str], models: Sequence[str], scorers: Sequence[str]
 ) -> dict[str, Any]:
-    """What the page's script knows of a row; lists are in the order of the models."""
+    """Returns a row as the page's script reads it; lists are in the order of the models."""
     return {
         **{name: row[name] for name in ("number", "prompt", "category", "seed")},
         "images": [row["images"][model] for model in models],

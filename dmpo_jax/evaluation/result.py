@@ -12,7 +12,7 @@ from dmpo_jax.evaluation.models import Model
 from dmpo_jax.evaluation.picture import before_after, rows_shown, small
 from dmpo_jax.evaluation.protocol import ESTIMANDS
 from dmpo_jax.evaluation.report import write_report
-from dmpo_jax.evaluation.statistics import detectable
+from dmpo_jax.evaluation.statistics import detectable, prompts_needed
 from dmpo_jax.export.record import describe
 from dmpo_jax.sampling.images import read_image, save_png
 
@@ -24,9 +24,10 @@ def power(prompts: int, estimand: str) -> str:
     """Describes what so many prompts can show; said before anything is drawn."""
     if estimand == "these":
         return f"{prompts} prompts, taken for all there are: more seeds narrow the intervals"
+    needed = ", ".join(f"{rate:.0%} needs {prompts_needed(rate):,}" for rate in (0.52, 0.55, 0.6))
     return (
         f"{prompts} prompts: with 80 % power they show a win rate of {detectable(prompts):.1%} or "
-        "more (52 % needs 4,898 prompts, 55 % 782, 60 % 194)"
+        f"more ({needed})"
     )
 
 

@@ -229,6 +229,8 @@ def test_a_damaged_image_is_named(run, prompts, other, judges, tmp_path):
     theirs.mkdir()
     for i in range(21):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(theirs / f"{i}.png")
+    result = run(prompts, tmp_path / "out", theirs)  # of another size than the base's
+    assert result["models"]["policy"] == {"folder": str(theirs)}
     (theirs / "7.png").write_bytes((theirs / "7.png").read_bytes()[:40])
     with pytest.raises(UserError, match=r"7\.png cannot be read"):
         run(prompts, tmp_path / "out", theirs)

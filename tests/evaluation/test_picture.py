@@ -29,3 +29,12 @@ def test_the_picture_of_large_images_is_small():
     width, height = before_after(kept, kept, rows).size
     assert 8 * 256 < width < 8 * 300
     assert 6 * 171 < height < 6 * 230
+
+
+def test_the_picture_takes_images_of_different_sizes():
+    """Folders of other programs may hold any."""
+    base = {0: np.zeros((32, 32, 3), np.uint8), 1: np.zeros((16, 24, 3), np.uint8)}
+    policy = {0: np.full((8, 8, 3), 255, np.uint8), 1: np.full((64, 32, 3), 255, np.uint8)}
+    picture = np.asarray(before_after(base, policy, {"a": [0, 1]}))
+    same = {i: np.zeros((32, 32, 3), np.uint8) for i in (0, 1)}
+    assert picture.shape == np.asarray(before_after(same, same, {"a": [0, 1]})).shape

@@ -80,13 +80,23 @@ def assert_close(workdir, other):
 
 
 def checkpoints(workdir) -> list[int]:
-    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    """Steps of the committed checkpoints: a kill may leave one that is not."""
+    folders = (p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    return sorted(int(p.name) for p in folders if (p / "commit_success.txt").exists())
 
 
 @pytest.mark.slow
 def test_two_processes_are_one_to_rounding(uninterrupted):
     one, two = uninterrupted
     assert_close(two, one)
+
+
+def wait_for_checkpoint(workdir, after: int, limit: float = 120) -> None:
+    """A checkpoint is committed in the background, some steps after its own."""
+    end = time.monotonic() + limit
+    while not (found := checkpoints(workdir)) or found[-1] <= after:
+        assert time.monotonic() < end, found
+        time.sleep(0.1)
 
 
 def damage_newest(workdir) -> int:
@@ -114,7 +124,8 @@ def test_faults_in_turn_leave_the_run_as_if_there_were_none(made, base, uninterr
     assert f"stopped at step {kept}, saved" in ended[0][1]
     for killed in (1, 0):
         with Job(made, workdir, count=2, devices=2, **leaves) as job:
-            job.wait_for_step(kept + 12)  # past another checkpoint
+            job.wait_for_step(kept + 12)
+            wait_for_checkpoint(workdir, after=kept)
             began = time.monotonic()
             job.processes[killed].kill()
             status, said = job.end(timeout=300)[1 - killed]

@@ -28,7 +28,7 @@ def make_rows(out, count, models, categories):
 
 
 def make_result(rows, models, categories, estimand):
-    """What an evaluation says of the rows."""
+    """Returns the result of an evaluation of the rows."""
 
     def entries(model, chosen):
         found = {}

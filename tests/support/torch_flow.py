@@ -38,7 +38,7 @@ def shortened():
 
 
 def told(name: str) -> dict:
-    """What makes PyTorch's pipeline read no more."""
+    """Returns the arguments that make PyTorch's pipeline read no more."""
     states = {"text_encoder_out_layers": STATES} if name == "klein" else {}
     return {"max_sequence_length": TOKENS, **states}
 
