@@ -100,9 +100,12 @@ def wait_for_checkpoint(workdir, after: int, limit: float = 120) -> None:
 
 
 def damage_newest(workdir) -> int:
-    """Flips a bit in the largest file of the newest checkpoint; its step."""
+    """Flips a bit in the newest checkpoint's tree of arrays, which every read passes; its step.
+
+    The files of single processes also hold what they replaced, which nothing reads any more.
+    """
     newest = checkpoints(workdir)[-1]
-    files = [f for f in (workdir / "checkpoints" / str(newest)).rglob("d/*") if f.is_file()]
+    files = list((workdir / "checkpoints" / str(newest) / "state" / "d").iterdir())
     largest = max(files, key=lambda f: f.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 16
