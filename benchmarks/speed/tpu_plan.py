@@ -29,6 +29,8 @@ REPLICATED = {"mesh.data": 8, "mesh.fsdp": 1, "model.attention": "plain", "model
 FSDP = {**REPLICATED, "mesh.data": 1, "mesh.fsdp": 8}
 # SDXL compiles in reasonable time and memory only with its 70 blocks in loops.
 LEAN = {"mesh.data": 1, "mesh.fsdp": -1, "model.remat": "transformer", "model.scan": True}
+# Their configs have loops over blocks, and their recomputation, already.
+SHARDED = {"mesh.data": 1, "mesh.fsdp": -1, "model.attention": "splash"}
 # name: (what is compiled, overrides of the config). Levers are config leaves. Not model.scan for
 # SD1.5, whose transformers have one block each: the program is the same.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -56,6 +58,34 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": "sdxl", "topology": "v5e:4x4", "pairs": 1, "variant": "lora"},
         {**LEAN, "model.attention": "splash"},
     ),
+    "sd35-medium-full-v5e-4x4": (
+        {"model": "sd35_medium", "topology": "v5e:4x4", "pairs": 1},
+        SHARDED,
+    ),
+    "klein-full-v5p-2x2x1": (
+        {"model": "klein_4b", "topology": "v5p:2x2x1", "pairs": 1},
+        SHARDED,
+    ),
+    "klein-lora-v5e-2x4": (
+        {"model": "klein_4b", "topology": "v5e:2x4", "pairs": 1, "variant": "lora"},
+        SHARDED,
+    ),
+    "z-image-full-v5p-2x2x1": (
+        {"model": "z_image", "topology": "v5p:2x2x1", "pairs": 1},
+        SHARDED,
+    ),
+    "z-image-lora-v5e-2x4": (
+        {"model": "z_image", "topology": "v5e:2x4", "pairs": 1, "variant": "lora"},
+        SHARDED,
+    ),
+}
+# The config that trains a model.
+CONFIGS = {
+    "sd15": "sd15",
+    "sdxl": "sdxl",
+    "sd35_medium": "sd35",
+    "klein_4b": "klein",
+    "z_image": "z_image",
 }
 # Measured once with diffusers 0.36's Flax UNet in the same DMPO step, on 2 cores; diffusers has
 # since removed that UNet. SDXL at 1 pair per chip was killed for memory after 26 minutes.
@@ -74,7 +104,6 @@ def command(name: str, tiny: bool) -> tuple[list[str], int]:
     chips = 1
     for side in re.findall(r"\d+", what["topology"].partition(":")[2]):
         chips *= int(side)
-    family = "sdxl" if what["model"] == "sdxl" else "sd15"
     variant = ":debug" if tiny else f":{what['variant']}" if "variant" in what else ""
     leaves = {**overrides, "train.batch_size": what["pairs"] * chips}
     if tiny and what.get("variant") == "lora":
@@ -83,7 +112,7 @@ def command(name: str, tiny: bool) -> tuple[list[str], int]:
     if not tiny:
         flags.append(f"--model={what['model']}")
     program = [sys.executable, str(ROOT / "launch" / "plan.py")]
-    config = f"--config={ROOT / 'configs' / f'{family}_dmpo.py'}{variant}"
+    config = f"--config={ROOT / 'configs' / CONFIGS[what['model']]}_dmpo.py{variant}"
     return [*program, config, f"--topology={what['topology']}", *flags], chips
 
 
