@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.future import Future
 
@@ -68,12 +69,37 @@ class _WatchedFuture(Future):
         return self._future.cancel()
 
 
-class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Writes arrays. If one fails, the others end before the event loop of the save is closed.
+class _EachRead:
+    """Mixin for a type handler: an error is raised when every read has ended.
 
-    Orbax closes it at the first error. tensorstore reports every write that ends later to the
-    loop, and prints a traceback because it is closed.
+    Orbax closes the event loop at the first error. tensorstore reports every read that ends later
+    to the closed loop, prints a traceback for each, and may never end a read of the next loop.
     """
+
+    async def metadata(self, infos: Any) -> Any:
+        read = super().metadata  # pyright: ignore
+        return await _all([read([info]) for info in infos])
+
+    async def deserialize(self, infos: Any, args: Any = None) -> Any:
+        read = super().deserialize  # pyright: ignore
+        return await _all([read([info], [arg]) for info, arg in zip(infos, args, strict=True)])
+
+
+async def _all(reads: list[Any]) -> list[Any]:
+    """Waits for every read, of one array each; raises the first error then."""
+    found = await asyncio.gather(*reads, return_exceptions=True)
+    for one in found:
+        if isinstance(one, BaseException):
+            raise one
+    return [array for (array,) in found]
+
+
+class _NumpyHandler(_EachRead, ocp.type_handlers.NumpyHandler):
+    """Reads arrays on the host."""
+
+
+class _ArrayHandler(_EachRead, ocp.type_handlers.ArrayHandler):
+    """Reads and writes arrays. If one write fails, the others end before the loop is closed."""
 
     async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
         created = infos[0].await_path_creation
@@ -111,4 +137,6 @@ def array_registry() -> Any:
     eight devices that costs six seconds per save.
     """
     arrays = _ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-    return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, _NumpyHandler())
+    )

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dmpo_jax.training import checksums
+from dmpo_jax.training.orbax_handler import array_registry
 
 
 def verify_checkpoints(folder: epath.PathLike) -> Iterator[tuple[int, str]]:
@@ -29,7 +30,7 @@ def verify_checkpoints(folder: epath.PathLike) -> Iterator[tuple[int, str]]:
 
 def _fault(folder: epath.Path) -> str:
     leaves = checksums.load_index(folder / "index")
-    handler = ocp.PyTreeCheckpointHandler()
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=array_registry())
     arrays = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _tree(handler, folder)
     )

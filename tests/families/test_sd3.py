@@ -133,7 +133,7 @@ def test_the_export_draws_the_same_in_pytorch(finished):
 @pytest.mark.slow
 def test_adapters_draw_the_same_in_pytorch(made, finished, tmp_path):
     """Beside the base through `load_lora_weights`, and folded into it."""
-    lora = {"lora__rank": 2, "lora__targets": LORA, "optimizer__learning_rate": 0.05}
+    lora = {"lora__rank": 2, "lora__targets": LORA, "optimizer__learning_rate": 0.2}
     run(make_config(made, **lora), tmp_path / "run")
     convert(workdir=tmp_path / "run", out=tmp_path / "lora", verify=True)
     convert(workdir=tmp_path / "run", out=tmp_path / "merged", merge=True)

@@ -145,6 +145,7 @@ def test_faults_in_turn_leave_the_run_as_if_there_were_none(made, base, uninterr
     before = checkpoints(workdir)[-2]
     said = run(made, workdir, 2, **leaves)
     assert f"checkpoint {damaged} is not valid" in said[0]
+    assert "Traceback" not in "".join(said)
     assert f"resuming from step {before}" in said[0]
     assert_same(workdir, uninterrupted[1])
 

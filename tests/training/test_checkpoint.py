@@ -19,11 +19,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.training import checkpoint, checksums
+from dmpo_jax.training.verify import verify_checkpoints
 from tests.support import launched
 
-# When one array cannot be read, Orbax leaves the tasks that read the others, and their event
-# loop, to the garbage collector, which complains.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 IDENTITY = {"objective": {"name": "dmpo", "beta": 2000.0}, "seed": 0, "jobs": ("train",)}
 
 
@@ -147,6 +145,22 @@ def test_one_broken_file_never_goes_unnoticed(breakage, saved, tmp_path):
                 checkpoints.wait()
                 assert_same(checkpoints.restore(abstract(state))[1], make_state(2))
     assert 3 <= fallen < len(files)  # some files hold nothing that a restore needs
+
+
+def test_a_damaged_tree_of_many_arrays_is_one_error(tmp_path, capfd):
+    """Each of hundreds of reads fails: all have ended when the first is reported."""
+    state = {f"w{i}": jnp.full(8, i) for i in range(400)}
+    said = []
+    with opened(tmp_path, warn=said.append) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.save(2, state)
+    for file in (tmp_path / "2" / "state" / "d").iterdir():
+        flip(file)
+    assert [bool(fault) for _, fault in verify_checkpoints(tmp_path)] == [False, True]
+    with opened(tmp_path, warn=said.append) as checkpoints:
+        assert checkpoints.restore(state)[0] == 1
+    assert "checkpoint 2 is not valid" in said[0]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_emptied_folder_and_a_lost_array_file_are_passed_over(folder):
