@@ -18,6 +18,7 @@ from dmpo_jax.models import rope
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.component_config import ModelConfig, Only
 from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks, by_block
+from dmpo_jax.models.joint import JointAttention, Modulation, Row, Tokens, gated, joined, split
 from dmpo_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -44,41 +45,6 @@ KEYS = {
     "timestep_guidance_channels": 256,
 }
 
-Tokens = Float[Array, "N T D"]
-Row = Float[Array, "N D"]  # of an image, the same at every token
-
-
-class JointAttention(nnx.Module):
-    """Attention over the tokens of a text and an image, each with projections of its own."""
-
-    def __init__(self, config: ModelConfig, **kw: Any):
-        self.heads = config.num_attention_heads
-        width, head = self.heads * config.attention_head_dim, config.attention_head_dim
-        into = functools.partial(Linear, width, width, use_bias=False, split="columns", **kw)
-        out = functools.partial(Linear, width, width, use_bias=False, split="rows", **kw)
-        norm = functools.partial(RMSNorm, head, epsilon=config.eps, **kw)
-        self.to_q, self.to_k, self.to_v, self.to_out = into(), into(), into(), nnx.List([out()])
-        self.norm_q, self.norm_k = norm(), norm()
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = into(), into(), into()
-        self.to_add_out = out()
-        self.norm_added_q, self.norm_added_k = norm(), norm()
-
-    def __call__(
-        self, x: Tokens, context: Float[Array, "N S D"], rotation: rope.Rotation, *, kernel: str
-    ) -> tuple[Tokens, Float[Array, "N S D"]]:
-        """Returns what the attention adds to the image and to the text."""
-        q, k, v = (_heads(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        added = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        text_q, text_k, text_v = (_heads(f(context), self.heads) for f in added)
-        # The text comes first.
-        q = jnp.concatenate([self.norm_added_q(text_q), self.norm_q(q)], 1)
-        k = jnp.concatenate([self.norm_added_k(text_k), self.norm_k(k)], 1)
-        v = jnp.concatenate([text_v, v], 1)
-        q, k = rope.rotate_pairs(q, rotation), rope.rotate_pairs(k, rotation)
-        out = attention(q, k, v, kernel=kernel)
-        text, image = jnp.split(out.reshape(*out.shape[:2], -1), [context.shape[1]], axis=1)
-        return self.to_out[0](image), self.to_add_out(text)
-
 
 class FeedForward(nnx.Module):
     """SwiGLU, its gate and its values in one projection."""
@@ -96,7 +62,15 @@ class DoubleBlock(nnx.Module):
 
     def __init__(self, config: ModelConfig, **kw: Any):
         width, inner = _widths(config)
-        self.attn = JointAttention(config, **kw)
+        self.attn = JointAttention(
+            width,
+            config.num_attention_heads,
+            config.attention_head_dim,
+            epsilon=config.eps,
+            text_first=True,
+            use_bias=False,
+            **kw,
+        )
         self.ff = FeedForward(width, inner, **kw)
         self.ff_context = FeedForward(width, inner, **kw)
         self.eps = config.eps
@@ -108,17 +82,17 @@ class DoubleBlock(nnx.Module):
         image, text, rotation = told
         shift, scale, gate, shift_ff, scale_ff, gate_ff = image
         text_shift, text_scale, text_gate, text_shift_ff, text_scale_ff, text_gate_ff = text
-        added, words = self.attn(
+        added, words = self.attn.joint(
             modulated_norm(x, shift, scale, self.eps),
             modulated_norm(context, text_shift, text_scale, self.eps),
             rotation,
             kernel=kernel,
         )
-        x = x + _gated(gate, added)
-        x = x + _gated(gate_ff, self.ff(modulated_norm(x, shift_ff, scale_ff, self.eps)))
-        context = context + _gated(text_gate, words)
+        x = x + gated(gate, added)
+        x = x + gated(gate_ff, self.ff(modulated_norm(x, shift_ff, scale_ff, self.eps)))
+        context = context + gated(text_gate, words)
         normed = modulated_norm(context, text_shift_ff, text_scale_ff, self.eps)
-        return x, context + _gated(text_gate_ff, self.ff_context(normed))
+        return x, context + gated(text_gate_ff, self.ff_context(normed))
 
 
 class ParallelAttention(nnx.Module):
@@ -135,10 +109,10 @@ class ParallelAttention(nnx.Module):
     def __call__(self, x: Tokens, rotation: rope.Rotation, *, kernel: str) -> Tokens:
         width = x.shape[-1]
         q, k, v, inner = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], -1)
-        q, k, v = (_heads(y, self.heads) for y in (q, k, v))
+        q, k, v = (split(y, self.heads) for y in (q, k, v))
         q = rope.rotate_pairs(self.norm_q(q), rotation)
         k = rope.rotate_pairs(self.norm_k(k), rotation)
-        out = attention(q, k, v, kernel=kernel).reshape(x.shape)
+        out = joined(attention(q, k, v, kernel=kernel))
         return self.to_out(jnp.concatenate([out, _swiglu(inner)], -1))
 
 
@@ -152,18 +126,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: Tokens, told: Any, *, kernel: str) -> Tokens:
         (shift, scale, gate), rotation = told
         normed = modulated_norm(x, shift, scale, self.eps)
-        return x + _gated(gate, self.attn(normed, rotation, kernel=kernel))
-
-
-class Modulation(nnx.Module):
-    """Shifts, scales and gates from the embedding of time, in `count` rows."""
-
-    def __init__(self, width: int, count: int, **kw: Any):
-        self.linear = Linear(width, count * width, use_bias=False, **kw)
-        self.count = count
-
-    def __call__(self, embedded: Row) -> list[Row]:
-        return jnp.split(self.linear(activation("silu")(embedded)), self.count, axis=-1)
+        return x + gated(gate, self.attn(normed, rotation, kernel=kernel))
 
 
 class TimeEmbedding(nnx.Module):
@@ -216,15 +179,15 @@ class Flux2Transformer2DModel(nnx.Module):
         width, _ = _widths(config)
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.time_guidance_embed = TimeEmbedding(config, **kw)
-        self.double_stream_modulation_img = Modulation(width, 6, **kw)
-        self.double_stream_modulation_txt = Modulation(width, 6, **kw)
-        self.single_stream_modulation = Modulation(width, 3, **kw)
+        self.double_stream_modulation_img = Modulation(width, 6, use_bias=False, **kw)
+        self.double_stream_modulation_txt = Modulation(width, 6, use_bias=False, **kw)
+        self.single_stream_modulation = Modulation(width, 3, use_bias=False, **kw)
         self.x_embedder = Linear(config.in_channels, width, use_bias=False, **kw)
         self.context_embedder = Linear(config.joint_attention_dim, width, use_bias=False, **kw)
         doubles, singles = range(config.num_layers), range(config.num_single_layers)
         self.transformer_blocks = nnx.List(DoubleBlock(config, **kw) for _ in doubles)
         self.single_transformer_blocks = nnx.List(SingleBlock(config, **kw) for _ in singles)
-        self.norm_out = Modulation(width, 2, **kw)
+        self.norm_out = Modulation(width, 2, use_bias=False, **kw)
         out = config.out_channels or config.in_channels
         self.proj_out = Linear(width, out, use_bias=False, **kw)
 
@@ -281,14 +244,6 @@ def _widths(config: ModelConfig) -> tuple[int, int]:
     """Returns the widths of the tokens and of a feed-forward."""
     width = config.num_attention_heads * config.attention_head_dim
     return width, int(width * config.mlp_ratio)
-
-
-def _heads(x: Tokens, heads: int) -> Array:
-    return x.reshape(*x.shape[:2], heads, -1)
-
-
-def _gated(gate: Row, x: Tokens) -> Tokens:
-    return gate[:, None] * x
 
 
 def _swiglu(x: Float[Array, "N T both"]) -> Float[Array, "N T half"]:

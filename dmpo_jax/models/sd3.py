@@ -12,12 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.models.attention import attention
 from dmpo_jax.models.component_config import ModelConfig, Only
 from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks
+from dmpo_jax.models.joint import Attention, JointAttention, Modulation, Row, Tokens, gated
 from dmpo_jax.models.layers import (
     Linear,
-    RMSNorm,
     TimestepEmbedding,
     activation,
     conv,
@@ -45,73 +44,6 @@ KEYS = {
 TIME_WIDTH = 256  # of the sinusoid
 EPSILON = 1e-6  # of every norm
 
-Tokens = Float[Array, "N T D"]
-Row = Float[Array, "N D"]  # of an image, the same at every token
-
-
-class Attention(nnx.Module):
-    """Self-attention whose queries and keys may be normalised, a head at a time."""
-
-    def __init__(self, width: int, heads: int, head_width: int, *, norms: bool, **kw: Any):
-        inner = heads * head_width
-        self.to_q, self.to_k, self.to_v = (
-            Linear(width, inner, split="columns", **kw) for _ in range(3)
-        )
-        self.to_out = nnx.List([Linear(inner, width, split="rows", **kw)])
-        if norms:
-            self.norm_q, self.norm_k = (RMSNorm(head_width, epsilon=EPSILON, **kw) for _ in "qk")
-        self.heads, self.norms = heads, norms
-
-    def __call__(self, x: Tokens, *, kernel: str) -> Tokens:
-        return self.to_out[0](_joined(attention(*self._project(x), kernel=kernel)))
-
-    def _project(self, x: Tokens) -> tuple[Array, Array, Array]:
-        """Returns queries, keys and values [N, T, heads, width of a head] of an image's tokens."""
-        q, k, v = (_heads(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        return (self.norm_q(q), self.norm_k(k), v) if self.norms else (q, k, v)
-
-
-class JointAttention(Attention):
-    """Attention over the tokens of an image and its text, each with projections of its own."""
-
-    def __init__(
-        self, width: int, heads: int, head_width: int, *, norms: bool, last: bool, **kw: Any
-    ):
-        super().__init__(width, heads, head_width, norms=norms, **kw)
-        inner = heads * head_width
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = (
-            Linear(width, inner, split="columns", **kw) for _ in range(3)
-        )
-        if not last:
-            self.to_add_out = Linear(inner, width, split="rows", **kw)
-        if norms:
-            self.norm_added_q, self.norm_added_k = (
-                RMSNorm(head_width, epsilon=EPSILON, **kw) for _ in "qk"
-            )
-        self.last = last
-
-    def joint(
-        self, x: Tokens, context: Float[Array, "N S D"], *, kernel: str
-    ) -> tuple[Tokens, Float[Array, "N S D"] | None]:
-        """Returns what the attention adds to the image and, but in the last block, to the text."""
-        added = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        q, k, v = (_heads(f(context), self.heads) for f in added)
-        if self.norms:
-            q, k = self.norm_added_q(q), self.norm_added_k(k)
-        # The image comes first: the other order is another model's.
-        both = [jnp.concatenate(p, 1) for p in zip(self._project(x), (q, k, v), strict=True)]
-        out = _joined(attention(*both, kernel=kernel))
-        image, text = jnp.split(out, [x.shape[1]], axis=1)
-        return self.to_out[0](image), None if self.last else self.to_add_out(text)
-
-
-def _heads(x: Tokens, heads: int) -> Array:
-    return x.reshape(*x.shape[:2], heads, -1)
-
-
-def _joined(x: Array) -> Tokens:
-    return x.reshape(*x.shape[:2], -1)
-
 
 class FeedForward(nnx.Module):
     def __init__(self, width: int, **kw: Any):
@@ -128,17 +60,6 @@ class FeedForward(nnx.Module):
 class Projection(nnx.Module):
     def __init__(self, width: int, inner: int, **kw: Any):
         self.proj = Linear(width, inner, **kw)
-
-
-class Modulation(nnx.Module):
-    """Shifts, scales and gates from the embedding of time and pooled text."""
-
-    def __init__(self, width: int, count: int, **kw: Any):
-        self.linear = Linear(width, count * width, **kw)
-        self.count = count
-
-    def __call__(self, embedded: Row) -> list[Row]:
-        return jnp.split(self.linear(activation("silu")(embedded)), self.count, axis=-1)
 
 
 class JointTransformerBlock(nnx.Module):
@@ -160,9 +81,11 @@ class JointTransformerBlock(nnx.Module):
     ):
         self.norm1 = Modulation(width, 9 if dual else 6, **kw)
         self.norm1_context = Modulation(width, 2 if last else 6, **kw)
-        self.attn = JointAttention(width, heads, head_width, norms=norms, last=last, **kw)
+        shape: Any = {"width": width, "heads": heads, "head_width": head_width}
+        shape["epsilon"] = EPSILON if norms else None
+        self.attn = JointAttention(**shape, text_first=False, last=last, **kw)
         if dual:
-            self.attn2 = Attention(width, heads, head_width, norms=norms, **kw)
+            self.attn2 = Attention(**shape, **kw)
         self.ff = FeedForward(width, **kw)
         if not last:
             self.ff_context = FeedForward(width, **kw)
@@ -186,22 +109,18 @@ class JointTransformerBlock(nnx.Module):
         image, words = self.attn.joint(
             modulated_norm(x, shift, scale, EPSILON), normed, kernel=kernel
         )
-        before, x = x, x + _gated(gate, image)
+        before, x = x, x + gated(gate, image)
         if self.dual:
             shift, scale, gate = second
             normed = modulated_norm(before, shift, scale, EPSILON)
-            x = x + _gated(gate, self.attn2(normed, kernel=kernel))
-        x = x + _gated(gate_ff, self.ff(modulated_norm(x, shift_ff, scale_ff, EPSILON)))
+            x = x + gated(gate, self.attn2(normed, kernel=kernel))
+        x = x + gated(gate_ff, self.ff(modulated_norm(x, shift_ff, scale_ff, EPSILON)))
         if words is not None:
             gate, shift_ff, scale_ff, gate_ff = text
-            context = context + _gated(gate, words)
+            context = context + gated(gate, words)
             normed = modulated_norm(context, shift_ff, scale_ff, EPSILON)
-            context = context + _gated(gate_ff, self.ff_context(normed))
+            context = context + gated(gate_ff, self.ff_context(normed))
         return x, context
-
-
-def _gated(gate: Row, x: Tokens) -> Tokens:
-    return gate[:, None] * x
 
 
 class PatchEmbed(nnx.Module):

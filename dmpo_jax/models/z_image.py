@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.models import rope
-from dmpo_jax.models.attention import attention
 from dmpo_jax.models.component_config import ModelConfig, Only
 from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks, by_block
+from dmpo_jax.models.joint import Attention, Row, Tokens
 from dmpo_jax.models.layers import Linear, RMSNorm, activation, modulated_norm, sinusoid
 
 KEYS = {
@@ -44,37 +44,6 @@ MULTIPLE = 32  # sequences are filled up to multiples of this, by learnt tokens
 TIME_WIDTH, TIME_INNER = 256, 1024  # of the sinusoid, and of its embedder
 QK_EPSILON, OUT_EPSILON = 1e-5, 1e-6
 
-Tokens = Float[Array, "N T D"]
-Row = Float[Array, "N D"]  # of an image, the same at every token
-
-
-class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, **kw: Any):
-        width, self.heads = config.dim, config.n_heads
-        into = functools.partial(Linear, width, width, use_bias=False, split="columns", **kw)
-        self.to_q, self.to_k, self.to_v = into(), into(), into()
-        self.to_out = nnx.List([Linear(width, width, use_bias=False, split="rows", **kw)])
-        self.norms = config.qk_norm
-        if self.norms:
-            norm = functools.partial(RMSNorm, width // self.heads, epsilon=QK_EPSILON, **kw)
-            self.norm_q, self.norm_k = norm(), norm()
-
-    def __call__(
-        self,
-        x: Tokens,
-        rotation: rope.Rotation,
-        lengths: Int[Array, " N"] | None,
-        *,
-        kernel: str,
-    ) -> Tokens:
-        q, k, v = (
-            f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.to_q, self.to_k, self.to_v)
-        )
-        if self.norms:
-            q, k = self.norm_q(q), self.norm_k(k)
-        q, k = rope.rotate_pairs(q, rotation), rope.rotate_pairs(k, rotation)
-        return self.to_out[0](attention(q, k, v, lengths=lengths, kernel=kernel).reshape(x.shape))
-
 
 class FeedForward(nnx.Module):
     def __init__(self, width: int, **kw: Any):
@@ -95,7 +64,15 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, modulated: bool, **kw: Any):
         norm = functools.partial(RMSNorm, config.dim, epsilon=config.norm_eps, **kw)
-        self.attention, self.feed_forward = Attention(config, **kw), FeedForward(config.dim, **kw)
+        self.attention = Attention(
+            config.dim,
+            config.n_heads,
+            config.dim // config.n_heads,
+            epsilon=QK_EPSILON if config.qk_norm else None,
+            use_bias=False,
+            **kw,
+        )
+        self.feed_forward = FeedForward(config.dim, **kw)
         self.attention_norm1, self.attention_norm2 = norm(), norm()
         self.ffn_norm1, self.ffn_norm2 = norm(), norm()
         self.modulated = modulated
