@@ -13,7 +13,7 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.types import Noised
 
 DENSITIES = ("uniform", "logit_normal")
-WEIGHTINGS = ("uniform", "min_snr", "sigma_sqrt", "cosmap")
+WEIGHTINGS = ("uniform", "min_snr", "x0", "sigma_sqrt", "cosmap")
 FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 
 Images = Float[Array, "B n H W C"]
@@ -57,7 +57,8 @@ def make_timesteps(
         weighting: uniform; min_snr, which downweights timesteps with little noise: with s the
             signal-to-noise ratio, min(s, gamma) of the loss in x0, that is
             min(s, gamma) / s where epsilon is predicted, min(s, gamma) / (s + 1) for v and
-            min(signal^2, gamma noise^2) for flow; for flow also sigma_sqrt, 1 / sigma^2, and
+            min(signal^2, gamma noise^2) for flow; x0, the size of an error in x0 for one in what
+            is predicted: noise / signal for epsilon, noise for v and flow; for flow also sigma_sqrt, 1 / sigma^2, and
             cosmap, 2 / (pi (1 - 2 sigma + 2 sigma^2)).
         gamma: of min_snr, above 0; 5 in its paper.
         low, high: ends of the range, as fractions of the training timesteps: 0 is no noise.
@@ -117,6 +118,8 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
         sigma = schedule.noise.astype(np.float64)
         cosmap = 2 / (np.pi * (1 - 2 * sigma + 2 * sigma**2))
         return (cosmap if weighting == "cosmap" else sigma**-2).astype(np.float32)
+    if weighting == "x0":
+        return _in_x0(schedule)
     if not 0 < gamma < math.inf:
         raise UserError(f"gamma must be above 0 and finite, got {gamma}; 5 is usual")
     # From the shares of signal and noise: either may be 0 at an end of the table.
@@ -133,6 +136,20 @@ def _weights(schedule: NoiseTable, weighting: str, gamma: float | int) -> Table 
             "flow": np.minimum(signal, gamma * noise),
         }[schedule.prediction_type]
     return weights.astype(np.float32)
+
+
+def _in_x0(schedule: NoiseTable) -> Table:
+    signal, noise = (x.astype(np.float64) for x in (schedule.signal, schedule.noise))
+    if schedule.prediction_type == "sample":
+        return np.ones(len(noise), np.float32)
+    if schedule.prediction_type != "epsilon":
+        return noise.astype(np.float32)
+    if not signal.all():
+        raise UserError(
+            "weighting 'x0' has no value where this model's noise table has no signal left: use "
+            "uniform or min_snr"
+        )
+    return (noise / signal).astype(np.float32)
 
 
 def _moved(schedule: NoiseTable, shift: float | int) -> Int[np.ndarray, " T"]:

@@ -7,7 +7,7 @@ loss is 0, and it still counts in a mean over B. beta has a different meaning in
 import jax
 import jax.numpy as jnp
 
-from dmpo_jax.objectives.margins import decided, errors, gains, implied_logit, margin
+from dmpo_jax.objectives.margins import apart, decided, errors, gains, implied_logit, margin
 from dmpo_jax.objectives.registry import Hyperparameter, Images, objective
 from dmpo_jax.types import Pair, PerPair
 
@@ -99,6 +99,74 @@ def dspo(
     needs_reference=True,
     needs_rejected=True,
     couples_pairs=True,
+    beta=Hyperparameter(5000.0, "of the implied logit, as published for SDXL", "(0, inf)"),
+)
+def dspo_sdxl(
+    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
+) -> PerPair:
+    """Direct score preference optimisation, SDXL's form: mean of `(1 - p)^2 d^2`.
+
+    d = policy - reference on the chosen image, p = sigmoid(u). While the batch's mean of d^2 is
+    below 0.1, the loss is `(1 - p)^2` alone. Another loss than `dspo`, by the same name in the
+    published code. A tie has weight 0, but counts in that mean, which is over the given batch:
+    the global batch over all devices, or the microbatch under accumulation.
+
+    Args:
+        beta: above 0; 5000 in published runs.
+
+    Source: AIDC-AI/Diffusion-SDPO, train.py, branch `dspo` for SDXL.
+    """
+    wrong = jnp.square(jax.nn.sigmoid(-implied_logit(policy, reference, target, beta)))
+    way = policy[:, 0].astype(jnp.float32) - reference[:, 0].astype(jnp.float32)
+    moved = jnp.square(way).mean((1, 2, 3))
+    mean = moved.mean(where=~jnp.isnan(preference))  # NaN: padding
+    return decided(preference) * wrong * jnp.where(mean >= _DSPO_MOVED, moved, 1.0)
+
+
+_DSPO_MOVED = 0.1  # of the published code
+
+
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    beta=Hyperparameter(5000.0, "slope of the weight, as published", "(0, inf)"),
+    eta=Hyperparameter(0.05, "the weight is clipped to [eta, 1 - eta]", "[0, 0.5]"),
+)
+def linear_dpo(
+    policy: Pair,
+    reference: Pair,
+    target: Pair,
+    preference: PerPair,
+    *,
+    beta: float | int,
+    eta: float | int,
+) -> PerPair:
+    """The difference of the two errors, by a weight that falls as the policy separates them.
+
+    With Delta = (l_c - l_x) - (r_c - r_x),
+
+        loss = w (l_c - l_x),   w = clip(0.2 beta Delta + 1/2, eta, 1 - eta), not differentiated
+
+    The weight is a piecewise linear stand-in for the sigmoid of DPO's gradient that never falls
+    below eta: errors keep moving apart, so it is meant for a reference that follows the policy
+    (`reference.decay`, 0.95 to 0.995 in the paper). The value has no lower bound. A tie has
+    weight 0.
+
+    Args:
+        beta: above 0; 5000 in published runs. eta: in [0, 0.5]; 0.05 in the paper, 0.01 in
+            its code.
+
+    Source: Linear-DPO, arXiv 2605.21123.
+    """
+    further = -margin(policy, reference, target)
+    weight = jax.lax.stop_gradient(jnp.clip(0.2 * beta * further + 0.5, eta, 1 - eta))
+    return decided(preference) * weight * apart(policy, target)
+
+
+@objective(
+    needs_reference=True,
+    needs_rejected=True,
+    couples_pairs=True,
     beta=Hyperparameter(1000.0, "of an image's gain, as in published code", "(0, inf)"),
     chosen_weight=Hyperparameter(meaning="of chosen images", within="[0, inf)"),
     rejected_weight=Hyperparameter(meaning="of rejected images", within="[0, inf)"),
@@ -171,10 +239,8 @@ def mapo(
     Reference, arXiv 2406.06424; mapo-t2i/mapo, utils.py.
     """
     del reference
-    policy, target = policy.astype(jnp.float32), target.astype(jnp.float32)
     error = errors(policy, target)
-    e = policy - target
-    further = ((e[:, 0] - e[:, 1]) * (e[:, 0] + e[:, 1])).mean((1, 2, 3))  # l_c - l_x
+    further = apart(policy, target)
     rise = _bernoulli_difference(*(_MAPO_SCALE * x for x in (error[:, 0], error[:, 1], further)))
     return decided(preference) * (error[:, 0] - beta * jax.nn.log_sigmoid(_MAPO_STEPS * rise))
 

@@ -47,6 +47,12 @@ def errors(policy: Images, target: Images) -> PerImage:
     return jnp.square(policy.astype(jnp.float32) - target.astype(jnp.float32)).mean((2, 3, 4))
 
 
+def apart(policy: Pair, target: Pair) -> PerPair:
+    """Computes `l_c - l_x`, float32 `[B]`."""
+    error = policy.astype(jnp.float32) - target.astype(jnp.float32)
+    return ((error[:, 0] - error[:, 1]) * (error[:, 0] + error[:, 1])).mean((1, 2, 3))
+
+
 def decided(preference: PerPair) -> PerPair:
     """Returns 1 where an image is preferred, 0 at a tie (0.5), which has no chosen image."""
     return jnp.where(preference == 0.5, 0.0, 1.0)

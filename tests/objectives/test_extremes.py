@@ -52,13 +52,16 @@ def test_a_size_that_float32_cannot_work_with_is_refused(value):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_says_whether_a_pair_depends_on_the_others(name):
-    _, reference, target = pairs(scale=0.05)
-    policy = reference - 0.2 * (reference - target)
     given = defaults(name)
-    found = OBJECTIVES[name](policy, reference, target, **given)
-    alone = OBJECTIVES[name](policy[:1], reference[:1], target[:1], **given)
-    same = np.allclose(found[:1], alone, rtol=1e-5)
-    assert same != OBJECTIVES[name].couples_pairs
+    same = []
+    for scale, others in ((0.05, 0.2), (1.0, 0.9)):  # small margins, and others that are large
+        _, reference, target = pairs(scale)
+        share = jnp.asarray([0.2, others, others, others]).reshape(-1, 1, 1, 1, 1)
+        policy = reference - share * (reference - target)
+        found = OBJECTIVES[name](policy, reference, target, **given)
+        alone = OBJECTIVES[name](policy[:1], reference[:1], target[:1], **given)
+        same.append(np.allclose(found[:1], alone, rtol=1e-5))
+    assert all(same) != OBJECTIVES[name].couples_pairs
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dmpo_jax.objectives import (
     sft,
 )
 from tests.support import plain_objectives
-from tests.support.plain_objectives import ARGS, ROWS
+from tests.support.plain_objectives import ARGS, HELD, ROWS
 
 PREFERENCE = np.array([1.0, 0.5, 0.7], np.float32)
 
@@ -117,7 +117,7 @@ def test_value_and_gradient_against_float64(name, preference, triple):
     label = np.ones(3) if preference is None else preference.astype(np.float64)
 
     def plain(p):
-        held = {"held": inputs[0]} if name == "diffusion_kto" else {}
+        held = {"held": inputs[0]} if name in HELD else {}
         return ROWS[name].plain(p, *inputs[1:], label, **ARGS[name], **held)
 
     def ours(p):
@@ -349,7 +349,7 @@ def test_kto_takes_its_base_from_the_whole_batch(triple):
     assert (np.asarray(jax.grad(third)(better))[:2] == 0).all()
 
 
-CHOICES = ["sft", "ipo", "hinge", "dspo", "diffusion_kto", "mapo"]
+CHOICES = ["sft", "ipo", "hinge", "dspo", "dspo_sdxl", "linear_dpo", "diffusion_kto", "mapo"]
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -386,3 +386,46 @@ def test_golden_numbers_of_the_others():
     ipo, hinge = OBJECTIVES["ipo"], OBJECTIVES["hinge"]
     np.testing.assert_allclose(ipo(*golden_jax(), beta=0.5), [1.895733, 8.728405], rtol=2e-6)
     np.testing.assert_allclose(hinge(*golden_jax(), beta=0.5), [1.188428, 1.977194], rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "loss"),
+    [
+        ("poly_dpo", {"a": 8.0, "beta": 2.0}, (5.644140, 9.094257)),
+        ("poly_dpo", {"a": 8.0, "beta": 5.0}, (7.027547, 12.833530)),
+        ("poly_dpo", {"a": -0.5, "beta": 2.0}, (0.602666, 1.648901)),
+        ("poly_dpo", {"a": -0.5, "beta": 5.0}, (0.911528, 4.397239)),
+        ("linear_dpo", {"eta": 0.05, "beta": 2.0}, (0.326403, 0.462819)),
+        ("linear_dpo", {"eta": 0.05, "beta": 5.0}, (0.439819, 0.462819)),
+        ("dspo_sdxl", {"beta": 5.0}, (0.172976, 1.662119)),
+    ],
+)
+def test_golden_numbers_of_2026(name, args, loss):
+    """Of numbers that were computed apart from this package, in float64."""
+    np.testing.assert_allclose(OBJECTIVES[name](*golden_jax(), **args), loss, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("b", "images"),
+    [
+        (1.0, ((1.042515, 3.193449), (1.662796, 3.878346))),
+        (0.1, ((13.161390, 13.939679), (2.641029, 18.561109))),
+        (0.5, ((2.255414, 4.142688), (1.096562, 5.056902))),
+    ],
+)
+def test_golden_numbers_of_nft(b, images):
+    loss = OBJECTIVES["nft"](*golden_jax(), jnp.asarray([1.0, 0.75]), b=b)
+    np.testing.assert_allclose(loss, np.mean(images, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("b", "images"),
+    [
+        (1.0, ((0.627805, 1.027062), (1.316615, 1.863405))),
+        (0.1, ((6.974576, 6.567279), (5.437450, 13.807818))),
+    ],
+)
+def test_golden_numbers_of_adaptive_nft(b, images):
+    """The published ones are of errors in x0 of flow noise, sigma times those of the velocity."""
+    loss = OBJECTIVES["nft_adaptive"](*golden_jax(), jnp.asarray([1.0, 0.75]), b=b)
+    np.testing.assert_allclose(loss * np.array([0.5, 0.9]), np.mean(images, 1), rtol=1e-6)

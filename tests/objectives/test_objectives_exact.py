@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax.objectives import OBJECTIVES
-from tests.support.plain_objectives import ROWS
+from tests.support.plain_objectives import HELD, ROWS
 
 SIZES = 10.0 ** np.arange(-8, 5)  # of an image's mean squared error
 STEPS = (1e-4, 1e-2, 1.0)  # of policy - reference, in parts of the policy's error
@@ -110,7 +110,7 @@ def test_gradients_against_finite_differences(name):
     for args in cases(name):
 
         def slope(at, direction, width, args=args):
-            held = {"held": at[0]} if name == "diffusion_kto" else {}
+            held = {"held": at[0]} if name in HELD else {}
             up, down = (
                 ROWS[name].plain(at[0] + h * direction, *at[1:], wide, **args, **held)
                 for h in (width, -width)

@@ -121,6 +121,45 @@ def mapo(policy, reference, target, preference, *, beta):
     return (preference != 0.5) * (error[:, 0] - beta * ratio)
 
 
+def poly_dpo(policy, reference, target, preference, *, beta, a):
+    _, log_p, log_not_p = logs(policy, reference, target, beta)
+    right = -log_p + a * (1 - np.exp(log_p))
+    return preference * right + (1 - preference) * (-log_not_p + a * np.exp(log_p))
+
+
+def linear_dpo(policy, reference, target, preference, *, beta, eta, held=None):
+    delta = -margin(policy if held is None else held, reference, target)
+    weight = np.clip(0.2 * beta * delta + 0.5, eta, 1 - eta)
+    error = errors(policy, target)
+    return (preference != 0.5) * weight * (error[:, 0] - error[:, 1])
+
+
+def dspo_sdxl(policy, reference, target, preference, *, beta):
+    _, _, log_not_p = logs(policy, reference, target, beta)
+    moved = ((policy - reference)[:, 0] ** 2).mean((1, 2, 3))
+    return (preference != 0.5) * np.exp(log_not_p) ** 2 * (moved if moved.mean() >= 0.1 else 1)
+
+
+def nft(policy, reference, target, preference, *, b):
+    total = 0.0
+    for side, reward in enumerate((preference, 1 - preference)):
+        for share, sign in ((reward, 1), (1 - reward, -1)):
+            implied = (1 - sign * b) * reference + sign * b * policy
+            total = total + share * errors(implied, target)[:, side] / b
+    return total / 2
+
+
+def nft_adaptive(policy, reference, target, preference, *, b, held=None):
+    held, total = policy if held is None else held, 0.0
+    for side, reward in enumerate((preference, 1 - preference)):
+        for share, sign in ((reward, 1), (1 - reward, -1)):
+            implied, still = ((1 - sign * b) * reference + sign * b * x for x in (policy, held))
+            size = np.abs(still - target).mean((2, 3, 4))
+            total = total + share * (errors(implied, target) / size)[:, side] / b
+    return total / 2
+
+
+HELD = ("diffusion_kto", "linear_dpo", "nft_adaptive")  # not differentiated through a part
 ROWS = {
     "dmpo": Row({"beta": 5.0, "alpha": 0.1}, dmpo),
     "diffusion_dpo": Row({"beta": 5.0, "label_smoothing": 0.05}, diffusion_dpo),
@@ -134,5 +173,10 @@ ROWS = {
         {"beta": 2.0, "chosen_weight": 1.5, "rejected_weight": 0.5}, diffusion_kto
     ),
     "mapo": Row({"beta": 0.1}, mapo),
+    "poly_dpo": Row({"beta": 5.0, "a": 3.0}, poly_dpo),
+    "linear_dpo": Row({"beta": 0.2, "eta": 0.05}, linear_dpo),
+    "dspo_sdxl": Row({"beta": 0.7}, dspo_sdxl),
+    "nft": Row({"b": 0.5}, nft),
+    "nft_adaptive": Row({"b": 0.5}, nft_adaptive),
 }
 ARGS = {name: row.args for name, row in ROWS.items()}
