@@ -58,8 +58,8 @@ def make_timesteps(
             signal-to-noise ratio, min(s, gamma) of the loss in x0, that is
             min(s, gamma) / s where epsilon is predicted, min(s, gamma) / (s + 1) for v and
             min(signal^2, gamma noise^2) for flow; x0, the size of an error in x0 for one in what
-            is predicted: noise / signal for epsilon, noise for v and flow; for flow also sigma_sqrt, 1 / sigma^2, and
-            cosmap, 2 / (pi (1 - 2 sigma + 2 sigma^2)).
+            is predicted: noise / signal for epsilon, noise for v and flow; for flow also
+            sigma_sqrt, 1 / sigma^2, and cosmap, 2 / (pi (1 - 2 sigma + 2 sigma^2)).
         gamma: of min_snr, above 0; 5 in its paper.
         low, high: ends of the range, as fractions of the training timesteps: 0 is no noise.
         density: uniform, or logit_normal: `u = sigmoid(mean + std z)` with z standard normal,

@@ -18,7 +18,16 @@ from dmpo_jax.models import rope
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.component_config import ModelConfig, Only
 from dmpo_jax.models.execution import DEFAULT, Execution, apply_blocks, by_block
-from dmpo_jax.models.joint import JointAttention, Modulation, Row, Tokens, gated, joined, split
+from dmpo_jax.models.joint import (
+    JointAttention,
+    Modulation,
+    Row,
+    Tokens,
+    gated,
+    joined,
+    prepared,
+    split,
+)
 from dmpo_jax.models.layers import (
     Linear,
     RMSNorm,
@@ -110,8 +119,7 @@ class ParallelAttention(nnx.Module):
         width = x.shape[-1]
         q, k, v, inner = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], -1)
         q, k, v = (split(y, self.heads) for y in (q, k, v))
-        q = rope.rotate_pairs(self.norm_q(q), rotation)
-        k = rope.rotate_pairs(self.norm_k(k), rotation)
+        q, k = prepared(q, self.norm_q, rotation), prepared(k, self.norm_k, rotation)
         out = joined(attention(q, k, v, kernel=kernel))
         return self.to_out(jnp.concatenate([out, _swiglu(inner)], -1))
 

@@ -5,8 +5,10 @@ Module names follow PyTorch diffusers.
 Letters: N images, T image tokens, S text tokens, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -55,14 +57,14 @@ class Attention(nnx.Module):
         kernel: str,
     ) -> Tokens:
         """Attends to the first `lengths` tokens, or to all."""
-        q, k, v = self.project(x)
-        q, k = _rotated(q, rotation), _rotated(k, rotation)
+        q, k, v = self.project(x, rotation)
         return self.to_out[0](joined(attention(q, k, v, lengths=lengths, kernel=kernel)))
 
-    def project(self, x: Tokens) -> tuple[Array, Array, Array]:
+    def project(self, x: Tokens, rotation: rope.Rotation | None) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values [N, T, heads, width of a head]."""
         q, k, v = (split(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
-        return (self.norm_q(q), self.norm_k(k), v) if self.norms else (q, k, v)
+        norms = (self.norm_q, self.norm_k) if self.norms else (None, None)
+        return prepared(q, norms[0], rotation), prepared(k, norms[1], rotation), v
 
 
 class JointAttention(Attention):
@@ -105,22 +107,26 @@ class JointAttention(Attention):
         Args:
             rotation: of both, in the sequence's order.
         """
-        parts = [self.project(x), self._project_words(words)]
+        first = words.shape[1] if self.text_first else x.shape[1]
+        turns = rope.parted(rotation, first) if rotation is not None else (None, None)
+        of_words, of_image = turns if self.text_first else turns[::-1]
+        parts = [self.project(x, of_image), self._project_words(words, of_words)]
         if self.text_first:
             parts.reverse()
         q, k, v = (jnp.concatenate(both, 1) for both in zip(*parts, strict=True))
-        q, k = _rotated(q, rotation), _rotated(k, rotation)
         out = joined(attention(q, k, v, kernel=kernel))
-        first = words.shape[1] if self.text_first else x.shape[1]
         image, text = jnp.split(out, [first], axis=1)
         if self.text_first:
             image, text = text, image
         return self.to_out[0](image), None if self.last else self.to_add_out(text)
 
-    def _project_words(self, words: Words) -> tuple[Array, Array, Array]:
+    def _project_words(
+        self, words: Words, rotation: rope.Rotation | None
+    ) -> tuple[Array, Array, Array]:
         added = self.add_q_proj, self.add_k_proj, self.add_v_proj
         q, k, v = (split(f(words), self.heads) for f in added)
-        return (self.norm_added_q(q), self.norm_added_k(k), v) if self.norms else (q, k, v)
+        norms = (self.norm_added_q, self.norm_added_k) if self.norms else (None, None)
+        return prepared(q, norms[0], rotation), prepared(k, norms[1], rotation), v
 
 
 class Modulation(nnx.Module):
@@ -149,5 +155,15 @@ def gated(gate: Row, x: Tokens) -> Tokens:
     return gate[:, None] * x
 
 
-def _rotated(x: Array, rotation: rope.Rotation | None) -> Array:
-    return x if rotation is None else rope.rotate_pairs(x, rotation)
+def prepared(
+    x: Float[Array, "N T heads width"],
+    norm: Callable[[Array], Array] | None,
+    rotation: rope.Rotation | None,
+) -> Float[Array, "N T heads width"]:
+    """Normalises and rotates queries or keys; the backward keeps only what is given."""
+
+    def prepare(x: Array) -> Array:
+        x = x if norm is None else norm(x)
+        return x if rotation is None else rope.rotate_pairs(x, rotation)
+
+    return jax.checkpoint(prepare)(x)

@@ -61,6 +61,15 @@ def _rotation(own: np.ndarray, partner: np.ndarray) -> Rotation:
     return Rotation(own.reshape(1, tokens, 1, -1), partner.reshape(1, tokens, 1, -1))
 
 
+def parted(rotation: Rotation, tokens: int) -> tuple[Rotation, Rotation]:
+    """Returns the rotation of the first `tokens`, and that of the others."""
+    own, partner = rotation
+    return (
+        Rotation(own[:, :tokens], partner[:, :tokens]),
+        Rotation(own[:, tokens:], partner[:, tokens:]),
+    )
+
+
 def rotate_pairs(x: Float[Array, "N T A H"], rotation: Rotation) -> Float[Array, "N T A H"]:
     """Rotates neighbours, in float32."""
 
@@ -78,9 +87,12 @@ def rotate_halves(x: Float[Array, "N T A H"], rotation: Rotation) -> Float[Array
 
 
 def _rotate(x: Array, rotation: Rotation, swapped: Any) -> Array:
-    # Recomputed in the backward, as norms are (`layers`).
-    def rotate(x: Array, own: Array, partner: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        return (wide * own + swapped(wide) * partner).astype(x.dtype)
+    own, partner = map(jnp.asarray, rotation)
+    wide = x.astype(jnp.float32)
+    return (_product(wide, own) + _product(swapped(wide), partner)).astype(x.dtype)
 
-    return jax.checkpoint(rotate)(x, *map(jnp.asarray, rotation))
+
+def _product(a: Array, b: Array) -> Array:
+    # Less its last bit, so that no compiler joins it and the sum into one rounding: which of the
+    # two products it took would differ between programs, and a policy from itself as reference.
+    return jax.lax.reduce_precision(a * b, exponent_bits=8, mantissa_bits=22)
