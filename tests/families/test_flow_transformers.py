@@ -1,5 +1,6 @@
 """FLUX.2-klein and Z-Image: folders by PyTorch diffusers through every job, and back."""
 
+import functools
 import json
 import pathlib
 
@@ -19,7 +20,7 @@ from dmpo_jax.export.verify import verify
 from dmpo_jax.jobs.run import run
 from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.toy import debug
-from tests.support import tiny, torch_flow
+from tests.support import resumed, tiny, torch_flow
 from tests.support.torch_flow import SIDE
 
 FAMILIES = ("klein", "z_image")
@@ -168,3 +169,11 @@ def test_a_full_run_in_bfloat16_starts_at_zero(trained, tmp_path):
     }
     run(tiny.make_config(model, str(workdir / "encoded"), **leaves), tmp_path)
     assert first_margin(tmp_path) == 0
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted(trained, tmp_path):
+    _, model, workdir = trained
+    resumed.assert_same(
+        functools.partial(tiny.make_config, model, str(workdir / "encoded")), tmp_path
+    )

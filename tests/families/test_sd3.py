@@ -1,5 +1,6 @@
 """SD3 through every job, from a folder of PyTorch's to one that PyTorch opens again."""
 
+import functools
 import json
 
 import jax
@@ -17,7 +18,7 @@ from dmpo_jax.jobs.verify import verify
 from dmpo_jax.models import parameters
 from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.toy import debug
-from tests.support import tiny, torch_sd3
+from tests.support import resumed, tiny, torch_sd3
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 STEPS, SCALE = 4, 4.0  # of sampling
@@ -148,6 +149,12 @@ def test_adapters_draw_the_same_in_pytorch(made, finished, tmp_path):
     theirs.load_lora_weights(str(tmp_path / "lora"))
     for image, drawn in zip(ours, draw_in_pytorch(theirs, PROMPTS), strict=True):
         assert np.abs(image - drawn).mean() <= 0.5 / 255
+
+
+@pytest.mark.slow
+def test_resumed_equals_uninterrupted(made, finished, tmp_path):
+    encoded = {"jobs": ("train",), "data__encoded": str(finished / "encoded")}
+    resumed.assert_same(functools.partial(make_config, made, **encoded), tmp_path)
 
 
 def test_without_t5_its_states_are_zeros(tmp_path):
