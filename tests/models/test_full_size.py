@@ -87,6 +87,7 @@ def test_full_size(name, tmp_path):
         program = [sys.executable, full_size.__file__, name, str(tmp_path)]
         child = subprocess.run(program, capture_output=True, text=True)
         assert child.returncode == 0, child.stderr
+        print(child.stderr)
         theirs = json.loads(child.stdout.splitlines()[-1])
         if name == "sdxl_unet":
             assert len(list(tmp_path.glob("*.safetensors"))) > 2
