@@ -126,7 +126,9 @@ def make(kind, config):
 
 def stored_buffers(model) -> list:
     """SD3's positions: what a folder holds besides parameters."""
-    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    kept = model.state_dict()
+    buffers = model.named_buffers()
+    return [x for name, x in buffers if name in kept and x.is_floating_point()]
 
 
 def draw(model, generator) -> None:
