@@ -11,11 +11,13 @@ from dmpo_jax.config.configs import Config
 from dmpo_jax.data.batches.mixture import Mixture, open_mixture
 from dmpo_jax.data.encoded.records import EncodedPairs, open_pairs
 from dmpo_jax.data.prompt_files import load_texts
-from dmpo_jax.families import family_named
+from dmpo_jax.errors import UserError
+from dmpo_jax.families import Family, family_named
+from dmpo_jax.families.family import Embedded
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parallel import meshes
-from dmpo_jax.sampling.grids import make_draw, why_no_grids
+from dmpo_jax.sampling.grids import embed_texts, make_draw, why_no_grids
 from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.toy.debug import write_debug_files
 from dmpo_jax.training.build import Rate, StepSettings, TrainingStep
@@ -95,21 +97,56 @@ def data_settings(config: Config) -> dict[str, Any]:
     return {"seed": config.seed, **{name: config.data[name] for name in names}}
 
 
-def grids(config: Config, built: TrainingStep, pairs: Any, workdir: epath.Path) -> list[Draw]:
-    """Returns the hook that draws image grids of the config's or the data's prompts, or []."""
-    every = config.log.sample_every
-    if every and (reason := why_no_grids(built.family)):
+def grid_texts(
+    config: Config, family: Family, pairs: EncodedPairs | Mixture
+) -> tuple[list[str], dict[str, Embedded]]:
+    """Returns the prompts of the config's image grids, and the embeddings that these need.
+
+    No prompts if the run draws no grids. To be called before the model is loaded: what the pairs'
+    prompt store lacks is embedded here, and the text encoders need the memory until it returns.
+    """
+    if not config.log.sample_every:
+        return [], {}
+    if reason := why_no_grids(family):
         LOG.warning(reason)
-        every = 0
-    if not every:
+        return [], {}
+    given, count = config.sample.prompts, config.sample.count
+    prompts = load_texts(given)[:count] if given else pairs.first_texts(count)
+
+    def load_pipeline() -> diffusers_io.Pipeline:
+        return diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+
+    try:
+        texts = [*prompts, config.sample.negative_prompt or ""]
+        return prompts, embed_texts(texts, pairs.prompts, load_pipeline)
+    except (UserError, OSError) as error:  # a grid must not end a run
+        LOG.warning("no image grids: their prompts cannot be embedded: %s", error)
+        return [], {}
+
+
+def grids(
+    config: Config,
+    built: TrainingStep,
+    texts: tuple[list[str], dict[str, Embedded]],
+    workdir: epath.Path,
+) -> list[Draw]:
+    """Returns the hook that draws image grids of `grid_texts`, or []."""
+    prompts, embedded = texts
+    if not prompts:
         return []
 
     def open_sampler() -> Any:
-        loaded = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
-        return make_sampler(loaded, built.model, devices=built.mesh, **arguments.sampling(config))
+        given = {**arguments.pipeline(config), "text": False}
+        loaded = diffusers_io.load_pipeline(config.model.folder, **given)
+        return make_sampler(
+            loaded,
+            built.model,
+            devices=built.mesh,
+            embed=lambda texts: [embedded[text] for text in texts],
+            **arguments.sampling(config),
+        )
 
-    given, count = config.sample.prompts, config.sample.count
-    prompts = load_texts(given)[:count] if given else pairs.first_texts(count)
+    every = config.log.sample_every
     return [Draw(built, make_draw(open_sampler, prompts, workdir / "samples"), every=every)]
 
 

@@ -51,6 +51,7 @@ def load_pipeline(
     variant: str | None = None,
     dtype: Any = jnp.float32,
     vae_dtype: Any = None,
+    text: bool = True,
 ) -> Pipeline:
     """Loads all parts of a pipeline folder except its trained component.
 
@@ -59,6 +60,7 @@ def load_pipeline(
         vae: folder of a VAE to use in place of the pipeline's own, such as SDXL's fp16-fix.
         dtype: compute dtype, in which text encoders are held too. vae_dtype: the VAE's, if it
             differs.
+        text: False leaves out text encoders and tokenizers, which the folder may then lack.
 
     Raises:
         ValueError: naming the part that is missing or unsupported.
@@ -66,9 +68,10 @@ def load_pipeline(
     path, family = components.load_family(folder)
     index = read_json(path / "model_index.json")
     schedule, sampling = load_schedule(path)
-    check_parts(path, family)
+    if text:
+        check_parts(path, family)
     encoders, tokenizers = [], []
-    for part in family.text:
+    for part in family.text if text else ():
         tokenizers.append(load_tokenizer(path, part.tokenizer))
         encoders.append(
             components.load_text_encoder(

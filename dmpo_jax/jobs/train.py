@@ -22,12 +22,13 @@ from dmpo_jax.training.provenance import check_encoders, content
 
 
 class Run(NamedTuple):
-    """A run's config and data, its step, and its random key."""
+    """A run's config and data, its step, its random key, and `step_settings.grid_texts`."""
 
     config: configs.Config
     pairs: EncodedPairs | Mixture
     step: TrainingStep
     key: jax.Array
+    texts: tuple[list[str], dict[str, Any]]
 
     def batches(self, start: int = 0) -> Any:
         settings = step_settings.data_settings(self.config)
@@ -71,7 +72,7 @@ def train(
             state,
             run.batches(int(state.step)),
             run.key,
-            [*own, *step_settings.grids(config, run.step, run.pairs, workdir), *hooks],
+            [*own, *step_settings.grids(config, run.step, run.texts, workdir), *hooks],
             step_settings.read_loop(config),
             workdir=workdir,
             cost=make_cost(run.step),
@@ -87,6 +88,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     check_encoders(pairs, **arguments.encoders(config))
     folder, family = diffusers_io.load_family(config.model.folder)
     noise, _ = diffusers_io.load_schedule(folder)
+    texts = step_settings.grid_texts(config, family, pairs)
     model = arguments.trained(config).load(
         dtype=settings.compute_dtype,
         param_dtype=settings.frozen_dtype if settings.lora else "float32",
@@ -94,7 +96,7 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     )
     built, params = build(family, model, noise, pairs.meta, devices, settings)
     step_settings.warn(config, pairs, built)
-    return Run(config, pairs, built, built.make_key(config.seed)), params
+    return Run(config, pairs, built, built.make_key(config.seed), texts), params
 
 
 def check(

@@ -1,17 +1,25 @@
 """Image grids of a training run."""
 
 import functools
+import gc
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
+from dmpo_jax import diffusers_io
+from dmpo_jax.data.encoded.prompt_store import PromptStore
 from dmpo_jax.families import Family
+from dmpo_jax.families.family import Embedded
 from dmpo_jax.sampling.images import image_grid, save_png
 from dmpo_jax.sampling.sampler import Sampler
 from dmpo_jax.sampling.seeds import GRIDS
 
+LOG = logging.getLogger(__name__)
 COLUMNS = 4
 
 
@@ -22,6 +30,39 @@ def why_no_grids(family: Family) -> str:
     if family.given:
         return "no image grids are drawn: this model needs an image beside each prompt"
     return ""
+
+
+def embed_texts(
+    texts: Sequence[str],
+    store: PromptStore,
+    load_pipeline: Callable[[], diffusers_io.Pipeline],
+) -> dict[str, Embedded]:
+    """Returns {text: embedding}, on the host in float32, and holds no text encoder afterwards.
+
+    From the store where it has all of them (`PromptStore.find`): as stored, which is how training
+    sees them. Otherwise by text encoders, once.
+
+    load_pipeline: called only for the latter.
+    """
+    found = store.find(texts)
+    if found.keys() >= set(texts):
+        return {
+            text: Embedded(_float32(p.context), _float32(p.pooled), p.length)
+            for text, p in found.items()
+        }
+    distinct = list(dict.fromkeys(texts))
+    LOG.info(
+        "image grids: %d prompts are embedded now, and the text encoders then freed", len(distinct)
+    )
+    embedded = diffusers_io.embed_prompts(load_pipeline(), distinct)
+    by_text = dict(zip(distinct, embedded, strict=True))
+    del embedded
+    gc.collect()  # modules form reference cycles that keep their arrays alive
+    return by_text
+
+
+def _float32(array: Any) -> Any:
+    return None if array is None else np.asarray(array, jnp.float32)
 
 
 def make_draw(

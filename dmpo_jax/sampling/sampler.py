@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext as nothing
 from typing import Any
 
@@ -17,7 +17,7 @@ from dmpo_jax import diffusers_io
 from dmpo_jax.data.prompt_files import Prompt
 from dmpo_jax.diffusion import samplers
 from dmpo_jax.diffusion.noise import Factor, restore_latents
-from dmpo_jax.families.family import Given
+from dmpo_jax.families.family import Embedded, Given
 from dmpo_jax.models import parameters
 from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.progress import Progress
@@ -32,6 +32,7 @@ class Sampler:
     """Samples images: call it for all at once, or iterate over its `batches`.
 
     name: of the sampler, one of `samplers.SAMPLERS`; size: height and width in pixels.
+    embed: prompts -> their embeddings, float32.
     """
 
     pipeline: diffusers_io.Pipeline
@@ -41,6 +42,7 @@ class Sampler:
     negative_prompt: str | None
     guided: bool
     run: Callable[..., jax.Array]
+    embed: Callable[[Sequence[str]], Iterable[Embedded]]
     embedded: dict[str | None, Condition] = dataclasses.field(default_factory=dict)
 
     def __call__(
@@ -111,9 +113,7 @@ class Sampler:
             return
         words = [text for text in texts if text is not None]
         self.embedded = {}
-        for text, embedded in zip(
-            words, diffusers_io.embed_prompts(self.pipeline, words), strict=True
-        ):
+        for text, embedded in zip(words, self.embed(words), strict=True):
             self.embedded[text] = self.pipeline.family.condition(embedded, self.size)
         if None in texts:
             some = self.embedded[words[0]]
@@ -169,6 +169,7 @@ def make_sampler(
     height: int | None = None,
     width: int | None = None,
     devices: Mesh | None = None,
+    embed: Callable[[Sequence[str]], Iterable[Embedded]] | None = None,
 ) -> Sampler:
     """Returns a sampler, (params, prompts, seeds, describe="") -> uint8 [N, H, W, 3].
 
@@ -181,6 +182,7 @@ def make_sampler(
         image_guidance_scale: of editing models only; 1 is none.
         height, width: pixels; by default those that the UNet was trained at.
         devices: the mesh of `params`; by default one over all devices.
+        embed: prompts -> their embeddings, float32; by default the pipeline's text encoders'.
 
     An image depends only on its prompt, its seed and the parameters, not on the rest of its
     batch. Compiled once; `params` may be any UNet's of the same structure.
@@ -236,6 +238,7 @@ def make_sampler(
         negative_prompt,
         family.guidance(guidance_scale)[1] != 0 or image_scale not in (None, 1),
         lambda params, *inputs: run(params, vae_params, *jax.device_put(inputs, rows)),
+        embed or functools.partial(diffusers_io.embed_prompts, pipeline),
     )
 
 

@@ -4,9 +4,10 @@ Prompt j is record j of the files `prompts.array_record-NNNNN` in their order. P
 empty prompt.
 """
 
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ FILE = re.compile(rf"{re.escape(PROMPTS)}-\d+")
 PER_SHARD = 1024  # 310 MB of SDXL's [77, 2048] in float16, before compression
 ARRAYS = ("context", "pooled", "length")
 DTYPES = ("bfloat16", "float16", "float32")
+FIND_BYTES = 2**29  # of embeddings that a search reads: a second or two
 
 
 class PromptEmbedding(NamedTuple):
@@ -62,6 +64,28 @@ class PromptStore:
         values = read_example(record, self._arrays)
         text = values.pop("text").decode()
         return PromptEmbedding(text, **values)
+
+    def find(self, texts: Collection[str]) -> dict[str, PromptEmbedding]:
+        """Returns {text: embedding} of those texts that are among the first prompts.
+
+        Reads prompts in order until all are found, at least one more than there are texts, and
+        otherwise no more than FIND_BYTES hold: the store has no index by text.
+        """
+        most = max(len(texts) + 1, FIND_BYTES // self.prompt_bytes)
+        found: dict[str, PromptEmbedding] = {}
+        for j in range(min(most, len(self))):
+            if len(found) == len(set(texts)):
+                break
+            prompt = self[j]
+            if prompt.text in texts:
+                found[prompt.text] = prompt
+        return found
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Bytes of one prompt's arrays, uncompressed."""
+        specs = [spec for spec in self._arrays.values() if spec is not None]
+        return sum(math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in specs)
 
 
 class _Whole(NamedTuple):
