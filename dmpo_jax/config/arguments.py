@@ -7,6 +7,7 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.config.configs import Config, identity, places
+from dmpo_jax.diffusers_io import Start, find_start
 from dmpo_jax.encoding.plan import Settings
 from dmpo_jax.export.model_card import Card
 from dmpo_jax.export.pipeline import Trained
@@ -95,7 +96,20 @@ def encoding(config: Config, source: str = "") -> Settings:
 
 def trained(config: Config) -> Trained:
     """The pipeline and adapters that a run trains, for `export.pipeline`."""
-    return Trained(*weights(config), adapters(config), config.model.vae)
+    return Trained(*weights(config), adapters(config), config.model.vae, config.model.start)
+
+
+def starts(config: Config) -> tuple[Start, Start]:
+    """The weights that a run begins with, and those that margins are measured against.
+
+    The same object if the config names no other reference.
+    """
+    start = trained(config).begun()
+    if not config.model.reference:
+        return start, start
+    folder, variant = weights(config)
+    named = config.model.reference
+    return start, find_start(folder, named, option="model.reference", variant=variant)
 
 
 def adapters(config: Config) -> Adapters | None:

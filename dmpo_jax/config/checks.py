@@ -53,6 +53,8 @@ def _check_objective(config: Config) -> Iterator[str]:
         OBJECTIVES[name].check(**config.objectives[name])
     except ValueError as error:
         yield f"objectives.{name}: {error}"
+    if config.model.reference and not OBJECTIVES[name].needs_reference:
+        yield f"model.reference is measured against, which {name!r} does not do: unset it"
     if config.safeguard.mu is not None and not OBJECTIVES[name].needs_rejected:
         yield f"safeguard.mu holds back rejected images, which {name!r} does not use: unset it"
 

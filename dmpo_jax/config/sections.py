@@ -115,7 +115,7 @@ class Model(Section):
     )
     variant: str = leaf(
         "",
-        "of the weight files: 'fp16' reads *.fp16.safetensors; '' reads the plain",
+        "of folder's weight files: 'fp16' reads *.fp16.safetensors; '' reads the plain",
         affects=RUN,
     )
     vae: str = leaf(
@@ -124,6 +124,24 @@ class Model(Section):
         affects=RUN,
         counts_with=ITSELF,
         content="encoded pairs",  # which it has made
+    )
+    start: str = leaf(
+        "",
+        "what training starts from, such as an SFT model, in place of folder's own denoiser: a "
+        "folder of the same architecture (a pipeline's, or the denoiser's own) or hub id, or a "
+        "LoRA file on top of folder's. With lora.rank a LoRA file is the adapters' first value, "
+        "and a folder what they are trained on; without, a file is merged. '' is folder's own",
+        affects=RUN,
+        counts_with=ITSELF,
+        content="start weights",
+    )
+    reference: str = leaf(
+        "",
+        "what margins are measured against, frozen; as start. With lora.rank: a LoRA file of the "
+        "same rank and layers, or the model that the adapters are on. '' is the start",
+        affects=RUN,
+        counts_with=ITSELF,
+        content="reference weights",
     )
     compute_dtype: str = leaf(
         "bfloat16",

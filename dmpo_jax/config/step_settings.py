@@ -1,8 +1,10 @@
 """Converts a config to the plain arguments of training: `StepSettings`, `LoopSettings`, hooks."""
 
+import functools
 import logging
 from typing import Any
 
+import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io, storage
@@ -20,7 +22,8 @@ from dmpo_jax.parallel import meshes
 from dmpo_jax.sampling.grids import embed_texts, make_draw, why_no_grids
 from dmpo_jax.sampling.sampler import make_sampler
 from dmpo_jax.toy.debug import write_debug_files
-from dmpo_jax.training.build import Rate, StepSettings, TrainingStep
+from dmpo_jax.training import starts
+from dmpo_jax.training.build import Beginning, Rate, StepSettings, TrainingStep
 from dmpo_jax.training.hooks import Draw
 from dmpo_jax.training.loop import LoopSettings
 
@@ -70,6 +73,30 @@ def read_loop(config: Config) -> LoopSettings:
 def mesh_axes(config: Config) -> dict[str, Any]:
     """Arguments of `mesh.make_mesh`."""
     return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+
+
+def read_beginning(
+    config: Config, settings: StepSettings, devices: jax.sharding.Mesh, model: Any
+) -> Beginning:
+    """Reads the adapters that a config's run begins with, and its reference, if it names any.
+
+    model: loaded from the config's start.
+    """
+
+    def load(start: diffusers_io.Start) -> Any:
+        return start.load(
+            dtype=settings.compute_dtype,
+            # A LoRA file is folded in before anything is rounded.
+            param_dtype="float32" if start.lora else settings.frozen_dtype,
+            sharding=functools.partial(meshes.parameter_sharding, devices),
+        )
+
+    return starts.read_beginning(*arguments.starts(config), settings.lora, model, load)
+
+
+def check_beginning(config: Config) -> None:
+    """Raises UserError unless a config's start and reference fit its model and adapters."""
+    starts.check_beginning(*arguments.starts(config), arguments.adapters(config))
 
 
 def make_mesh(config: Config) -> Any:
@@ -187,9 +214,10 @@ def with_commits(config: Config, workdir: epath.Path) -> Config:
     """
     before = storage.find_json(workdir / "config.json") or {}
     config = config.copy_and_resolve_references()
-    for leaf in ("folder", "vae"):
+    for leaf in ("folder", "vae", "start", "reference"):
         name, recorded = config.model[leaf], before.get(f"model.{leaf}") or ""
-        config.model[leaf] = diffusers_io.pinned(name, recorded)
+        if epath.Path(name).suffix != ".safetensors" and not epath.Path(name).is_file():
+            config.model[leaf] = diffusers_io.pinned(name, recorded)
     return config
 
 
@@ -203,7 +231,8 @@ def with_debug_files(config: Config, workdir: epath.Path, *, write: bool = True)
         model, pairs = write_debug_files(workdir, family_named(config.debug.family))
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.model.folder, config.model.vae = str(model), ""
+        config.model.folder = str(model)
+        config.model.vae = config.model.start = config.model.reference = ""
         config.data.source = f"pickapic:{pairs}"
         config.data.encoded, config.data.mix, config.data.flip = "", None, False
         config.jobs = ("encode", "train")

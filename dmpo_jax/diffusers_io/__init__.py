@@ -2,9 +2,9 @@
 
 `pipeline` handles a complete folder, `parts` copies what is not trained, `components` handles
 one part by class, `weights` one model, `lora_file` adapters, `schedules` the scheduler's config;
-`digests` tells weights apart. Below them: `folders` (which files, hub ids), `layout` (names and
-axes), `tensor_files` (safetensors, one tensor at a time) and `placement` (arrays between host and
-devices).
+`digests` tells weights apart; `starts` finds weights that stand in place of a pipeline's own.
+Below them: `folders` (which files, hub ids), `layout` (names and axes), `tensor_files`
+(safetensors, one tensor at a time) and `placement` (arrays between host and devices).
 """
 
 from dmpo_jax.diffusers_io.components import (
@@ -32,6 +32,7 @@ from dmpo_jax.diffusers_io.pipeline import (
     save_pipeline,
 )
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
+from dmpo_jax.diffusers_io.starts import Start, find_start
 from dmpo_jax.diffusers_io.tensor_files import check_finite
 from dmpo_jax.diffusers_io.weights import SHARD_BYTES, state_dict
 
@@ -40,6 +41,7 @@ __all__ = [
     "SHARD_BYTES",
     "Pipeline",
     "Sampling",
+    "Start",
     "check_export",
     "check_finite",
     "digest_encoders",
@@ -47,6 +49,7 @@ __all__ = [
     "digest_variants",
     "embed_prompts",
     "find_folder",
+    "find_start",
     "hub_id",
     "is_hub_id",
     "load_family",

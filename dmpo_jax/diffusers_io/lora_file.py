@@ -1,5 +1,9 @@
 """Reads and writes adapters in the one file that diffusers' `load_lora_weights` takes."""
 
+import json
+import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -57,26 +61,82 @@ def save_lora(
 
 
 def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, np.ndarray]:
-    """Reads adapters as {our path: array}: the inverse of `save_lora`, with the scale left in B.
+    """Reads adapters as {our path: float32 array}: the inverse of `save_lora`, the scale in B.
+
+    Args:
+        folder: what a LoRA run wrote, or the file itself. Names may be peft's (`lora_A.weight`) or
+            those of diffusers' scripts (`lora.down.weight`); an alpha beside the weights, or in the
+            file's metadata, is honoured.
 
     Raises:
         ValueError: the file is missing, cannot be read, or holds tensors other than the
             component's adapters.
     """
-    file = epath.Path(folder) / FILE
+    path = epath.Path(folder)
+    file = path if path.suffix == SUFFIX else path / FILE
     if not file.exists():
         raise UserError(f"{file} is missing: is {folder} what a LoRA run wrote?")
-    adapters = {}
+    adapters, alphas = {}, {}
     with tensor_files.opened({file: frozenset()}) as holders:
+        metadata = next((holder.metadata() for holder in holders.values()), {})
         for name, holder in holders.items():
-            prefix = f"{component}."
-            head, _, leaf = name.removeprefix(prefix).rpartition(".lora_")
-            if not name.startswith(prefix) or leaf not in ("A.weight", "B.weight"):
+            found = _NAME.fullmatch(name)
+            if found is None or found["component"] != component:
                 raise UserError(f"{file} holds {name!r}; only adapters of its {component} are read")
-            path = f"{head}.lora_{leaf[0]}.kernel"
-            whole = tuple((0, n) for n in holder.names[name])
-            adapters[path] = to_jax(path, holder.read(name, whole))
+            array = holder.read(name, tuple((0, n) for n in holder.names[name]))
+            if found["alpha"]:
+                alphas[found["layer"]] = float(array.reshape(-1)[0])
+                continue
+            side = _SIDES[found["side"]]
+            path = f"{found['layer']}.lora_{side}.kernel"
+            adapters[path] = np.asarray(to_jax(path, array), np.float32)
+    _check_pairs(file, adapters, alphas)
+    for path, array in adapters.items():
+        if ".lora_B." in path:
+            scale = _scale(
+                path.partition(".lora_")[0], array.shape[-2], alphas, metadata, component
+            )
+            adapters[path] = array if scale == 1 else np.float32(scale) * array
     return adapters
+
+
+SUFFIX = ".safetensors"
+METADATA = "lora_adapter_metadata"  # key of the file's metadata: peft's config, as JSON
+_SIDES = {"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"}
+_NAME = re.compile(
+    r"(?P<component>[^.]+)\.(?P<layer>.+)\."
+    r"((?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
+)
+
+
+def _check_pairs(file: epath.Path, adapters: Any, alphas: Any) -> None:
+    """Raises UserError for half an adapter, for two sides of different rank, or for none at all."""
+    layers = {path.partition(".lora_")[0] for path in adapters} | set(alphas)
+    if not layers:
+        raise UserError(f"{file} holds no adapters")
+    for layer in sorted(layers):
+        down, up = (adapters.get(f"{layer}.lora_{side}.kernel") for side in "AB")
+        if down is None or up is None:
+            raise UserError(f"{file} holds only a part of the adapter of {layer}: copy it again")
+        if down.ndim != up.ndim or down.shape[-1] != up.shape[-2]:
+            raise UserError(
+                f"{file}: the sides of {layer}'s adapter do not fit each other: "
+                f"{down.shape} and {up.shape}"
+            )
+
+
+def _scale(
+    layer: str, rank: int, alphas: Mapping[str, float], metadata: Mapping[str, str], component: str
+) -> float:
+    """Returns alpha / rank of a layer's adapter; 1 where the file states no alpha.
+
+    Source: huggingface/diffusers, loaders/lora_base.py; huggingface/peft, tuners/lora/layer.py.
+    """
+    about = json.loads(metadata.get(METADATA) or "{}")
+    pattern = about.get(f"{component}.alpha_pattern") or {}
+    patterned = [alpha for end, alpha in pattern.items() if f".{layer}".endswith(f".{end}")]
+    alpha = alphas.get(layer, (patterned or [about.get(f"{component}.lora_alpha", rank)])[0])
+    return alpha / (math.sqrt(rank) if about.get(f"{component}.use_rslora") else rank)
 
 
 def _blank(array: Any) -> np.ndarray:

@@ -68,6 +68,10 @@ class TensorFile:
         self._touched += tensor.nbytes
         return tensor
 
+    def metadata(self) -> dict[str, str]:
+        """Returns what the file says of itself, apart from its tensors."""
+        return dict((self._handle or self._open()).metadata() or {})
+
     def release(self) -> None:
         """Drops the mapping and its resident pages; the next read maps the file again."""
         self._handle, self._touched = None, 0

@@ -19,6 +19,7 @@ from dmpo_jax.export.pipeline import Trained
 
 LOG = logging.getLogger(__name__)
 USE = """```python
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
@@ -65,7 +66,7 @@ def render(card: Card, out: epath.Path, *, step: int, ema: bool) -> str:
         front_matter(card, out),
         f"# {name}, aligned with {card.objective}",
         summary(card, step=step, ema=ema),
-        how_to_use(card.trained.folder, out),
+        how_to_use(card.trained, out),
         "## Data\n\n" + table(about_data(card.pairs)),
         "## Settings\n\n" + table(flat(card.settings)),
         "## Metrics\n\n" + table(metrics(card.workdir, step, ema)),
@@ -101,9 +102,11 @@ def summary(card: Card, *, step: int, ema: bool) -> str:
     kept = f", the moving average of decay {card.ema_decay}" if ema else ""
     distinct = sum(meta["counts"].get("train", 0) for meta in encoded_metas(card.pairs))
     among = f"from {distinct:,} distinct" if distinct else "of"
-    before = ""
+    start, before = card.trained.start, ""
+    if start:
+        before = f"It started from `{public(start)}`. "
     if card.forked:
-        before = f"It went on from step {card.forked['step']} of another run. "
+        before += f"It went on from step {card.forked['step']} of another run. "
     return (
         f"`{public(card.trained.folder)}` after {step} updates of `{card.objective}` on "
         f"{step * card.pairs_per_update:,} draws {among} preference pairs ({what} trained{kept}). "
@@ -111,12 +114,18 @@ def summary(card: Card, *, step: int, ema: bool) -> str:
     )
 
 
-def how_to_use(folder: str, out: epath.Path) -> str:
-    """Returns a snippet of Python. folder: the pipeline that adapters belong to."""
+def how_to_use(trained: Trained, out: epath.Path) -> str:
+    """Returns a snippet of Python. trained: with the pipeline that adapters belong to."""
     if (out / "model_index.json").exists():
         return "## Use\n\n" + USE.format(load='"THIS_FOLDER"', lora="")
-    lora = 'pipeline.load_lora_weights("THIS_FOLDER")\n'
-    return "## Use\n\n" + USE.format(load=repr(public(folder)), lora=lora)
+    lora, load = 'pipeline.load_lora_weights("THIS_FOLDER")\n', repr(public(trained.folder))
+    begun = trained.begun()
+    if begun.folder is not None:  # which the adapters are on, in place of the pipeline's own
+        _, family = diffusers_io.load_family(trained.folder)
+        part = f"subfolder={family.component!r}" if begun.in_pipeline else ""
+        given = ", ".join(filter(None, [repr(public(trained.start)), part]))
+        load += f", {family.component}=diffusers.{family.torch_class}.from_pretrained({given})"
+    return "## Use\n\n" + USE.format(load=load, lora=lora)
 
 
 def encoded_metas(pairs: str | tuple[str, ...]) -> list[dict[str, Any]]:

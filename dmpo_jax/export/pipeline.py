@@ -20,16 +20,23 @@ class Trained(NamedTuple):
 
     folder: the pipeline's, path or hub id. variant: of its weight files.
     vae: folder of the VAE that made the pairs, if it is not the pipeline's own; an export has it.
+    start: what the run began with in place of the pipeline's own model: a folder or a LoRA file.
     """
 
     folder: str
     variant: str | None
     adapters: lora.Adapters | None
     vae: str = ""
+    start: str = ""
+
+    def begun(self) -> diffusers_io.Start:
+        """Finds the weights that the run began with."""
+        kw = {"option": "model.start", "variant": self.variant}
+        return diffusers_io.find_start(self.folder, self.start, **kw)
 
     def load(self, **kw: Any) -> Any:
-        """Loads the model as it was before training."""
-        return diffusers_io.load_model(self.folder, variant=self.variant, **kw)
+        """Loads the model as it was before training; with adapters, the one that they are on."""
+        return self.begun().load(merge=self.adapters is None, **kw)
 
 
 def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:

@@ -45,7 +45,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
         ) from error
     merged = (out / "model_index.json").exists()
     opened = Trained(str(out), None, None) if merged else trained
-    source, family = diffusers_io.load_family(opened.folder)
+    _, family = diffusers_io.load_family(opened.folder)
     model = opened.load()
     if opened.adapters:
         model = with_adapters(model, out, opened.adapters, family.component)
@@ -53,7 +53,7 @@ def verify(out: epath.Path, trained: Trained) -> float:
     ours = predict(family, model, inputs)
     del model
     gc.collect()  # only one full-size model is in memory at a time
-    want = predict_in_pytorch(family, source, inputs, opened.variant, None if merged else out)
+    want = predict_in_pytorch(family, *opened.begun().weights, inputs, None if merged else out)
     difference = float(np.linalg.norm(ours - want) / np.linalg.norm(want))
     said = f"PyTorch's predictions and ours differ by {difference:.1e} (relative), at {out}"
     if not difference <= BOUND:
@@ -81,14 +81,17 @@ def predict(family: Family, model: Any, inputs: Inputs) -> np.ndarray:
 def predict_in_pytorch(
     family: Family,
     source: epath.Path,
-    inputs: Inputs,
     variant: str | None,
+    inputs: Inputs,
     adapters: epath.Path | None,
 ) -> np.ndarray:
-    """Returns diffusers' prediction `[N, H, W, C]`, with a folder's adapters if one is given."""
+    """Returns diffusers' prediction `[N, H, W, C]`, with a folder's adapters if one is given.
+
+    source, variant: the component's folder, and of its weight files.
+    """
     diffusers: Any = importlib.import_module("diffusers")
     torch: Any = importlib.import_module("torch")
-    with storage.local_copy(source / family.component) as folder:  # diffusers reads no gs://
+    with storage.local_copy(source) as folder:  # diffusers reads no gs://
         model = getattr(diffusers, family.torch_class).from_pretrained(
             str(folder), variant=variant, torch_dtype=torch.float32
         )

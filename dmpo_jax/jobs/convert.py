@@ -13,6 +13,7 @@ from dmpo_jax.export.model_card import write_card
 from dmpo_jax.export.verify import verify as verify_export
 from dmpo_jax.parallel import processes
 from dmpo_jax.training import checkpoint
+from dmpo_jax.training.provenance import content
 
 LOG = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def convert(
     field = "ema" if weights != "policy" and card.ema_decay else "params"
     with checkpoint.Checkpoints(
         workdir / "checkpoints",
-        content={"model weights": diffusers_io.digest_model(*arguments.weights(config))},
+        content=content(card.trained.begun()),
         read_only=True,
         **arguments.checkpoints(config),
     ) as checkpoints:

@@ -18,7 +18,10 @@ from dmpo_jax.planning.step import Model, make_planned
 NEEDS = {
     "collect": ("model.folder", "collect.scorer", "collect.prompts", "sample.prompts"),
     "encode": ("model.folder", "model.vae", "data.source"),
-    "train": ("model.folder", "data.encoded", "data.mix", "objective"),
+    "train": (
+        *("model.folder", "model.start", "model.reference"),
+        *("data.encoded", "data.mix", "objective"),
+    ),
     "evaluate": ("model.folder", "evaluate.judges", "collect.scorer", "collect.prompts"),
 }
 

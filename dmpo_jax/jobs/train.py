@@ -56,7 +56,7 @@ def train(
     run, params = prepare(config, workdir)
     with checkpoint.Checkpoints(
         workdir / "checkpoints",
-        content=content(*arguments.weights(config), run.pairs),
+        content=content(*arguments.starts(config), run.pairs),
         **arguments.checkpoints(config),
     ) as checkpoints:
         if jax.process_index() == 0:  # after the identity check
@@ -94,7 +94,8 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
         param_dtype=settings.frozen_dtype if settings.lora else "float32",
         sharding=functools.partial(meshes.parameter_sharding, devices),
     )
-    built, params = build(family, model, noise, pairs.meta, devices, settings)
+    beginning = step_settings.read_beginning(config, settings, devices, model)
+    built, params = build(family, model, noise, pairs.meta, devices, settings, beginning=beginning)
     step_settings.warn(config, pairs, built)
     return Run(config, pairs, built, built.make_key(config.seed), texts), params
 
@@ -112,7 +113,8 @@ def check(
     step_settings.check_grids(config)
     if not config.data.mix and "encode" not in config.jobs:
         load_meta(config.data.encoded or workdir / "encoded")
-    made_from = content(*arguments.weights(config))
+    step_settings.check_beginning(config)
+    made_from = content(*arguments.starts(config))
     known = {**configs.identity(config), "content": made_from}, configs.places()
     checkpoint.check_identity(workdir / "checkpoints", *known)
     return source if fork.check(source, workdir, *known) else None

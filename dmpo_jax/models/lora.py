@@ -70,7 +70,7 @@ def attach(
     names = [n for n in layers if any(f".{n}".endswith(f".{target}") for target in targets)]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            kinds = sorted({_last_parts(name) for name in layers})
+            kinds = sorted({last_parts(name) for name in layers})
             raise UserError(f"no layer's path ends in {target!r}; there are {', '.join(kinds)}")
     for name in names:
         layer = layers[name]
@@ -105,7 +105,7 @@ def _pair(layer: Any, rank: int) -> tuple[Any, Any]:
     return down, Conv(rank, layer.out_features, (1, 1), **out)
 
 
-def _last_parts(name: str) -> str:
+def last_parts(name: str) -> str:
     """Returns the end of a path that names a layer's kind: `to_out.0`, `conv1`, `ff.net.2`."""
     parts = name.split(".")
     if not parts[-1].isdigit():

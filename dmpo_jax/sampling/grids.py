@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from dmpo_jax import diffusers_io
-from dmpo_jax.data.encoded.prompt_store import PromptStore
+from dmpo_jax.data.encoded.prompt_store import PromptEmbedding, PromptStore
 from dmpo_jax.families import Family
 from dmpo_jax.families.family import Embedded
 from dmpo_jax.sampling.images import image_grid, save_png
@@ -46,10 +45,7 @@ def embed_texts(
     """
     found = store.find(texts)
     if found.keys() >= set(texts):
-        return {
-            text: Embedded(_float32(p.context), _float32(p.pooled), p.length)
-            for text, p in found.items()
-        }
+        return {text: _in_float32(prompt) for text, prompt in found.items()}
     distinct = list(dict.fromkeys(texts))
     LOG.info(
         "image grids: %d prompts are embedded now, and the text encoders then freed", len(distinct)
@@ -61,8 +57,11 @@ def embed_texts(
     return by_text
 
 
-def _float32(array: Any) -> Any:
-    return None if array is None else np.asarray(array, jnp.float32)
+def _in_float32(prompt: PromptEmbedding) -> Embedded:
+    context: Any = prompt.context.astype(np.float32)
+    pooled: Any = None if prompt.pooled is None else prompt.pooled.astype(np.float32)
+    length: Any = prompt.length
+    return Embedded(context, pooled, length)
 
 
 def make_draw(

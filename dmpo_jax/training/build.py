@@ -86,6 +86,21 @@ class StepSettings:
         )
 
 
+class Beginning(NamedTuple):
+    """What a run begins with, where it is not the model itself.
+
+    adapters: first values of LoRA adapters; None: they begin as nothing.
+    reference: frozen parameters that margins are measured against: all that are trained, or with
+        LoRA adapters on the same base, {} for the base itself. None: what training begins with.
+    """
+
+    adapters: Params | None = None
+    reference: Params | None = None
+
+
+DEFAULT = Beginning()
+
+
 class TrainingStep(NamedTuple):
     """A training step and everything of a run that stays constant, except the data.
 
@@ -168,6 +183,7 @@ def build(
     settings: StepSettings,
     *,
     tx: Any = None,
+    beginning: Beginning = DEFAULT,
 ) -> tuple[TrainingStep, Params]:
     """Builds a training step; returns it and the parameters to train: the model's, or its adapters.
 
@@ -176,6 +192,7 @@ def build(
             computes nothing. The step takes over its arrays. Its `execution` is set.
         noise: of the folder's scheduler. meta: of the encoded pairs.
         tx: an optimizer in place of the one that the settings describe.
+        beginning: first adapters and the reference, where these are not the model's.
 
     Raises:
         ValueError: mesh, batch, model and pairs do not fit; the message says what would.
@@ -193,7 +210,7 @@ def build(
     structure, params = parameters.split(model)
     params, buffers = parameters.partition(model, params)
     model = parameters.without_arrays(model)  # or it would keep the arrays alive
-    reference, params = make_reference(params, buffers, settings, mesh)
+    reference, params = make_reference(params, buffers, settings, mesh, beginning)
     learning_rate, described = make_optimizer(settings)
     setup = make_setup(family, structure, noise, meta, tx or described, settings)
     built = TrainingStep(settings, family, meta, mesh, model, reference, setup, learning_rate)
@@ -201,21 +218,31 @@ def build(
 
 
 def make_reference(
-    params: Params, buffers: Params, settings: StepSettings, mesh: jax.sharding.Mesh
+    params: Params,
+    buffers: Params,
+    settings: StepSettings,
+    mesh: jax.sharding.Mesh,
+    beginning: Beginning = DEFAULT,
 ) -> tuple[Params | None, Params]:
     """Splits a model's parameters into (frozen parameters or None, parameters to train).
 
-    With adapters the base itself is frozen. Otherwise, if the objective needs a reference, the
-    frozen parameters are a copy. Each has the dtype that it is computed in. Buffers are always
-    frozen.
+    With adapters the base itself is frozen, and beside it the reference's own adapters if it has
+    any; without them the reference is the base. Otherwise, if the objective needs a reference, the
+    frozen parameters are the given ones, or a copy. Each has the dtype that it is computed in.
+    Buffers are always frozen.
     """
     frozen = {path: _cast(x, settings.frozen_dtype(path)) for path, x in buffers.items()}
     if settings.lora is not None:
         base, params = lora.partition(params)
-        return {
-            **{p: _cast(x, settings.frozen_dtype(p)) for p, x in base.items()},
-            **frozen,
-        }, params
+        frozen |= {path: _cast(x, settings.frozen_dtype(path)) for path, x in base.items()}
+        own = beginning.adapters if beginning.reference is None else beginning.reference
+        if own and settings.objective.needs_reference:
+            frozen |= jax.device_put(dict(own), meshes.parameter_sharding(mesh, dict(own)))
+        first = {path: jnp.asarray(x) for path, x in (beginning.adapters or {}).items()}
+        return frozen, {**params, **first}
+    if beginning.reference is not None and settings.objective.needs_reference:
+        given = beginning.reference.items()
+        return {path: _cast(x, settings.frozen_dtype(path)) for path, x in given} | frozen, params
     if not settings.objective.needs_reference:
         return frozen or None, params
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values()):

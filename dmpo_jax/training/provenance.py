@@ -7,14 +7,22 @@ from dmpo_jax.errors import UserError
 
 
 def content(
-    folder: str, variant: str | None, pairs: EncodedPairs | Mixture | None = None
+    start: diffusers_io.Start,
+    reference: diffusers_io.Start | None = None,
+    pairs: EncodedPairs | Mixture | None = None,
 ) -> dict[str, str]:
     """Returns hashes of what a run is made from, by the names that `Leaf.content` has.
 
-    pairs: None if they are not encoded yet.
+    start, reference: the weights that the run begins with, and is measured against. A run without
+        leaves for them records them too: one that names others is then another run.
+    pairs: None if they are not encoded yet. None also leaves out the reference.
     """
-    weights = {"model weights": diffusers_io.digest_model(folder, variant)}
-    return weights | ({"encoded pairs": pairs.identity} if pairs else {})
+    own = start._replace(folder=None, lora=None).digest()
+    found = {"model weights": own, "start weights": start.digest() if start.name else own}
+    if reference is not None:
+        same = reference is start
+        found["reference weights"] = found["start weights"] if same else reference.digest()
+    return found | ({"encoded pairs": pairs.identity} if pairs else {})
 
 
 def check_encoders(

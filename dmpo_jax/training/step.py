@@ -82,9 +82,9 @@ def train_step(
     """Noises the pairs, predicts with policy and reference, computes the loss and updates. Pure.
 
     Args:
-        reference: frozen parameters, not donated. Includes the base of adapters, and the buffers
-            of a model that has any: arrays that are not trained. None if neither they nor the
-            objective need it.
+        reference: frozen parameters, not donated. Includes the base of adapters, the reference's
+            own adapters if it has any, and the buffers of a model that has any: arrays that are
+            not trained. None if neither they nor the objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:
@@ -168,8 +168,9 @@ def pair_losses(policy, reference, noised: Noised, preference: PerPair, setup: S
 def predict_both(params, reference, noised, condition, setup: Setup, dropout_key=None):
     """Returns (the policy's predictions, the reference's or None)."""
     frozen = reference
-    if setup.adapters:  # the reference: the same frozen parameters, adapters switched off
-        frozen = {**reference, **lora.switched_off(jax.lax.stop_gradient(params))}
+    if setup.adapters:
+        if not any(map(lora.is_adapter, reference)):  # the base: adapters switched off
+            frozen = {**reference, **lora.switched_off(jax.lax.stop_gradient(params))}
         if dropout_key is not None:
             params = lora.drop(dropout_key, params, setup.dropout)
     params = parameters.completed(params, reference)
