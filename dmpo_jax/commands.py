@@ -235,11 +235,16 @@ from 0, the optimizer's moments too unless optimizer.name differs.""",
 
 Training then reads DIR (`--config.data.encoded=DIR`) and loads neither VAE nor text encoder. The
 same command resumes one that was killed. On several machines run the same line on each, --out
-being a folder that all of them see. --inspect encodes nothing: it writes a page that shows the
-pairs, DIR/index.html.""",
+being a folder that all of them see.
+
+--prompts=FOLDER takes the prompts' embeddings from there, and no text encoder is loaded: encoded
+pairs; or prompts.txt (one a line, an empty one among them) and *.safetensors with context [N, S, D]
+and, if the model takes them, pooled [N, P] and lengths [N]. --inspect encodes nothing: it writes a
+page that shows the pairs, DIR/index.html.""",
         Interface(
             {
                 "source": "data.source",
+                "prompts": "data.prompts",
                 **PIPELINE,
                 "dtype": "model.compute_dtype",
                 "resolution": "data.resolution",

@@ -91,6 +91,7 @@ def encoding(config: Config, source: str = "") -> Settings:
         allow_outside=config.data.allow_outside,
         batch_size=config.data.encode_batch,
         num_threads=config.data.num_threads,
+        prompts=config.data.prompts,
     )
 
 

@@ -190,6 +190,11 @@ class Data(Section):
         counts_with=ITSELF,
         content="encoded pairs",
     )
+    prompts: str = leaf(
+        "",
+        "folder of the prompts' embeddings, which encode takes in place of the text encoders': "
+        "encoded pairs, or prompts.txt and *.safetensors; '' embeds them",
+    )
     any_encoders: bool = leaf(
         False, "train on pairs that other weights of the VAE or a text encoder made"
     )

@@ -141,7 +141,11 @@ def grid_texts(
     prompts = load_texts(given)[:count] if given else pairs.first_texts(count)
 
     def load_pipeline() -> diffusers_io.Pipeline:
-        return diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+        given = arguments.pipeline(config)
+        loaded = diffusers_io.load_pipeline(config.model.folder, **given, text=False)
+        mesh = meshes.make_mesh(data=1, fsdp=-1)
+        kw = {"variant": given["variant"], "dtype": given["dtype"]}
+        return diffusers_io.with_text(loaded, **kw, mesh=mesh)
 
     try:
         texts = [*prompts, config.sample.negative_prompt or ""]

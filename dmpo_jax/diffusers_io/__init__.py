@@ -26,10 +26,12 @@ from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     check_export,
+    check_text,
     embed_prompts,
     load_pipeline,
     make_index,
     save_pipeline,
+    with_text,
 )
 from dmpo_jax.diffusers_io.schedules import Sampling, load_schedule
 from dmpo_jax.diffusers_io.starts import Start, find_start
@@ -44,6 +46,7 @@ __all__ = [
     "Start",
     "check_export",
     "check_finite",
+    "check_text",
     "digest_encoders",
     "digest_model",
     "digest_variants",
@@ -74,4 +77,5 @@ __all__ = [
     "to_jax",
     "to_torch",
     "torch_name",
+    "with_text",
 ]

@@ -1,6 +1,7 @@
 """Digests of a pipeline's weights: they tell models apart, whatever their folders are called."""
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 from etils import epath
@@ -19,14 +20,21 @@ def digest_model(folder: epath.PathLike, variant: str | None = None) -> str:
 
 
 def digest_encoders(
-    folder: epath.PathLike, *, vae: epath.PathLike = "", variant: str | None = None
+    folder: epath.PathLike,
+    *,
+    vae: epath.PathLike = "",
+    variant: str | None = None,
+    text: bool = True,
 ) -> dict[str, str]:
     """Returns the digests of the parts that encode pairs: the VAE and the text encoders.
 
-    vae: folder of a VAE used in place of the pipeline's own.
+    vae: folder of a VAE used in place of the pipeline's own. text: False leaves out the text
+    encoders.
     """
     return {
-        name: digest_part(path, stem, variant) for name, (path, stem) in _parts(folder, vae).items()
+        name: digest_part(path, stem, variant)
+        for name, (path, stem) in _parts(folder, vae).items()
+        if text or name == "vae"
     }
 
 
@@ -50,12 +58,15 @@ def digest_part(folder: epath.Path, stem: str, variant: str | None) -> str:
 
 
 def digest_variants(
-    folder: epath.PathLike, *, vae: str, variant: str | None
+    folder: epath.PathLike, names: Collection[str], *, vae: str, variant: str | None
 ) -> dict[str, set[str]]:
-    """Returns the digests of each part that encodes pairs, in every variant that is there."""
-    encoders = digest_encoders(folder, vae=vae, variant=variant)
-    found = {name: {digest} for name, digest in encoders.items()}
-    for name, (path, stem) in _parts(folder, vae).items():
+    """Returns the digests of the named parts that encode pairs, in every variant that is there.
+
+    Other parts may be missing; names that the pipeline has no part of are left out.
+    """
+    parts = {name: part for name, part in _parts(folder, vae).items() if name in names}
+    found = {name: {digest_part(*part, variant)} for name, part in parts.items()}
+    for name, (path, stem) in parts.items():
         for other in {None, "fp16"} - {variant}:
             with contextlib.suppress(UserError):
                 found[name].add(digest_part(path, stem, other))

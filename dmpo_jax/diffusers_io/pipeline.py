@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from dmpo_jax import storage
 from dmpo_jax.diffusers_io import components, parts
@@ -21,7 +22,7 @@ from dmpo_jax.families import FAMILIES, Family
 from dmpo_jax.families.family import Embedded
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import TextOutput
-from dmpo_jax.parallel import processes
+from dmpo_jax.parallel import meshes, placement, processes
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -32,6 +33,8 @@ class Pipeline(NamedTuple):
     sampling: the sampler that scheduler_config.json names, and the settings of each sampler.
     zero_negative: no negative prompt means embeddings of zeros (SDXL's
         force_zeros_for_empty_prompt) rather than those of the empty prompt.
+    text_mesh: devices that the text encoders are sharded over, with axis "fsdp"; None: they are on
+        the default device.
     """
 
     folder: epath.Path
@@ -42,6 +45,7 @@ class Pipeline(NamedTuple):
     schedule: NoiseTable
     sampling: Sampling
     zero_negative: bool = False
+    text_mesh: Mesh | None = None
 
 
 def load_pipeline(
@@ -60,7 +64,8 @@ def load_pipeline(
         vae: folder of a VAE to use in place of the pipeline's own, such as SDXL's fp16-fix.
         dtype: compute dtype, in which text encoders are held too. vae_dtype: the VAE's, if it
             differs.
-        text: False leaves out text encoders and tokenizers, which the folder may then lack.
+        text: False leaves out text encoders and tokenizers, which the folder may then lack;
+            `with_text` adds them.
 
     Raises:
         ValueError: naming the part that is missing or unsupported.
@@ -70,30 +75,68 @@ def load_pipeline(
     schedule, sampling = load_schedule(path)
     if text:
         check_parts(path, family)
-    encoders, tokenizers = [], []
-    for part in family.text if text else ():
-        tokenizers.append(load_tokenizer(path, part.tokenizer))
-        encoders.append(
-            components.load_text_encoder(
-                path,
-                subfolder=part.name,
-                layers=part.layers,
-                variant=variant,
-                dtype=dtype,
-                # Half the memory in bfloat16: T5 takes 19 GB in float32.
-                param_dtype=functools.partial(parameters.frozen_dtype, dtype=dtype),
-            )
-        )
-    return Pipeline(
+    pipeline = Pipeline(
         path,
         family,
         components.load_vae(vae or path, variant=variant, dtype=vae_dtype or dtype),
-        tuple(encoders),
-        tuple(tokenizers),
+        (),
+        (),
         schedule,
         sampling,
         family.zero_negative and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
+    return with_text(pipeline, variant=variant, dtype=dtype) if text else pipeline
+
+
+def with_text(
+    pipeline: Pipeline,
+    *,
+    variant: str | None = None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> Pipeline:
+    """Returns the pipeline with its text encoders and tokenizers, loaded unless they are there.
+
+    Args:
+        variant, dtype: as of `load_pipeline`.
+        mesh: devices to shard the text encoders over (`Pipeline.text_mesh`), a tensor at a time.
+
+    Raises:
+        ValueError: as `load_pipeline`.
+    """
+    if pipeline.text_encoders:
+        return pipeline
+    path, family = pipeline.folder, pipeline.family
+    check_parts(path, family)
+    sharding = None if mesh is None else functools.partial(meshes.parameter_sharding, mesh)
+    tokenizers = [load_tokenizer(path, part.tokenizer) for part in family.text]
+    encoders = [
+        components.load_text_encoder(
+            path,
+            subfolder=part.name,
+            layers=part.layers,
+            variant=variant,
+            dtype=dtype,
+            # Half the memory in bfloat16: T5 takes 19 GB in float32.
+            param_dtype=functools.partial(parameters.frozen_dtype, dtype=dtype),
+            sharding=sharding,
+        )
+        for part in family.text
+    ]
+    return pipeline._replace(
+        text_encoders=tuple(encoders), tokenizers=tuple(tokenizers), text_mesh=mesh
+    )
+
+
+def check_text(folder: epath.PathLike) -> None:
+    """Raises ValueError if a pipeline's text encoders do not fit its model, or lack a tokenizer.
+
+    Reads no weights.
+    """
+    path, family = components.load_family(folder)
+    check_parts(path, family)
+    for part in family.text:
+        load_tokenizer(path, part.tokenizer)
 
 
 def load_tokenizer(path: epath.Path, name: str) -> Any:
@@ -143,11 +186,13 @@ def embed_prompts(
     """Yields context [S, D], pooled [P] and length of each prompt, in order; float32 and int32.
 
     Each text part has its own template and number of tokens. Longer prompts are truncated;
-    a warning gives their number.
+    a warning gives their number. Devices of a `text_mesh` share the prompts of a batch.
     """
     structures, params = zip(*map(parameters.split, pipeline.text_encoders), strict=True)
     limits, absent = token_limits(pipeline), _absent(pipeline)
-    cut = 0
+    mesh, cut = pipeline.text_mesh, 0
+    if mesh is not None:
+        batch_size = -(-batch_size // mesh.size) * mesh.size
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         padded = batch + [""] * (batch_size - len(batch))  # one shape, one compilation
@@ -162,7 +207,7 @@ def embed_prompts(
             whole = tokenizer(texts[: len(batch)], verbose=False)["input_ids"]
             over |= [len(tokens) > limit for tokens in whole]
         cut += int(over.sum())
-        found = _embed(pipeline.family, structures, absent, params, ids, masks)
+        found = _embed(pipeline.family, structures, absent, mesh, params, ids, masks)
         yield from found.rows(len(batch))
     if cut:
         logging.warning(
@@ -196,30 +241,35 @@ def _absent(pipeline: Pipeline) -> tuple[tuple[int, int], ...]:
     return tuple((part.tokens or 0, width) for part in family.absent)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _embed(
     family: Family,
     structures: tuple,
     absent: tuple[tuple[int, int], ...],
+    mesh: Mesh | None,
     params: tuple,
     ids: list[jax.Array],
     masks: list[jax.Array],
 ) -> Embedded:
     """Embeds token ids. Parameters are arguments: constants would compile in gigabytes."""
-    encoders = map(parameters.merge, structures, params)
-    outputs = [
-        encoder(i, mask) if part.masked else encoder(i)
-        for part, encoder, i, mask in zip(family.text, encoders, ids, masks, strict=True)
-    ]
-    for tokens, width in absent:
-        zeros = jnp.zeros((ids[0].shape[0], tokens, width))
-        outputs.append(TextOutput(zeros, (), zeros[:, 0]))
-    context, pooled, lengths = family.embed(outputs, masks)
-    return Embedded(
-        context.astype(jnp.float32),
-        None if pooled is None else pooled.astype(jnp.float32),
-        None if lengths is None else lengths.astype(jnp.int32),
-    )
+
+    def run(params: tuple, ids: list[jax.Array], masks: list[jax.Array]) -> Embedded:
+        encoders = map(parameters.merge, structures, params)
+        outputs = [
+            encoder(i, mask) if part.masked else encoder(i)
+            for part, encoder, i, mask in zip(family.text, encoders, ids, masks, strict=True)
+        ]
+        for tokens, width in absent:
+            zeros = jnp.zeros((ids[0].shape[0], tokens, width))
+            outputs.append(TextOutput(zeros, (), zeros[:, 0]))
+        context, pooled, lengths = family.embed(outputs, masks)
+        return Embedded(
+            context.astype(jnp.float32),
+            None if pooled is None else pooled.astype(jnp.float32),
+            None if lengths is None else lengths.astype(jnp.int32),
+        )
+
+    return placement.over_rows(run, mesh)(params, ids, masks)
 
 
 def save_pipeline(

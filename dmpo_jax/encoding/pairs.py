@@ -15,6 +15,7 @@ from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.pair import EncodedPair, PairSerializer, chosen_first
 from dmpo_jax.data.encoded.shards import Shard, ShardWriter
 from dmpo_jax.data.sources.bad_records import Tally
+from dmpo_jax.encoding.given import Given
 from dmpo_jax.encoding.parts import Part, Table, Work, found_sidecar, whole_sidecars
 from dmpo_jax.encoding.pixels import Pixels, load_pixels
 from dmpo_jax.encoding.threads import map_ahead
@@ -39,7 +40,7 @@ def write_pairs(work: Work, table: Table, index: int, count: int) -> None:
     mine = [part for part in own if part.number not in done]
     settings = {name: work.about[name] for name in ("resolution", "crop")}
     settings["given"] = work.pipeline.family.given_fields
-    read = functools.partial(_loaded, **settings)
+    read = functools.partial(_loaded, embedded=work.given, **settings)
     ahead = work.num_threads + IN_FLIGHT * work.batch_size
     with (
         contextlib.closing(
@@ -136,8 +137,13 @@ def _items(source: Any, parts: Iterable[Part]) -> Iterator[tuple[Part, Any]]:
         yield part, None
 
 
-def _loaded(item: tuple[Part, Any], resolution: int, given: Any, crop: Any) -> Any:
+def _loaded(
+    item: tuple[Part, Any], resolution: int, given: Any, crop: Any, embedded: Given | None
+) -> Any:
+    """Loads a pair's pixels. embedded: the prompts that have an embedding; None: all."""
     part, pair = item
+    if isinstance(pair, sources.RawPair) and embedded is not None and pair.prompt not in embedded:
+        return part, sources.Skipped(pair.id, "no embedding", repr(pair.prompt[:40]))
     if isinstance(pair, sources.RawPair):
         pair = load_pixels(pair, given, resolution, crop)
     return part, pair

@@ -1,9 +1,12 @@
 """The parts of an encode, their sidecars once complete, and the store of prompts."""
 
+import collections
 import dataclasses
+import functools
+import gc
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +18,9 @@ from dmpo_jax.data import sources
 from dmpo_jax.data.encoded import prompt_store
 from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
 from dmpo_jax.data.sources.splits import hash_share
+from dmpo_jax.encoding.given import Given
 from dmpo_jax.errors import UserError
+from dmpo_jax.models import parameters
 from dmpo_jax.progress import Progress
 
 LOG = logging.getLogger(__name__)
@@ -37,6 +42,7 @@ class Part(NamedTuple):
 class Work:
     """An encode as every process knows it. about: the content of encoded.json.
 
+    load_text: returns the pipeline with its text encoders. given: embeddings in their place.
     devices: of this process. batch_size: a multiple of their number.
     """
 
@@ -44,12 +50,14 @@ class Work:
     source: Any
     parts: Sequence[Part]
     pipeline: diffusers_io.Pipeline
+    load_text: Callable[[], diffusers_io.Pipeline]
     devices: jax.sharding.Mesh
     about: Mapping[str, Any]
     flip: bool
     batch_size: int
     num_threads: int
     max_bad: float | int
+    given: Given | None = None
 
     def sidecar(self, kind: str, number: int) -> epath.Path:
         return self.out / PARTS / f"{kind}-{number:05d}.json"
@@ -90,13 +98,26 @@ def list_prompts(work: Work, index: int, count: int) -> None:
 def load_table(work: Work) -> Table:
     """Returns the prompts numbered by first occurrence over the parts; the empty prompt is 0.
 
+    Prompts that given embeddings lack are left out.
+
     Raises:
         ValueError: a part's prompts are missing in this process's `out`.
     """
-    number = {"": 0}
+    number, missing = {"": 0}, set()
     for part in work.parts:
         for prompt in found_sidecar(work, "prompts", part.number):
-            number.setdefault(prompt, len(number))
+            if work.given is None or prompt in work.given:
+                number.setdefault(prompt, len(number))
+            else:
+                missing.add(prompt)
+    if missing:
+        LOG.warning(
+            "%d of %d prompts have no embedding in %s, such as %r: their pairs are skipped",
+            len(missing),
+            len(missing) + len(number) - 1,
+            work.given and work.given.folder,
+            min(missing)[:60],
+        )
     fraction = work.about["validation_fraction"]
     return Table(number, frozenset(held_out_prompts(number, fraction)))
 
@@ -123,16 +144,44 @@ def write_prompts(work: Work, table: Table, index: int, count: int) -> None:
     own = range(len(starts))[index::count]
     done = whole_sidecars(work, "store", own)
     mine = [k for k in own if k not in done]
+    if not mine:
+        return
     total = min(len(mine) * prompt_store.PER_SHARD, len(table.number))
+    embed = _embed_by(work)
     with Progress(total, description="prompts") as progress:
         for k in mine:
             stop = starts[k] + prompt_store.PER_SHARD
             texts = list(itertools.islice(table.number, starts[k], stop))
-            embedded = embed(work.pipeline, texts)
-            shard, shapes = prompt_store.write_prompts(work.out, k, embedded)
+            shard, shapes = prompt_store.write_prompts(work.out, k, embed(texts))
             about = {"files": {"store": shard._asdict()}, "shapes": shapes}
             storage.write_json(work.sidecar("store", k), about)
             progress.advance(len(texts))
+    del embed
+    gc.collect()  # modules form reference cycles that keep their arrays alive
+
+
+def _embed_by(work: Work) -> Callable[[Sequence[str]], Iterable[PromptEmbedding]]:
+    """Returns prompts -> their embeddings: the given ones, or the text encoders' own."""
+    given = work.given
+    if given is not None:
+        LOG.info("prompts: embeddings of %s, no text encoder is loaded", given.folder)
+        return lambda texts: (given[text] for text in texts)
+    pipeline = work.load_text()
+    LOG.info("%s", describe_memory(pipeline))
+    return functools.partial(embed, pipeline)
+
+
+def describe_memory(pipeline: diffusers_io.Pipeline) -> str:
+    """Returns the bytes of the text encoders on each device, in words."""
+    held = [x for encoder in pipeline.text_encoders for x in parameters.split(encoder)[1].values()]
+    each: collections.Counter[Any] = collections.Counter()
+    for array in held:
+        for shard in array.addressable_shards:
+            each[shard.device] += shard.data.nbytes
+    return (
+        f"text encoders: {sum(x.nbytes for x in held) / 1e9:.3g} GB, of which a device holds "
+        f"{max(each.values(), default=0) / 1e9:.3g} GB ({len(each)} devices)"
+    )
 
 
 def embed(pipeline: diffusers_io.Pipeline, texts: Sequence[str]) -> Iterator[PromptEmbedding]:

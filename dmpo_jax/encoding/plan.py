@@ -13,6 +13,7 @@ from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import sources
 from dmpo_jax.data.encoded import prompt_store, records
 from dmpo_jax.data.encoded.meta import differences
+from dmpo_jax.encoding.given import Given
 from dmpo_jax.encoding.parts import PARTS, Work
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import Family
@@ -32,6 +33,7 @@ class Settings:
     """Settings of an encode.
 
     source: raw pairs, KIND:PATH. model: the pipeline folder with the VAE and text encoders.
+        prompts: folder of embeddings (`given`) in place of the text encoders', or "".
         vae: folder of a VAE used in its place, or "". variant: of the weight files.
     dtype: for computation.
     resolution: side of the images in pixels, resized on the shorter side and cropped; None is
@@ -70,6 +72,7 @@ class Settings:
     allow_outside: bool
     batch_size: int
     num_threads: int
+    prompts: str = ""
     pairs_per_shard: int = 1024
 
     def __post_init__(self) -> None:
@@ -79,8 +82,12 @@ class Settings:
                 raise UserError(f"{name} should be one of {choices}, but got {value!r}")
 
 
-def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, Any]:
+def describe(
+    settings: Settings, pipeline: diffusers_io.Pipeline, given: Given | None = None
+) -> dict[str, Any]:
     """Returns the provenance of the pairs, as encoded.json records it.
+
+    given: embeddings in place of the text encoders'.
 
     Raises:
         ValueError: the model does not accept this VAE's latents, or the resolution.
@@ -91,7 +98,7 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
     side = settings.resolution or min(family.trained_latents(model, vae)) * family.factor(vae)
     family.check_size((side, side), family.facts(model), vae)
     content = diffusers_io.digest_encoders(
-        pipeline.folder, vae=settings.vae, variant=settings.variant
+        pipeline.folder, vae=settings.vae, variant=settings.variant, text=given is None
     )
     scaling, shift = (list(x) if isinstance(x, tuple) else x for x in family.factors(pipeline.vae))
     return {
@@ -110,6 +117,7 @@ def describe(settings: Settings, pipeline: diffusers_io.Pipeline) -> dict[str, A
         "moments_dtype": settings.moments_dtype,
         "crop": settings.crop,
         "ties": settings.ties,
+        **({"prompts_content": given.digest} if given else {}),
     }
 
 

@@ -17,7 +17,7 @@ from dmpo_jax.planning.step import Model, make_planned
 
 NEEDS = {
     "collect": ("model.folder", "collect.scorer", "collect.prompts", "sample.prompts"),
-    "encode": ("model.folder", "model.vae", "data.source"),
+    "encode": ("model.folder", "model.vae", "data.source", "data.prompts"),
     "train": (
         *("model.folder", "model.start", "model.reference"),
         *("data.encoded", "data.mix", "objective"),

@@ -10,6 +10,7 @@ from dmpo_jax.config.configs import Config
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.data.sources import SOURCES
 from dmpo_jax.encoding import encode as encoding
+from dmpo_jax.encoding.given import open_given
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
 
@@ -32,7 +33,8 @@ def encode(config: Config, *, source: str = "", out: epath.PathLike) -> epath.Pa
     """
     check(config, source=source)
     settings = arguments.encoding(config, source)
-    pipeline = diffusers_io.load_pipeline(config.model.folder, **arguments.pipeline(config))
+    loading = {**arguments.pipeline(config), "text": False}  # which encoding loads when needed
+    pipeline = diffusers_io.load_pipeline(config.model.folder, **loading)
     encoding.encode(settings, pipeline, out)
     if meta := EncodedMeta.load(out):
         LOG.info("%s: %s", out, described(meta))
@@ -58,4 +60,7 @@ def check(config: Config, *, source: str = "") -> None:
             f"data.source must be KIND:PATH with KIND one of {', '.join(sorted(SOURCES))}, but "
             f"got {named!r}"
         )
-    diffusers_io.load_family(config.model.folder)
+    if config.data.prompts:
+        with open_given(config.data.prompts, config.model.folder):
+            return
+    diffusers_io.check_text(config.model.folder)

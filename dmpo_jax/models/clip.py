@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dmpo_jax.errors import UserError
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.component_config import ModelConfig
-from dmpo_jax.models.layers import ACTIVATIONS, Linear, activation, layer_norm
+from dmpo_jax.models.layers import ACTIVATIONS, Embed, Linear, activation, layer_norm
 
 KEYS = {
     "attention_dropout": 0.0,  # the towers are frozen: dropout never runs
@@ -104,8 +104,8 @@ class EncoderLayer(nnx.Module):
 class Embeddings(nnx.Module):
     def __init__(self, config: ModelConfig, **kw: Any):
         width = config.hidden_size
-        self.token_embedding = nnx.Embed(config.vocab_size, width, **kw)
-        self.position_embedding = nnx.Embed(config.max_position_embeddings, width, **kw)
+        self.token_embedding = Embed(config.vocab_size, width, **kw)
+        self.position_embedding = Embed(config.max_position_embeddings, width, **kw)
 
     def __call__(self, ids: Int[Array, "N S"]) -> Float[Array, "N S D"]:
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[1]))[None]

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.convolution import convolution
-from dmpo_jax.parallel.placement import gathered, platform, split_over_tensor
+from dmpo_jax.parallel.placement import gathered, looked_up, platform, split_over_tensor
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -69,6 +69,14 @@ class Linear(nnx.Linear):
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return _adapted(self, rows, y).reshape(*x.shape[:-1], -1)
+
+
+class Embed(nnx.Embed):
+    """A table of embeddings, which may be sharded over its features."""
+
+    def __call__(self, ids: Int[Array, "*rows"]) -> Float[Array, "*rows D"]:
+        table = self.embedding[...].astype(self.dtype or self.embedding.dtype)
+        return looked_up(table, ids, self.features)
 
 
 class Conv(nnx.Conv):

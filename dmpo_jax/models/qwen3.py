@@ -19,7 +19,7 @@ from dmpo_jax.models import clip, rope
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.clip import TextOutput
 from dmpo_jax.models.component_config import ModelConfig, Only
-from dmpo_jax.models.layers import Linear, RMSNorm
+from dmpo_jax.models.layers import Embed, Linear, RMSNorm
 
 KEYS = {
     "attention_bias": Only(False),
@@ -126,7 +126,7 @@ class Qwen3Model(nnx.Module):
             raise UserError(f"num_hidden_layers={depth}, but {layers} layers are read: too few")
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs, "use_bias": False}
         embed = {name: x for name, x in kw.items() if name != "use_bias"}
-        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, **embed)
+        self.embed_tokens = Embed(config.vocab_size, config.hidden_size, **embed)
         self.layers = nnx.List(DecoderLayer(config, **kw) for _ in range(kept))
         self.complete = layers is None
         if self.complete:

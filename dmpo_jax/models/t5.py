@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from dmpo_jax.models import clip
 from dmpo_jax.models.clip import TextOutput
 from dmpo_jax.models.component_config import ModelConfig, Only
-from dmpo_jax.models.layers import Linear, RMSNorm, activation
+from dmpo_jax.models.layers import Embed, Linear, RMSNorm, activation
 
 KEYS = {
     "d_ff": 2048,
@@ -51,7 +51,7 @@ class SelfAttention(nnx.Module):
         self.o = Linear(inner, config.d_model, use_bias=False, **kw)
         if first:  # which holds the bias of all
             buckets = config.relative_attention_num_buckets
-            self.relative_attention_bias = nnx.Embed(buckets, config.num_heads, **kw)
+            self.relative_attention_bias = Embed(buckets, config.num_heads, **kw)
         self.heads = config.num_heads
 
     def __call__(
@@ -123,7 +123,7 @@ class T5EncoderModel(nnx.Module):
     def __init__(self, config: Any, *, dtype=jnp.float32, param_dtype=jnp.float32, rngs: nnx.Rngs):
         self.config = config = ModelConfig(config, KEYS, DEAD)
         kw: Any = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.shared = nnx.Embed(config.vocab_size, config.d_model, **kw)
+        self.shared = Embed(config.vocab_size, config.d_model, **kw)
         self.encoder = Stack(config, **kw)
 
     @staticmethod

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array
 
@@ -84,6 +85,22 @@ def gathered(kernel: Array, features: int, split: str) -> Array:
         kernel = jax.lax.all_gather(kernel, "fsdp", axis=kernel.ndim - 1, tiled=True)
     axis = {"columns": -1, "rows": -2, "whole": None}[split]
     return kernel if axis is None else split_over_tensor(kernel, axis)
+
+
+def looked_up(table: Array, ids: Array, features: int) -> Array:
+    """Returns the rows `ids` of a table of embeddings, `[..., features]`.
+
+    Args:
+        table: complete, or this device's part, cut on the last axis over "fsdp". The table is then
+            not gathered: each device looks up its features of all devices' ids, and gives each
+            device those of its own. A vocabulary is larger than what is looked up.
+        ids: this device's own, its rows on axis 0.
+    """
+    if table.shape[-1] == features:
+        return jnp.take(table, ids, axis=0)
+    everyones = jax.lax.all_gather(ids, "fsdp", axis=0, tiled=True)
+    part = jnp.take(table, everyones, axis=0)
+    return jax.lax.all_to_all(part, "fsdp", 0, part.ndim - 1, tiled=True)
 
 
 def split_over_tensor(x: Array, axis: int) -> Array:

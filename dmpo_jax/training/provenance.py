@@ -44,7 +44,8 @@ def check_encoders(
     metas = [part.meta for part in (pairs.sets if isinstance(pairs, Mixture) else [pairs])]
     if any_weights or not any(meta.content for meta in metas):
         return
-    here = diffusers_io.digest_variants(folder, vae=vae, variant=variant)
+    names = {part for meta in metas for part in meta.content}
+    here = diffusers_io.digest_variants(folder, names, vae=vae, variant=variant)
     for meta in metas:
         differing = [part for part, x in meta.content.items() if x not in here.get(part, ())]
         if not differing:

@@ -66,7 +66,8 @@ def predict(model, latents, times, condition):
 def facts(config) -> Facts:
     config = {**KEYS, **config}
     side = 2 * config["grid"]
-    return Facts(config["in_channels"], (side, side), config["text_width"], 0, frozenset({1}), 2)
+    latents, width = (side, side), config["text_width"]
+    return Facts(config["in_channels"], latents, width, 0, frozenset({1}), 2, lengths=True)
 
 
 def embed(outputs, masks) -> Embedded:
