@@ -73,19 +73,20 @@ def load_pipeline(
     path, family = components.load_family(folder)
     index = read_json(path / "model_index.json")
     schedule, sampling = load_schedule(path)
-    if text:
-        check_parts(path, family)
     pipeline = Pipeline(
         path,
         family,
-        components.load_vae(vae or path, variant=variant, dtype=vae_dtype or dtype),
+        None,
         (),
         (),
         schedule,
         sampling,
         family.zero_negative and bool(index.get("force_zeros_for_empty_prompt", True)),
     )
-    return with_text(pipeline, variant=variant, dtype=dtype) if text else pipeline
+    if text:
+        pipeline = with_text(pipeline, variant=variant, dtype=dtype)
+    loaded = components.load_vae(vae or path, variant=variant, dtype=vae_dtype or dtype)
+    return pipeline._replace(vae=loaded)
 
 
 def with_text(

@@ -156,10 +156,10 @@ class _Encoded:
     def __init__(self, folder: epath.Path, lengths: bool):
         pairs = records.open_pairs(folder)
         self._store, self._lengths = pairs.prompts, lengths
-        self.texts = [self._store[j].text for j in range(len(self._store))]
+        self.texts: Sequence[str] = [self._store[j].text for j in range(len(self._store))]
         named = dict(zip(TENSORS, ARRAYS, strict=True))
         specs = {name: getattr(pairs.meta.arrays, ours) for name, ours in named.items()}
-        self.shapes = {name: spec.shape for name, spec in specs.items() if spec is not None}
+        self.shapes: Shapes = {name: spec.shape for name, spec in specs.items() if spec is not None}
         hashes = pairs.meta.hashes or pairs.meta.files
         self.digest = storage.hash_json(
             {k: x for k, x in hashes.items() if k.startswith("prompts")}
@@ -190,7 +190,7 @@ class _Tensors:
                 f"--config.{OPTION}={folder} should hold {TEXT} or {LINES}, and *.safetensors; or "
                 f"be a folder of encoded pairs; found {_names(folder)}"
             )
-        self.texts = _read_texts(listed[0])
+        self.texts: Sequence[str] = _read_texts(listed[0])
         self._files: list[_Held] = []
         self.shapes: Shapes = {}
         count = 0

@@ -54,8 +54,9 @@ def test_another_vae_and_the_variants_of_a_part(original, model, tmp_path):
     (file,) = (model / "vae").glob("*.safetensors")
     halves = {k: x.astype(np.float16) for k, x in load_file(file).items()}
     save_file(halves, file.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    found = diffusers_io.digest_variants(model, vae="", variant=None)
+    found = diffusers_io.digest_variants(model, {"vae", "text_encoder"}, vae="", variant=None)
     assert {name: len(digests) for name, digests in found.items()} == {"vae": 2, "text_encoder": 1}
+    assert not diffusers_io.digest_variants(model, {"prompts"}, vae="", variant=None)
     file.unlink()
     shutil.move(model / "vae", tmp_path / "fix")
     (tmp_path / "fix" / "diffusion_pytorch_model.fp16.safetensors").rename(
