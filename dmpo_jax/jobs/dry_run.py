@@ -85,6 +85,8 @@ def about_training(
     folders = folders or [config.data.encoded] * bool(config.data.encoded)
     pairs = sum(load_meta(folder).counts.get("train", 0) for folder in folders)
     yield f"training: {steps} updates of {batch} pairs on {planned.built.mesh.size} devices"
+    start = config.model.start or "model.folder's own weights"
+    yield f"  begins with {start}, measured against {config.model.reference or 'the same'}"
     if pairs:
         yield (
             f"  {pairs} pairs an epoch, {pairs / batch:.4g} updates: {steps * batch / pairs:.4g} "

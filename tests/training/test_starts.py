@@ -286,6 +286,19 @@ def test_a_run_without_start_refuses_one_later(made, tmp_path):
     run(configure(made, model__start=str(made / "model"), train__steps=3), tmp_path)  # its own
 
 
+def test_a_dry_run_says_what_a_run_begins_with(made, tmp_path, capsys):
+    start, reference = str(made / "sft"), str(made / "model")
+    config = configure(made, model__start=start, model__reference=reference)
+    run(config, tmp_path / "run", dry_run=True)
+    said = capsys.readouterr().out
+    assert f"train: model.folder = '{reference}', model.start = '{start}'" in said
+    assert f"begins with {start}, measured against {reference}" in said
+    assert "refusals: none" in said
+    with pytest.raises(SystemExit):
+        run(configure(made, model__start=str(made / "no")), tmp_path / "run", dry_run=True)
+    assert "no' does not exist" in capsys.readouterr().out
+
+
 # --- refusals -------------------------------------------------------------------
 
 
