@@ -8,6 +8,7 @@ from dmpo_jax.config.recipes import PAIRS, RECIPES
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.anchor import HINGE
 
 FAR = 16  # times the published learning rate a pair, or 1 / 16 of it
 LARGE = 10**8  # parameters; the published recipes are for 0.86 and 2.6 billion
@@ -53,7 +54,15 @@ def _check_objective(config: Config) -> Iterator[str]:
         OBJECTIVES[name].check(**config.objectives[name])
     except ValueError as error:
         yield f"objectives.{name}: {error}"
-    if config.model.reference and not OBJECTIVES[name].needs_reference:
+    compares = OBJECTIVES[name].needs_reference or config.anchor.kind == HINGE
+    if config.reference.decay is not None and not compares:
+        yield f"reference.decay moves the reference, which {name!r} does not use: unset it"
+    if config.reference.decay is not None and config.model.reference:
+        yield (
+            "reference.decay has the reference follow the policy from its start, and "
+            "model.reference names another: unset either"
+        )
+    if config.model.reference and not compares:
         yield f"model.reference is measured against, which {name!r} does not do: unset it"
     if config.safeguard.mu is not None and not OBJECTIVES[name].needs_rejected:
         yield f"safeguard.mu holds back rejected images, which {name!r} does not use: unset it"

@@ -74,7 +74,9 @@ class Leaf:
         if self.check is None:
             return ""
         words = Interval(self.check).words
-        return f"{words} and finite" if self.kind is float and "inf" in self.check else words
+        if self.kind is not float or "inf" not in self.check:
+            return words
+        return f"{words} and finite" if words else "any finite number"
 
     def wrong(self, value: Any) -> str:
         """Returns what is wrong with a value that does not fit, to follow the option's name."""

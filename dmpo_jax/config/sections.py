@@ -14,7 +14,7 @@ from dmpo_jax.evaluation.protocol import ESTIMANDS, PROTOCOLS
 from dmpo_jax.families import FAMILIES
 from dmpo_jax.models.attention import KERNELS
 from dmpo_jax.models.execution import REMAT
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import ANCHORS, OBJECTIVES
 from dmpo_jax.objectives.safeguard import MU
 from dmpo_jax.sampling.seeds import EACH, SEEDS
 from dmpo_jax.scoring.labels import LABELS
@@ -44,6 +44,32 @@ class Safeguard(Section):
         MU.within,
         affects=BOTH,
         counts_with=ITSELF,
+    )
+
+
+class Anchor(Section):
+    kind: str = leaf(
+        "",
+        "added to any objective: sft, the chosen image's own error, or hinge, by how much it is "
+        "predicted worse than by the reference; '' adds nothing",
+        OneOf(("", *ANCHORS)),
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+    weight: float = leaf(1.0, "of the anchor", "(0, inf)", affects=BOTH, counts_with="anchor.kind")
+
+
+class Reference(Section):
+    decay: float | None = leaf(
+        None,
+        "the reference follows the policy: what is kept of it at each move, 0 taking the policy "
+        "itself (linear_dpo 0.95 to 0.995, nft 0.5 to 0.999); unset: it is fixed",
+        "[0, 1]",
+        affects=BOTH,
+        counts_with=ITSELF,
+    )
+    every: int = leaf(
+        1, "updates between two moves", "[1, inf)", affects=BOTH, counts_with="reference.decay"
     )
 
 
@@ -477,6 +503,8 @@ class Settings(Root):
     profile: str = leaf("", "START:STOP, the updates, both included, to trace into WORKDIR/profile")
     objectives: Objectives
     safeguard: Safeguard
+    anchor: Anchor
+    reference: Reference
     timesteps: Timesteps
     model: Model
     data: Data

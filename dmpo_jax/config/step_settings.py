@@ -17,7 +17,7 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.families import Family, family_named
 from dmpo_jax.families.family import Embedded
 from dmpo_jax.models.execution import Execution
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, Anchor
 from dmpo_jax.parallel import meshes
 from dmpo_jax.sampling.grids import embed_texts, make_draw, why_no_grids
 from dmpo_jax.sampling.sampler import make_sampler
@@ -26,6 +26,7 @@ from dmpo_jax.training import starts
 from dmpo_jax.training.build import Beginning, Rate, StepSettings, TrainingStep
 from dmpo_jax.training.hooks import Draw
 from dmpo_jax.training.loop import LoopSettings
+from dmpo_jax.training.step import Moving
 
 LOG = logging.getLogger(__name__)
 
@@ -53,7 +54,15 @@ def read_step(config: Config) -> StepSettings:
         optimizer={name: optimizer[name] for name in OPTIMIZER},
         timesteps=config.timesteps.to_dict(),
         safeguard=config.safeguard.mu,
+        anchor=Anchor(**config.anchor.to_dict()) if config.anchor.kind else None,
+        moving=moving(config),
     )
+
+
+def moving(config: Config) -> Moving | None:
+    """Returns how a config's reference follows the policy; None if it is fixed."""
+    decay = config.reference.decay
+    return None if decay is None else Moving(decay, config.reference.every)
 
 
 def read_loop(config: Config) -> LoopSettings:
@@ -208,7 +217,8 @@ def of_forked(workdir: epath.Path) -> dict[str, Any]:
     """Arguments of `fork.fork` that say what the run in `workdir` keeps."""
     config = configs.from_flat(storage.read_json(workdir / "config.json"))
     optimizer = {name: config.optimizer[name] for name in OPTIMIZER}
-    return {"optimizer": optimizer, "ema": config.train.ema_decay > 0}
+    kept = {"ema": config.train.ema_decay > 0, "moving": moving(config) is not None}
+    return {"optimizer": optimizer, **kept}
 
 
 def with_commits(config: Config, workdir: epath.Path) -> Config:

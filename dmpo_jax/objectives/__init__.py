@@ -4,6 +4,7 @@ To add one, write a function under `@objective`: in one of these files, with a r
 in your own config file.
 """
 
+from dmpo_jax.objectives.anchor import ANCHORS, Anchor
 from dmpo_jax.objectives.choices import (
     diffusion_kto,
     dspo,
@@ -27,7 +28,9 @@ from dmpo_jax.objectives.rewards import nft, nft_adaptive
 from dmpo_jax.objectives.safeguard import winner_preserving
 
 __all__ = [
+    "ANCHORS",
     "OBJECTIVES",
+    "Anchor",
     "Hyperparameter",
     "Objective",
     "alpha_divergence",

@@ -75,7 +75,7 @@ def count_parts(arguments: tuple[Any, ...]) -> Parts:
         local_bytes(state.params),
         local_bytes(state.opt_state),
         local_bytes(state.ema),
-        local_bytes(reference),
+        local_bytes((reference, state.moving)),
         local_bytes(batch),
         local_bytes(kept),
     )

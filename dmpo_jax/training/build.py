@@ -24,6 +24,7 @@ from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.lora import Adapters
+from dmpo_jax.objectives.anchor import Anchor
 from dmpo_jax.objectives.registry import Objective
 from dmpo_jax.parallel import meshes
 from dmpo_jax.training import health, optim, step
@@ -56,7 +57,8 @@ class StepSettings:
     execution: how the forward pass is executed; its attention may be AUTO.
     lora: None trains every parameter. ema_decay: 0 keeps no average.
     rate, optimizer: arguments of `optim.make_learning_rate` and `optim.make_optimizer`.
-    timesteps: arguments of `timesteps.make_timesteps`. safeguard: `Setup.safeguard`.
+    timesteps: arguments of `timesteps.make_timesteps`. safeguard, anchor,
+        moving: of `step.Setup`.
     """
 
     objective: Objective
@@ -71,10 +73,18 @@ class StepSettings:
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     timesteps: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     safeguard: float | int | None = None
+    anchor: Anchor | None = None
+    moving: step.Moving | None = None
 
     def frozen_dtype(self, path: str) -> Any:
         """Dtype of a frozen parameter."""
         return parameters.frozen_dtype(path, dtype=self.compute_dtype)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the reference predicts."""
+        anchored = self.anchor is not None and self.anchor.needs_reference
+        return self.objective.needs_reference or anchored
 
     def describe_rate(self) -> str:
         """Describes the learning rate, also per pair as scripts with --scale_lr state it."""
@@ -142,7 +152,12 @@ class TrainingStep(NamedTuple):
         return jax.jit(self._first_state(), out_shardings=shardings, donate_argnums=0)(params)
 
     def _first_state(self) -> Callable[..., step.TrainState]:
-        return functools.partial(step.make_state, tx=self.setup.tx, ema=self.setup.ema_decay > 0)
+        return functools.partial(
+            step.make_state,
+            tx=self.setup.tx,
+            ema=self.setup.ema_decay > 0,
+            moving=self.setup.moving is not None,
+        )
 
     def make_update(self, state: step.TrainState) -> Any:
         """Returns the jitted update, (state, reference, batch, key) -> (state, metrics).
@@ -236,14 +251,14 @@ def make_reference(
         base, params = lora.partition(params)
         frozen |= {path: _cast(x, settings.frozen_dtype(path)) for path, x in base.items()}
         own = beginning.adapters if beginning.reference is None else beginning.reference
-        if own and settings.objective.needs_reference:
+        if own and settings.needs_reference:
             frozen |= jax.device_put(dict(own), meshes.parameter_sharding(mesh, dict(own)))
         first = {path: jnp.asarray(x) for path, x in (beginning.adapters or {}).items()}
         return frozen, {**params, **first}
-    if beginning.reference is not None and settings.objective.needs_reference:
+    if beginning.reference is not None and settings.needs_reference:
         given = beginning.reference.items()
         return {path: _cast(x, settings.frozen_dtype(path)) for path, x in given} | frozen, params
-    if not settings.objective.needs_reference:
+    if not settings.needs_reference or settings.moving is not None:
         return frozen or None, params
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values()):
         cast = {path: _cast(x, settings.frozen_dtype(path)) for path, x in params.items()}
@@ -272,7 +287,7 @@ def make_setup(
     return step.Setup(
         predict=family.make_predict(functools.partial(parameters.merge, structure)),
         objective=functools.partial(objective, **settings.hyperparameters),
-        needs_reference=objective.needs_reference,
+        needs_reference=settings.needs_reference,
         needs_rejected=objective.needs_rejected,
         schedule=noise,
         scaling_factor=meta.scaling_factor,
@@ -286,6 +301,8 @@ def make_setup(
         mean_only=meta.mean_only,
         timesteps=make_timesteps(noise, **settings.timesteps),
         safeguard=settings.safeguard,
+        anchor=settings.anchor,
+        moving=settings.moving,
     )
 
 

@@ -88,6 +88,7 @@ def fork(
     *,
     optimizer: Mapping[str, Any],
     ema: bool,
+    moving: bool,
 ) -> None:
     """Writes checkpoint 0 of the fork `new` and its record, from the newest one of `workdir`.
 
@@ -96,7 +97,7 @@ def fork(
             replaced by shapes, since the checkpoint needs the memory.
         checkpoints: the new run's.
         optimizer: arguments of `optim.make_optimizer` in `workdir`.
-        ema: True if `workdir` keeps a moving average.
+        ema, moving: True if `workdir` keeps a moving average, a moving reference.
     """
     params.update({k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in params.items()})
     wanted = built.abstract_state(params)
@@ -107,8 +108,9 @@ def fork(
         structure = jax.tree.structure(jax.eval_shape(tx.init, wanted.params))
         leaves = jax.tree.leaves(wanted.opt_state)
         fields["opt_state"] = jax.tree.unflatten(structure, leaves)
-    if ema and wanted.ema is not None:
-        fields["ema"] = wanted.ema
+    for name, there in (("ema", ema), ("moving", moving)):
+        if there and getattr(wanted, name) is not None:
+            fields[name] = getattr(wanted, name)
     identity = storage.read_json(workdir / "checkpoints" / "identity.json")
     with Checkpoints(workdir / "checkpoints", keep=1, identity=identity, read_only=True) as source:
         step, found = source.restore_part(fields)
@@ -117,8 +119,8 @@ def fork(
         leaves = jax.tree.leaves(found["opt_state"])
         opt_state = jax.tree.unflatten(jax.tree.structure(wanted.opt_state), leaves)
         state = state._replace(opt_state=opt_state)
-    if "ema" in fields:
-        state = state._replace(ema=found["ema"])
+    beside = {name: found[name] for name in ("ema", "moving") if name in fields}
+    state = state._replace(**beside)
     about = {
         "workdir": str(storage.absolute(workdir)),
         "step": step,

@@ -24,7 +24,7 @@ from dmpo_jax.data.batches import pipeline
 from dmpo_jax.parallel import meshes
 from dmpo_jax.training.background import CLOSE_SECONDS, Background
 from dmpo_jax.training.build import TrainingStep
-from dmpo_jax.training.step import TrainState
+from dmpo_jax.training.step import TrainState, with_moving
 from dmpo_jax.training.trace import Trace
 
 Scalars = Mapping[str, float] | None
@@ -124,10 +124,11 @@ class Validate(Hook):
         self._key = jax.random.fold_in(key, 2**31)
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
-        return self.measure(trained(state))
+        return self.measure(trained(state), state.moving)
 
-    def measure(self, params: Any) -> dict[str, float]:
-        """Returns the means over the split for these parameters."""
+    def measure(self, params: Any, moving: Any = None) -> dict[str, float]:
+        """Returns the means over the split for these parameters, and this moving reference."""
+        reference = with_moving(self._built.reference, moving)
         totals: dict[str, float] = {}
         epoch = pipeline.make_epoch(
             self._pairs, "validation", global_batch=self._size, rows=self._rows
@@ -135,7 +136,7 @@ class Validate(Hook):
         for i, local in enumerate(epoch):
             numbers = np.asarray(i * self._size + self._rows, np.int32)
             given = meshes.shard_batch((*local, numbers), self._sharding, self._size)
-            sums = self._one(params, self._built.reference, *given, self._key)
+            sums = self._one(params, reference, *given, self._key)
             for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         weight = totals.pop("weight")

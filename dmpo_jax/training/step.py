@@ -16,7 +16,7 @@ from jaxtyping import Array, Int, Key
 from dmpo_jax.diffusion.noise import Factor, NoiseTable, sample_latents
 from dmpo_jax.diffusion.timesteps import Timesteps, noise_pair
 from dmpo_jax.models import lora, parameters
-from dmpo_jax.objectives import winner_preserving
+from dmpo_jax.objectives import Anchor, winner_preserving
 from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.training import health, optim
 from dmpo_jax.types import Condition, Noised, PairBatch, PerPair
@@ -34,6 +34,22 @@ class TrainState(NamedTuple):
     opt_state: Any
     skipped: Int[Array, ""]  # updates skipped for a non-finite loss or gradient
     ema: dict[str, jax.Array] | None = None  # moving average of params, if one is kept
+    moving: dict[str, jax.Array] | None = None  # a reference that follows params, if it does
+
+
+class Moving(NamedTuple):
+    """How a reference follows the policy: after every `every` updates, as an average.
+
+    decay: in [0, 1], what is kept of the reference; 0 takes the policy, 1 stays.
+    """
+
+    decay: float | int
+    every: int = 1
+
+    def follow(self, reference: Any, params: Any, step: Int[Array, ""]) -> Any:
+        """Returns the reference after the update that was numbered `step`, from 0."""
+        decay = jnp.where((step + 1) % self.every == 0, self.decay, 1.0)
+        return jax.tree.map(lambda r, p: decay * r + (1 - decay) * p, reference, params)
 
 
 class Setup(NamedTuple):
@@ -55,10 +71,16 @@ class Setup(NamedTuple):
     mean_only: bool = False  # True if batches hold the moments' mean alone
     timesteps: Timesteps | None = None  # their density and loss weights; None: uniform
     safeguard: float | None = None  # mu of `objectives.winner_preserving`; None: off
+    anchor: Anchor | None = None
+    moving: Moving | None = None  # None: the reference is fixed
 
 
 def make_state(
-    params: dict[str, jax.Array], tx: optax.GradientTransformation, *, ema: bool = False
+    params: dict[str, jax.Array],
+    tx: optax.GradientTransformation,
+    *,
+    ema: bool = False,
+    moving: bool = False,
 ) -> TrainState:
     """Returns the state before the first step, with float32 master parameters."""
 
@@ -66,9 +88,9 @@ def make_state(
     def copy(params):
         return {path: jnp.array(x, jnp.float32, copy=True) for path, x in params.items()}
 
-    params, average = copy(params), copy(params) if ema else None
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, tx.init(params), jnp.zeros((), jnp.int32), average)
+    average, reference = (copy(params) if kept else None for kept in (ema, moving))
+    params, zero = copy(params), jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), jnp.zeros((), jnp.int32), average, reference)
 
 
 def train_step(
@@ -84,7 +106,7 @@ def train_step(
     Args:
         reference: frozen parameters, not donated. Includes the base of adapters, the reference's
             own adapters if it has any, and the buffers of a model that has any: arrays that are
-            not trained. None if neither they nor the objective need it.
+            not trained. A moving reference is the state's, in their place. None if neither they nor the objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:
@@ -95,6 +117,7 @@ def train_step(
         undoing that too would need memory for a second state.
     """
     key = jax.random.fold_in(key, state.step)
+    reference = with_moving(reference, state.moving)
     noised = noise_batch(key, batch, setup)
     parts = microbatches((noised, batch.preference, batch.condition), setup.accumulation)
     if setup.dropout:  # differs from the keys that noise_batch splits off
@@ -115,9 +138,13 @@ def train_step(
     opt_state = optim.at_step(state.opt_state, state.step)
     updates, opt_state = setup.tx.update(grads, opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    new = (params, opt_state, average(state.ema, params, state.step, setup.ema_decay))
-    old = (state.params, state.opt_state, state.ema)
-    params, opt_state, ema = jax.tree.map(functools.partial(jnp.where, finite), new, old)
+    ema = average(state.ema, params, state.step, setup.ema_decay)
+    moving = state.moving
+    if setup.moving is not None:
+        moving = setup.moving.follow(moving, params, state.step)
+    new = (params, opt_state, ema, moving)
+    old = (state.params, state.opt_state, state.ema, state.moving)
+    params, opt_state, ema, moving = jax.tree.map(functools.partial(jnp.where, finite), new, old)
     skipped = state.skipped + (1 - finite.astype(jnp.int32))
     # Norm of the change, not of `updates`: that would read the full state once more.
     moved = jax.tree.map(jnp.subtract, params, state.params)
@@ -127,7 +154,12 @@ def train_step(
         "skipped": skipped.astype(jnp.float32),
         "pairs": pairs,
     }
-    return TrainState(state.step + 1, params, opt_state, skipped, ema), metrics
+    return TrainState(state.step + 1, params, opt_state, skipped, ema, moving), metrics
+
+
+def with_moving(reference: Any, moving: Any) -> Any:
+    """Returns the frozen parameters, those of a moving reference in place of their own."""
+    return reference if moving is None else {**(reference or {}), **moving}
 
 
 def average(ema: Any, params: Any, step: Int[Array, ""], decay: float) -> Any:
@@ -162,6 +194,8 @@ def pair_loss(params, reference, part, setup: Setup):
 def pair_losses(policy, reference, noised: Noised, preference: PerPair, setup: Setup) -> PerPair:
     """Returns the objective of each pair, weighted by its timestep."""
     losses = setup.objective(policy, reference, noised.target, preference)
+    if setup.anchor is not None:
+        losses += setup.anchor(policy, reference, noised.target, preference)
     return losses if noised.weights is None else losses * noised.weights
 
 

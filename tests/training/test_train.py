@@ -132,6 +132,14 @@ def test_resumed_equals_uninterrupted(made, uninterrupted, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # and a trace changes nothing
 
 
+def test_a_moving_reference_goes_on_where_it_was(made, tmp_path):
+    leaves = {"reference__decay": 0.5, "train__steps": 4, "anchor__kind": "hinge"}
+    run(tiny.make_config(*made, **leaves), tmp_path / "whole")
+    run(tiny.make_config(*made, **{**leaves, "train__steps": 2}), tmp_path / "parts")
+    run(tiny.make_config(*made, **leaves), tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_a_finished_run_is_not_run_again(made, uninterrupted):
     before = weights(uninterrupted)
     run(tiny.make_config(*made), uninterrupted)
