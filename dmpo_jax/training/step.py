@@ -106,7 +106,8 @@ def train_step(
     Args:
         reference: frozen parameters, not donated. Includes the base of adapters, the reference's
             own adapters if it has any, and the buffers of a model that has any: arrays that are
-            not trained. A moving reference is the state's, in their place. None if neither they nor the objective need it.
+            not trained. A moving reference is the state's, in their place. None if neither they
+            nor the objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:

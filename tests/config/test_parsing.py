@@ -70,7 +70,10 @@ def no_gcsfs(monkeypatch):
         ("stray", "takes flags only, but got ..stray"),
         ("--config=nowhere.py", r"=nowhere.py: there is no such file; .*There are digits_base, "),
         ("--config=configs/sd15.py", r"no such file; did you mean --config=sd15_dmpo\? There"),
-        ("--config.objective=dpo", "objective must be .* got 'dpo': did you mean 'diffusion_dpo'"),
+        (
+            "--config.objective=dpo",
+            "objective must be .* got 'dpo': did you mean .*'diffusion_dpo'",
+        ),
         ("--config.optimizer.name=adamv", "did you mean 'adamw'"),
         ("--batch_size=3", r"no flag --batch_size; did you mean --config.train.batch_size or "),
         (

@@ -15,6 +15,7 @@ from dmpo_jax.parallel import meshes
 from dmpo_jax.training import build, fork
 from dmpo_jax.training.checkpoint import Checkpoints
 from dmpo_jax.training.loop import start_state
+from dmpo_jax.training.step import Moving
 from tests.support import tiny
 from tests.support.steps import META, SCHEDULE, UNET, settings
 
@@ -35,7 +36,7 @@ def make_step(**changes):
 def source(tmp_path_factory):
     """A workdir with a checkpoint of step 7: every number of its state has a value of its own."""
     workdir = epath.Path(tmp_path_factory.mktemp("source"))
-    built, params = make_step(ema_decay=0.9)
+    built, params = make_step(ema_decay=0.9, moving=Moving(0.9))
     leaves, structure = jax.tree.flatten(built.make_state(params))
     own = [jax.device_put(np.asarray(x) + i + 1, x.sharding) for i, x in enumerate(leaves)]
     state = jax.tree.unflatten(structure, own)
@@ -44,12 +45,13 @@ def source(tmp_path_factory):
     return workdir, jax.device_get(state)
 
 
-def forked(source, new, *, theirs=ADAMW, ema=True, **changes):
+def forked(source, new, *, theirs=ADAMW, kept=True, **changes):
     """The first state of a fork, as training begins with it."""
     built, params = make_step(**changes)
     new = epath.Path(new)
     with Checkpoints(new / "checkpoints", keep=1, identity={**IDENTITY, "seed": 1}) as checkpoints:
-        fork.fork(built, params, source[0], new, checkpoints, optimizer=theirs, ema=ema)
+        about = {"optimizer": theirs, "ema": kept, "moving": kept}
+        fork.fork(built, params, source[0], new, checkpoints, **about)
         return jax.device_get(start_state(built, params, checkpoints))
 
 
@@ -58,9 +60,9 @@ def assert_equal(ours, theirs):
 
 
 def test_weights_and_moments_go_along_and_the_step_is_0(source, tmp_path):
-    state = forked(source, tmp_path, ema_decay=0.5)
+    state = forked(source, tmp_path, ema_decay=0.5, moving=Moving(0.5))
     assert (int(state.step), int(state.skipped)) == (0, 0)
-    for part in ("params", "ema", "opt_state"):
+    for part in ("params", "ema", "moving", "opt_state"):
         assert_equal(getattr(state, part), getattr(source[1], part))
     made = json.loads((tmp_path / fork.FORK).read_text())
     assert (made["step"], made["workdir"]) == (7, str(source[0]))
@@ -71,12 +73,12 @@ def test_moments_go_along_to_another_clipping_and_not_to_another_optimizer(sourc
     free = {**ADAMW, "clip_norm": 0.0}
     state = forked(source, tmp_path / "a", optimizer=free)
     assert_equal(jax.tree.leaves(state.opt_state), jax.tree.leaves(source[1].opt_state))
-    assert state.ema is None
-    state = forked(
-        source, tmp_path / "b", optimizer={"name": "adafactor"}, ema_decay=0.5, ema=False
-    )
+    assert state.ema is state.moving is None
+    changes = {"optimizer": {"name": "adafactor"}, "ema_decay": 0.5, "moving": Moving(0.5)}
+    state = forked(source, tmp_path / "b", kept=False, **changes)
     assert_equal(state.params, source[1].params)
     assert_equal(state.ema, state.params)  # an average begins with the weights
+    assert_equal(state.moving, state.params)
     assert max(float(abs(x).max()) for x in jax.tree.leaves(state.opt_state)) < 1e-6
 
 
