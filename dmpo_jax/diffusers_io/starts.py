@@ -139,9 +139,10 @@ def find_start(
     given = epath.Path(name)
     if given.suffix == lora_file.SUFFIX or given.is_file():
         if given.suffix != lora_file.SUFFIX or not given.is_file():
+            came = "is another file" if given.exists() else "does not exist"
             raise UserError(
                 f"--config.{option}={name} should be a folder of weights or a LoRA file "
-                f"({lora_file.SUFFIX}), but there is no such file"
+                f"({lora_file.SUFFIX}), but {came}"
             )
         return start._replace(lora=given)
     found = folders.find_folder(name)

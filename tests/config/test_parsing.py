@@ -72,7 +72,7 @@ def no_gcsfs(monkeypatch):
         ("--config=configs/sd15.py", r"no such file; did you mean --config=sd15_dmpo\? There"),
         (
             "--config.objective=dpo",
-            "objective must be .* got 'dpo': did you mean .*'diffusion_dpo'",
+            r"got 'dpo': did you mean .*'diffusion_dpo'",
         ),
         ("--config.optimizer.name=adamv", "did you mean 'adamw'"),
         ("--batch_size=3", r"no flag --batch_size; did you mean --config.train.batch_size or "),

@@ -18,6 +18,8 @@ from dmpo_jax.data.encoded import records
 from dmpo_jax.export.pipeline import Trained
 from dmpo_jax.export.verify import verify
 from dmpo_jax.jobs.run import run
+from dmpo_jax.models import lora, parameters
+from dmpo_jax.models.lora import Adapters
 from dmpo_jax.sampling.sampler import open_sampler
 from dmpo_jax.toy import debug
 from tests.support import resumed, tiny, torch_flow
@@ -177,3 +179,31 @@ def test_resumed_equals_uninterrupted(trained, tmp_path):
     resumed.assert_same(
         functools.partial(tiny.make_config, model, str(workdir / "encoded")), tmp_path
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_that_go_on_from_a_lora_file_start_at_zero(dtype, trained, tmp_path):
+    name, model, workdir = trained
+    family = diffusers_io.load_family(model)[1]
+    adapters = Adapters(rank=2, targets=TARGETS[name])
+    shapes = lora.partition(
+        parameters.shapes(adapters.attach(diffusers_io.load_model(model, abstract=True)))
+    )[1]
+    rng = np.random.default_rng(0)
+    moved = {path: 0.3 * rng.normal(size=x.shape) for path, x in shapes.items()}
+    file = epath.Path(tmp_path / "sft")
+    diffusers_io.save_lora(moved, file, scale=1.0, component=family.component)
+    leaves = {
+        "model__start": str(file),
+        "model__compute_dtype": dtype,
+        "lora__rank": 2,
+        "lora__alpha": 6.0,
+        "lora__targets": TARGETS[name],
+        "train__steps": 2,
+        "log__validate_every": 0,
+        "optimizer__learning_rate": 1e-2,
+        "optimizer__warmup_steps": 1,
+    }
+    run(tiny.make_config(model, str(workdir / "encoded"), **leaves), tmp_path / "run")
+    assert first_margin(tmp_path / "run") == 0

@@ -317,8 +317,11 @@ def wrong(made):
     ("leaves", "words"),
     [
         ({"start": "nowhere"}, r"model folder '.*nowhere' does not exist"),
-        ({"start": "no.safetensors"}, r"model\.start=.*no\.safetensors .* there is no such file"),
-        ({"reference": "pairs.parquet"}, r"model\.reference=.* folder of weights or a LoRA file"),
+        ({"start": "no.safetensors"}, r"model\.start=.*no\.safetensors .* but does not exist"),
+        (
+            {"reference": "pairs.parquet"},
+            r"model\.reference=.* a LoRA file \(\.safetensors\), but is another",
+        ),
         ({"start": "empty"}, r"model\.start=.*empty should be .* nor pytorch_lora_weights"),
         ({"start": "wide"}, r"another architecture than .*: hidden=32 \(the pipeline's: 24\)"),
         ({"start": "sft/vae"}, r"a OutsideAutoencoderKL, but .* a OutsideTransformer2DModel"),
