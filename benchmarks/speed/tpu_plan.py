@@ -31,6 +31,7 @@ FSDP = {**REPLICATED, "mesh.data": 1, "mesh.fsdp": 8}
 LEAN = {"mesh.data": 1, "mesh.fsdp": -1, "model.remat": "transformer", "model.scan": True}
 # Their configs have loops over blocks, and their recomputation, already.
 SHARDED = {"mesh.data": 1, "mesh.fsdp": -1, "model.attention": "splash"}
+LARGE = {**SHARDED, "data.resolution": 1024}  # others at 512 pixels a side
 # name: (what is compiled, overrides of the config). Levers are config leaves. Not model.scan for
 # SD1.5, whose transformers have one block each: the program is the same.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -60,23 +61,33 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "sd35-medium-full-v5e-4x4": (
         {"model": "sd35_medium", "topology": "v5e:4x4", "pairs": 1},
-        SHARDED,
+        LARGE,
     ),
-    "klein-full-v5p-2x2x1": (
+    "klein-full-v5p-2x2x1": ({"model": "klein_4b", "topology": "v5p:2x2x1", "pairs": 1}, SHARDED),
+    "klein-full-1024-v5p-2x2x1": (
         {"model": "klein_4b", "topology": "v5p:2x2x1", "pairs": 1},
-        SHARDED,
+        LARGE,
     ),
     "klein-lora-v5e-2x4": (
         {"model": "klein_4b", "topology": "v5e:2x4", "pairs": 1, "variant": "lora"},
         SHARDED,
     ),
-    "z-image-full-v5p-2x2x1": (
+    "klein-lora-1024-v5e-2x4": (
+        {"model": "klein_4b", "topology": "v5e:2x4", "pairs": 1, "variant": "lora"},
+        LARGE,
+    ),
+    "z-image-full-v5p-2x2x1": ({"model": "z_image", "topology": "v5p:2x2x1", "pairs": 1}, SHARDED),
+    "z-image-full-1024-v5p-2x2x1": (
         {"model": "z_image", "topology": "v5p:2x2x1", "pairs": 1},
-        SHARDED,
+        LARGE,
     ),
     "z-image-lora-v5e-2x4": (
         {"model": "z_image", "topology": "v5e:2x4", "pairs": 1, "variant": "lora"},
         SHARDED,
+    ),
+    "z-image-lora-1024-v5e-2x4": (
+        {"model": "z_image", "topology": "v5e:2x4", "pairs": 1, "variant": "lora"},
+        LARGE,
     ),
 }
 # The config that trains a model.
