@@ -4,10 +4,12 @@
         --config.data.encoded=ENCODED   # made by launch/encode.py
 
 `dmpo_jax/config/recipes.py` lists them with their sources: sd15_dmpo, sd15_diffusion_dpo,
-sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo, sdxl_diffusion_dpo_safeguarded, all 2,000 updates of
-2,048 pairs of Pick-a-Pic v2; sd35_medium_diffusion_dpo (adapters), sd3_medium_diffusion_dpo; and
-sd35_medium_dmpo, which is nobody's but ours. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are
-plain DMPO, without the safeguard that its launchers add.
+sd15_diffusion_dpo_safeguarded, sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo,
+sdxl_diffusion_dpo_safeguarded, sdxl_dspo, all 2,000 updates of 2,048 pairs of Pick-a-Pic v2, SDXL's
+by Adafactor; sd35_medium_diffusion_dpo (adapters), sd3_medium_diffusion_dpo; and sd35_medium_dmpo,
+which is nobody's but ours. Take these to reproduce what was published. `configs/sd15_dmpo.py` and
+`configs/sdxl_dmpo.py` are plain DMPO by AdamW, without the safeguard that its launchers add: their
+settings are ours, and no published run supports them.
 """
 
 from dmpo_jax import config as base

@@ -9,8 +9,9 @@
 ENCODED is made by launch/encode.py, with the same --model and --vae; mesh.fsdp shards parameters
 and optimizer over that many chips.
 
-Settings: those of AIDC-AI/Diffusion-SDPO's launcher for DMPO on SDXL, without its safeguard:
-beta 6000, learning rate 1e-9 x 2048 pairs, 500 steps of warmup, 2,000 steps.
+Settings: beta, rate, warmup and steps are those of AIDC-AI/Diffusion-SDPO's launcher for DMPO on
+SDXL (6000, 1e-9 x 2048 pairs, 500, 2,000), but by AdamW and without its safeguard: so taken together
+they are ours. `configs/published.py:sdxl_dmpo` has what the launcher does.
 `configs/sdxl_dmpo.py:lora` trains adapters of rank 64 on the attention instead of every
 parameter, at five times the rate: a starting point for tuning, not a published setting.
 `configs/sdxl_dmpo.py:debug` runs the same path at tiny width, without any file.

@@ -83,7 +83,12 @@ RECIPES = {
         "dmpo",
         1e-9,
         _SDPO.format("sdxl_dmpo"),
-        {"objectives.dmpo.beta": 6000.0, "objectives.dmpo.alpha": 0.01, "safeguard.mu": 0.6},
+        {
+            "objectives.dmpo.beta": 6000.0,
+            "objectives.dmpo.alpha": 0.01,
+            "safeguard.mu": 0.6,
+            "optimizer.name": "adafactor",  # train.py takes it for every SDXL run
+        },
     ),
     "sdxl_diffusion_dpo": _recipe(
         "diffusion_dpo",
@@ -91,7 +96,7 @@ RECIPES = {
         _DPO.format("sdxl"),
         {
             "objectives.diffusion_dpo.beta": 5000.0,
-            "optimizer.name": "adafactor",  # train.py's default for SDXL
+            "optimizer.name": "adafactor",
             "optimizer.warmup_steps": 200,
         },
     ),
@@ -99,7 +104,27 @@ RECIPES = {
         "diffusion_dpo",
         1e-9,
         _SDPO.format("sdxl_diffusion_dpo"),
-        {"objectives.diffusion_dpo.beta": 5000.0, "safeguard.mu": 0.6},
+        {
+            "objectives.diffusion_dpo.beta": 5000.0,
+            "safeguard.mu": 0.6,
+            "optimizer.name": "adafactor",
+        },
+    ),
+    "sd15_diffusion_dpo_safeguarded": _recipe(
+        "diffusion_dpo",
+        1e-8,
+        _SDPO.format("sd15_diffusion_dpo"),
+        {"objectives.diffusion_dpo.beta": 5000.0, "safeguard.mu": 0.9},
+    ),
+    "sdxl_dspo": _recipe(
+        "dspo_sdxl",
+        1e-9,
+        _SDPO.format("sdxl_dspo"),
+        {
+            "objectives.dspo_sdxl.beta": 5000.0,
+            "safeguard.mu": 0.6,
+            "optimizer.name": "adafactor",
+        },
     ),
     "sd35_medium_diffusion_dpo": Recipe(
         {

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from dmpo_jax.errors import UserError
+from dmpo_jax.training.adafactor import scale_by_factored_rms
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adamw_bf16", "adafactor")
@@ -97,8 +98,8 @@ def make_optimizer(
         learning_rate: a number, or a schedule from `make_learning_rate`.
         name: "adamw": 8 bytes of state per parameter. "adamw_bf16": the same with the first
             moment in bfloat16, 6 bytes. "adafactor": factored second moments and no first
-            ones, almost no state; as in published SDXL runs: no scaling with the parameters'
-            size, updates clipped to a root mean square of 1.
+            ones, little state (`adafactor`); as in published SDXL runs: no scaling with the
+            parameters' size, updates clipped to a root mean square of 1.
         b1: decay of AdamW's first moment; Adafactor keeps none.
         b2: decay of AdamW's second moment; Adafactor's follows `1 - step**-0.8`.
         eps: added to AdamW's denominator, at least SMALLEST_EPS: 0 / 0 where a gradient was always
@@ -128,6 +129,6 @@ def make_optimizer(
         chain += [optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype)]
     else:
         # Not optax.adafactor: its weight decay is not multiplied by the learning rate.
-        chain += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+        chain += [scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
     chain += [optax.add_decayed_weights(weight_decay), optax.scale_by_learning_rate(learning_rate)]
     return optax.chain(*chain)

@@ -38,6 +38,33 @@ def test_rates_are_those_of_a_whole_update():
     assert recipes.scaled(1e-8, 64) == pytest.approx(6.4e-7)
 
 
+# beta, alpha, rate of --scale_lr, mu, optimizer in effect: read in AIDC-AI/Diffusion-SDPO's
+# scripts/train/*.sh and train.py, which takes Adafactor for every SDXL run.
+LAUNCHERS = {
+    "sd15_dmpo": ("dmpo", 2000, 0.01, 1e-8, 0.9, "adamw"),
+    "sdxl_dmpo": ("dmpo", 6000, 0.01, 1e-9, 0.6, "adafactor"),
+    "sd15_diffusion_dpo_safeguarded": ("diffusion_dpo", 5000, None, 1e-8, 0.9, "adamw"),
+    "sdxl_diffusion_dpo_safeguarded": ("diffusion_dpo", 5000, None, 1e-9, 0.6, "adafactor"),
+    "sd15_dspo": ("dspo", 0.001, None, 1e-8, 0.2, "adamw"),
+    "sdxl_dspo": ("dspo_sdxl", 5000, None, 1e-9, 0.6, "adafactor"),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_recipes_are_what_their_launchers_do(name):
+    objective, beta, alpha, rate, mu, optimizer = LAUNCHERS[name]
+    config = published().get_config(name)
+    chosen = config.objectives[objective].to_dict()
+    assert (config.objective, chosen["beta"], chosen.get("alpha")) == (objective, beta, alpha)
+    assert config.optimizer.learning_rate == pytest.approx(2048 * rate)
+    assert (config.safeguard.mu, config.optimizer.name) == (mu, optimizer)
+    # And what all of them have in common.
+    assert (config.train.batch_size, config.train.steps) == (2048, 2000)
+    assert (config.optimizer.warmup_steps, config.optimizer.schedule) == (500, "constant")
+    assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 1.0)
+    assert config.data.prompt_dropout == 0.2
+
+
 def test_what_is_unknown_is_refused():
     with pytest.raises(
         ValueError, match=r"no published recipe 'sd15'; did you mean 'sd15_dmpo'\? There are"

@@ -88,6 +88,41 @@ def test_adafactor_is_small_and_goes_downhill():
     )
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_adafactor_is_that_of_transformers():
+    """Of a linear layer, a convolution, an embedding and a bias, over 20 updates."""
+    import torch
+    from transformers.optimization import Adafactor
+
+    rng = np.random.default_rng(0)
+    shapes = {"linear": (40, 24), "conv": (10, 6, 3, 3), "embedding": (50, 16), "bias": (24,)}
+    axes = {"linear": (1, 0), "conv": (2, 3, 1, 0), "embedding": (0, 1), "bias": (0,)}
+    start = {k: rng.normal(size=s).astype(np.float32) for k, s in shapes.items()}
+    theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
+    settings = {"scale_parameter": False, "relative_step": False, "weight_decay": 0.01}
+    published = Adafactor(list(theirs.values()), lr=0.02, **settings)
+    ours = {k: jnp.asarray(v.transpose(axes[k])) for k, v in start.items()}
+    tx = optim.make_optimizer(0.02, name="adafactor", weight_decay=0.01, clip_norm=0.0)
+    state = tx.init(ours)
+    for _ in range(20):
+        # Rows and columns of sizes of their own, or factors would not matter.
+        grads = {
+            k: (rng.normal(size=s) * np.exp(sum(np.ogrid[tuple(slice(n) for n in s)]) / 9)).astype(
+                np.float32
+            )
+            for k, s in shapes.items()
+        }
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[name])
+        published.step()
+        given = {k: jnp.asarray(g.transpose(axes[k])) for k, g in grads.items()}
+        update, state = tx.update(given, state, ours)
+        ours = optax.apply_updates(ours, update)
+        for name, parameter in theirs.items():
+            want = parameter.detach().numpy().transpose(axes[name])
+            np.testing.assert_allclose(ours[name], want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(
     ("name", "share"), [("adamw", 8), ("adamw_bf16", 6), ("adafactor", 4 * (256 + 128 + 3) / 32771)]
 )
