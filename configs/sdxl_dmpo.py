@@ -10,7 +10,7 @@ ENCODED is made by launch/encode.py, with the same --model and --vae; mesh.fsdp 
 and optimizer over that many chips.
 
 Settings: beta, rate, warmup and steps are those of AIDC-AI/Diffusion-SDPO's launcher for DMPO on
-SDXL (6000, 1e-9 x 2048 pairs, 500, 2,000), but by AdamW and without its safeguard: so taken together
+SDXL (6000, 1e-9 x 2048 pairs, 500, 2,000), but by AdamW and without its safeguard: taken together
 they are ours. `configs/published.py:sdxl_dmpo` has what the launcher does.
 `configs/sdxl_dmpo.py:lora` trains adapters of rank 64 on the attention instead of every
 parameter, at five times the rate: a starting point for tuning, not a published setting.
