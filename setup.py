@@ -69,10 +69,14 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dmpo_jax", "dmpo_jax.*"]),
-    # The embedded digits pipeline, and the templates of pages.
+    # The embedded digits pipelines, and the templates of pages.
     package_data={
         "dmpo_jax": [
-            *(f"toy/pipeline/**/*.{kind}" for kind in ("json", "txt", "safetensors", "parquet")),
+            *(
+                f"toy/{folder}/**/*.{kind}"
+                for folder in ("pipeline", "flow_pipeline")
+                for kind in ("json", "txt", "safetensors", "parquet")
+            ),
             *(f"*/*.{kind}" for kind in ("j2", "css", "js")),
         ]
     },

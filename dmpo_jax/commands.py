@@ -23,6 +23,7 @@ from dmpo_jax.config.sections import DTYPES
 from dmpo_jax.errors import STOPPED, STOPPED_ANEW, UserError
 from dmpo_jax.families import PUBLISHED
 from dmpo_jax.scoring import KINDS, SCORERS, STATISTICS
+from dmpo_jax.toy import digits
 
 LOG = logging.getLogger(__name__)
 FOLDER = Check(storage.may_be_folder, "a folder that can be made and written")
@@ -199,7 +200,7 @@ def _check_plan(config: Config, options: dict[str, Any]) -> None:
 def _make_digits(config: Config, options: dict[str, Any]) -> Any:
     from dmpo_jax.jobs.make_digits import make_digits
 
-    return make_digits(out=options["out"], vae_steps=options["vae_steps"], seed=config.seed)
+    return make_digits(**options, seed=config.seed)
 
 
 COMMANDS = {
@@ -417,16 +418,27 @@ Full-size models compile for minutes. Plans are remembered: the same one again i
         _check_plan,
     ),
     "make_digits": Command(
-        """Makes the digits pipeline that the package ships, less its UNet's training.
+        """Makes a digits pipeline that the package ships, less its model's training.
 
     {me} --out=runs/digits
     dmpo-jax train --config=digits_base --workdir=runs/digits_base
 
-The first trains the VAE on scikit-learn's digits and writes an untrained UNet; the second trains
-the UNet. `runs/digits_base/export` is then what stands in `dmpo_jax/toy/pipeline`.""",
+    {me} --family=sd3 --vae=dmpo_jax/toy/pipeline --out=runs/digits_flow
+    dmpo-jax train --config=digits_flow_base --workdir=runs/digits_flow_base
+
+The first command trains the VAE on scikit-learn's digits, or takes another pipeline's, and writes
+an untrained model, a UNet or a flow transformer; the second trains the model. Its export is then
+what stands in `dmpo_jax/toy/pipeline` and in `dmpo_jax/toy/flow_pipeline`.""",
         Interface(
             {"seed": "seed"},
-            {"out": OUT, "vae_steps": Leaf(1000, "updates of the VAE, 64 images each", "[1, inf)")},
+            {
+                "out": OUT,
+                "family": Leaf(
+                    "sd", "sd: a UNet; sd3: a flow transformer", OneOf((*digits.PIPELINES,))
+                ),
+                "vae": Leaf("", "folder of a pipeline whose VAE to take; '' trains one"),
+                "vae_steps": Leaf(1000, "updates of the VAE, 64 images each", "[1, inf)"),
+            },
             required=("out",),
         ),
         _make_digits,

@@ -5,9 +5,11 @@ Reference: diffusers `SD3Transformer2DModel`, `JointTransformerBlock`; arXiv 240
 Letters: N images, H W their latents, T image tokens, S text tokens, D width.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Shaped
 
@@ -143,6 +145,30 @@ class PatchEmbed(nnx.Module):
         table = self.pos_embed[...].reshape(self.side, self.side, -1)
         table = table[top : top + height, left : left + width].astype(x.dtype)
         return x + gathered(table, x.shape[-1], "whole")[None]
+
+
+def sincos_table(config: Mapping[str, Any]) -> Float[np.ndarray, "1 P D"]:
+    """Returns the position table `pos_embed.pos_embed` that a model is trained with.
+
+    Half of the channels are of the column, half of the row; positions count in patches of the
+    image size that `sample_size` names, on a grid of pos_embed_max_size.
+
+    Source: diffusers `get_2d_sincos_pos_embed`.
+    """
+    config = {**KEYS, **config}
+    side, width = (
+        config["pos_embed_max_size"],
+        config["num_attention_heads"] * config["attention_head_dim"],
+    )
+    places = np.arange(side) * (config["sample_size"] // config["patch_size"]) / side
+    rates = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    angles = places[:, None] * rates
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    shape = side, side, width // 2
+    table = np.concatenate(
+        [np.broadcast_to(waves[None], shape), np.broadcast_to(waves[:, None], shape)], axis=-1
+    )
+    return table.reshape(1, side**2, width).astype(np.float32)
 
 
 class TimeTextEmbedding(nnx.Module):

@@ -1,21 +1,16 @@
 """Tiny random pipelines of every family, and pairs of noise to train them on."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import sources
 from dmpo_jax.families import Family, Published
-from dmpo_jax.families.family import TextPart
 from dmpo_jax.models import parameters
-from dmpo_jax.models.clip import CLIPTextModel
-from dmpo_jax.models.qwen3 import Qwen3Model
-from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.parallel import processes
 from dmpo_jax.toy import digits
 from dmpo_jax.toy import make as make_digits
@@ -27,7 +22,6 @@ SCHEDULE = {
     "ddpm": ("beta_start", "beta_end", "beta_schedule", "prediction_type"),
     "flow": ("shift", "num_train_timesteps"),
 }
-T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
 def write_debug_files(folder: epath.Path, family: Family) -> tuple[epath.Path, epath.Path]:
@@ -89,61 +83,17 @@ def published(family: Family) -> Published:
 
 def write_tiny_pipeline(out: epath.Path, family: Family) -> None:
     """Writes a pipeline of the family's parts, with a few hundred thousand random parameters."""
-    out.mkdir(parents=True, exist_ok=True)
-    model, vae, scheduler = model_config(family), vae_config(family), scheduler_config(family)
-    index = {name: kind for name, kind in make_digits.INDEX.items() if kind == (None, None)}
-    index |= {
-        "scheduler": ("diffusers", scheduler["_class_name"]),
-        "vae": ("diffusers", family.vae.__name__),
-        family.component: ("diffusers", family.torch_class),
-    }
-    for i, part in enumerate(family.text):
-        kind, tokenizer = _write_text(out, part, family.tiny.text[part.name], i)
-        index |= {part.name: ("transformers", kind), part.tokenizer: ("transformers", tokenizer)}
-    diffusers_io.save_vae(parameters.initialise(family.vae, vae, 2), out / "vae")
-    made = parameters.initialise(family.model, model, 3)
-    diffusers_io.save_model(made, out / family.component)
-    (out / "scheduler").mkdir(exist_ok=True)
-    index = diffusers_io.make_index(family.pipeline, index)
-    if jax.process_index() == 0:
-        storage.write_json(out / "scheduler" / "scheduler_config.json", scheduler)
-        storage.write_json(out / "model_index.json", index)
-
-
-def _write_text(
-    out: epath.Path, part: TextPart, changes: Mapping[str, Any], seed: int
-) -> tuple[str, str]:
-    """Writes a tokenizer and its text encoder; returns the encoder's and the tokenizer's class."""
-    (kind,) = changes.get("architectures", make_digits.TEXT["architectures"])
-    if kind == "T5EncoderModel":
-        words = make_digits.write_t5_tokenizer(out / part.tokenizer)
-        encoder = parameters.initialise(
-            T5EncoderModel, {**T5, "vocab_size": words, **changes}, seed
-        )
-        diffusers_io.save_text_encoder(encoder, out / part.name)
-        return kind, "T5TokenizerFast"
-    if kind.startswith("Qwen3"):
-        words = make_digits.write_qwen2_tokenizer(out / part.tokenizer)
-        text = {"vocab_size": words, **changes}
-        diffusers_io.save_text_encoder(
-            parameters.initialise(Qwen3Model, text, seed), out / part.name
-        )
-        return kind, "Qwen2Tokenizer"
-    vocabulary = make_digits.write_tokenizer(out / part.tokenizer)
-    width = changes["hidden_size"]
-    text = {
-        **make_digits.TEXT,
-        "intermediate_size": 2 * width,
-        "projection_dim": width,
-        "max_position_embeddings": make_digits.TOKENS,
-        "vocab_size": len(vocabulary),
-        **{f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in make_digits.SPECIAL.items()},
-        **changes,
-    }
-    projects = kind == "CLIPTextModelWithProjection"
-    encoder = parameters.initialise(CLIPTextModel, text, seed, projection=projects)
-    diffusers_io.save_text_encoder(encoder, out / part.name)
-    return kind, "CLIPTokenizer"
+    model, vae = model_config(family), vae_config(family)
+    make_digits.write_pipeline(
+        out,
+        family,
+        make_digits.Configs(
+            model, family.tiny.text, vae, scheduler_config(family), make_digits.NO_CHECKER
+        ),
+        vae=parameters.initialise(family.vae, vae, 2),
+        model=parameters.initialise(family.model, model, 3),
+        seed=0,
+    )
 
 
 def synthetic_pairs(count: int, *, given: Sequence[str] = ()) -> list[dict]:

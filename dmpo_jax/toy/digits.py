@@ -15,8 +15,10 @@ from dmpo_jax.errors import UserError
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = tuple(f"a handwritten {word}" for word in WORDS)
-# A pipeline folder that generates the digits, shipped with the package.
+# Pipeline folders that generate the digits, shipped with the package.
 PIPELINE = epath.Path(__file__).parent / "pipeline"
+FLOW_PIPELINE = epath.Path(__file__).parent / "flow_pipeline"
+PIPELINES = {"sd": PIPELINE, "sd3": FLOW_PIPELINE}  # by the name of the family
 SIZE = 32  # pixels a side of the images that the VAE sees
 
 

@@ -1,11 +1,13 @@
-"""Makes the embedded digits pipeline: tokenizer, text encoder, VAE and an untrained UNet.
+"""Makes the embedded digits pipelines: tokenizers, text encoders, VAE and an untrained model.
 
 The output folder has the layout of PyTorch diffusers. It also holds `real_digits.parquet`, the
-real digits as preference pairs, on which `configs/digits_base.py` trains the UNet.
+real digits as preference pairs, on which `configs/digits_base.py` trains a UNet and
+`configs/digits_flow_base.py` a transformer.
 """
 
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,13 @@ from etils import epath
 
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.data import sources
+from dmpo_jax.families import Family, family_named
+from dmpo_jax.families.family import TextPart
 from dmpo_jax.models import parameters
 from dmpo_jax.models.clip import CLIPTextModel
-from dmpo_jax.models.unet import UNet2DConditionModel
+from dmpo_jax.models.qwen3 import Qwen3Model
+from dmpo_jax.models.sd3 import sincos_table
+from dmpo_jax.models.t5 import T5EncoderModel
 from dmpo_jax.models.vae import AutoencoderKL
 from dmpo_jax.progress import Progress
 from dmpo_jax.toy import digits
@@ -70,37 +76,156 @@ SCHEDULER = {
     "steps_offset": 1,
     "timestep_spacing": "leading",
 }
-INDEX = {
-    "scheduler": ("diffusers", "DDIMScheduler"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
-    # Optional parts of a StableDiffusionPipeline.
-    "safety_checker": (None, None),
-    "feature_extractor": (None, None),
-    "image_encoder": (None, None),
+T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+# 16 tokens of the image beside 8 of the text and 256 zeros for the absent T5: few heads and
+# blocks keep it quick.
+TRANSFORMER = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 48,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 96,
+    "caption_projection_dim": 96,
+    "pooled_projection_dim": 32 + 48,
+    "pos_embed_max_size": 4,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": [0],
+}
+FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+}
+PROJECTS = {"architectures": ["CLIPTextModelWithProjection"]}
+
+
+class Configs(NamedTuple):
+    """Configs of a pipeline's parts.
+
+    model, vae, scheduler: of these parts. text: part -> changes to TEXT, or all of an encoder
+    that is not CLIP's. index: entries of model_index.json for what the pipeline does without.
+    buffers: arrays of the model that are not trained, by dotted path, each from its config.
+    """
+
+    model: Mapping[str, Any]
+    text: Mapping[str, Mapping[str, Any]]
+    vae: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    index: Mapping[str, Any] = {}
+    buffers: Mapping[str, Callable[[Mapping[str, Any]], np.ndarray]] = {}
+
+
+NONE = (None, None)
+NO_CHECKER = {"safety_checker": NONE, "feature_extractor": NONE, "image_encoder": NONE}
+# By the name of the family.
+DIGITS = {
+    "sd": Configs(
+        UNET,
+        {"text_encoder": {}},
+        VAE,
+        SCHEDULER,
+        {**NO_CHECKER, "requires_safety_checker": False},
+    ),
+    "sd3": Configs(
+        TRANSFORMER,
+        {
+            "text_encoder": PROJECTS,
+            "text_encoder_2": {"hidden_size": 48, "hidden_act": "gelu", **PROJECTS},
+        },
+        {**VAE, "shift_factor": 0.0},
+        FLOW,
+        {"text_encoder_3": NONE, "tokenizer_3": NONE},
+        {"pos_embed.pos_embed": sincos_table},
+    ),
 }
 
 
-def write_digits(out: epath.PathLike, *, seed: int, vae_steps: int) -> None:
-    """Writes the pipeline folder and the real digits' pairs into `out`; takes minutes on a CPU."""
-    out = epath.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    vocabulary = write_tokenizer(out / "tokenizer")
-    ids = {f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in SPECIAL.items()}
-    config = {**TEXT, "vocab_size": len(vocabulary), **ids}
-    text = parameters.initialise(CLIPTextModel, config, seed)
-    diffusers_io.save_text_encoder(text, out / "text_encoder")
-    diffusers_io.save_vae(train_vae(seed=seed, steps=vae_steps), out / "vae")
-    unet = parameters.initialise(UNet2DConditionModel, UNET, seed)
-    diffusers_io.save_unet(unet, out / "unet")
-    (out / "scheduler").mkdir(exist_ok=True)
-    storage.write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+def write_digits(
+    out: epath.PathLike, *, family: str = "sd", vae: str = "", seed: int, vae_steps: int
+) -> None:
+    """Writes the pipeline folder and the real digits' pairs into `out`.
+
+    family: one of DIGITS. vae: folder of a VAE to take; "" trains one, minutes on a CPU.
+    """
+    out, configs = epath.Path(out), DIGITS[family]
+    found = diffusers_io.load_vae(vae) if vae else train_vae(seed=seed, steps=vae_steps)
+    made = with_factors(found, configs.vae)
+    kind = family_named(family)
+    structure, params = parameters.split(
+        parameters.initialise(kind.model, dict(configs.model), seed)
+    )
+    tables = {path: jnp.asarray(make(configs.model)) for path, make in configs.buffers.items()}
+    model = parameters.merge(structure, params | tables)
+    write_pipeline(out, kind, configs, vae=made, model=model, seed=seed)
     (out / "prompts.txt").write_text("\n".join(digits.CAPTIONS) + "\n")
     sources.write_pick_a_pic(out / "real_digits.parquet", real_pairs(seed))
-    index = diffusers_io.make_index("StableDiffusionPipeline", INDEX)
-    storage.write_json(out / "model_index.json", index | {"requires_safety_checker": False})
+
+
+def write_pipeline(
+    out: epath.Path, family: Family, configs: Configs, *, vae: Any, model: Any, seed: int
+) -> None:
+    """Writes a pipeline of this VAE and model, with random text encoders, into a folder.
+
+    Every process must call it: saving is collective.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    index = {
+        "scheduler": ("diffusers", configs.scheduler["_class_name"]),
+        "vae": ("diffusers", family.vae.__name__),
+        family.component: ("diffusers", family.torch_class),
+    }
+    for i, part in enumerate(family.text):
+        if part.name in configs.text:
+            kind, tokenizer = _write_text(out, part, configs.text[part.name], seed + i)
+            index[part.name] = ("transformers", kind)
+            index[part.tokenizer] = ("transformers", tokenizer)
+    diffusers_io.save_vae(vae, out / "vae")
+    diffusers_io.save_model(model, out / family.component)
+    index = diffusers_io.make_index(family.pipeline, index) | configs.index
+    if jax.process_index() == 0:
+        (out / "scheduler").mkdir(exist_ok=True)
+        storage.write_json(out / "scheduler" / "scheduler_config.json", configs.scheduler)
+        storage.write_json(out / "model_index.json", index)
+
+
+def _write_text(
+    out: epath.Path, part: TextPart, changes: Mapping[str, Any], seed: int
+) -> tuple[str, str]:
+    """Writes a tokenizer and its text encoder; returns the encoder's and the tokenizer's class."""
+    (kind,) = changes.get("architectures", TEXT["architectures"])
+    if kind == "T5EncoderModel":
+        words = write_t5_tokenizer(out / part.tokenizer)
+        encoder = parameters.initialise(
+            T5EncoderModel, {**T5, "vocab_size": words, **changes}, seed
+        )
+        diffusers_io.save_text_encoder(encoder, out / part.name)
+        return kind, "T5TokenizerFast"
+    if kind.startswith("Qwen3"):
+        words = write_qwen2_tokenizer(out / part.tokenizer)
+        text = {"vocab_size": words, **changes}
+        diffusers_io.save_text_encoder(
+            parameters.initialise(Qwen3Model, text, seed), out / part.name
+        )
+        return kind, "Qwen2Tokenizer"
+    vocabulary = write_tokenizer(out / part.tokenizer)
+    width = changes.get("hidden_size", TEXT["hidden_size"])
+    text = {
+        **TEXT,
+        "intermediate_size": 2 * width,
+        "projection_dim": width,
+        "max_position_embeddings": TOKENS,
+        "vocab_size": len(vocabulary),
+        **{f"{k}_token_id": vocabulary[f"<|{t}|>"] for k, t in SPECIAL.items()},
+        **changes,
+    }
+    projects = kind == "CLIPTextModelWithProjection"
+    encoder = parameters.initialise(CLIPTextModel, text, seed, projection=projects)
+    diffusers_io.save_text_encoder(encoder, out / part.name)
+    return kind, "CLIPTokenizer"
 
 
 SPECIAL = {"bos": "startoftext", "eos": "endoftext", "pad": "endoftext"}
@@ -200,11 +325,8 @@ def write_qwen2_tokenizer(folder: epath.Path) -> int:
 
 
 def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
-    """Trains the small VAE on all real digits: squared error plus a light KL to the unit normal.
-
-    Sets `scaling_factor` to the inverse standard deviation of the latents, as in Stable Diffusion.
-    """
-    images = digits.to_images(digits.load_digits()[0]).astype(np.float32) / 127.5 - 1
+    """Trains the small VAE on all real digits: squared error plus a light KL to the unit normal."""
+    images = _pixels()
     structure, params = parameters.split(parameters.initialise(AutoencoderKL, VAE, seed))
     tx = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
@@ -230,11 +352,26 @@ def train_vae(*, seed: int, steps: int, batch_size: int = 64) -> AutoencoderKL:
             batch = images[order.integers(0, len(images), batch_size)]
             params, opt_state, error = step(params, opt_state, batch, jax.random.fold_in(key, i))
             progress.advance(1, **({"loss": float(error)} if i % 50 == 0 else {}))
-    vae = parameters.merge(structure, params)
-    means = jax.jit(lambda x: vae.encode(x)[..., : VAE["latent_channels"]])(images[:512])
-    config: dict[str, Any] = {**VAE, "scaling_factor": float(1 / np.std(means))}
-    structure, _ = parameters.split(parameters.initialise(AutoencoderKL, config, seed))
     return parameters.merge(structure, params)
+
+
+def with_factors(vae: AutoencoderKL, config: Mapping[str, Any]) -> AutoencoderKL:
+    """Returns the VAE with the factors of its latents of real digits.
+
+    `scaling_factor` is their inverse standard deviation, as in Stable Diffusion; a `shift_factor`
+    that the config has is their mean, as in Stable Diffusion 3.
+    """
+    means = jax.jit(lambda x: vae.encode(x)[..., : VAE["latent_channels"]])(_pixels()[:512])
+    factors = {"scaling_factor": float(1 / np.std(means))}
+    if "shift_factor" in config:
+        factors["shift_factor"] = float(np.mean(means))
+    structure, _ = parameters.split(parameters.abstract(AutoencoderKL, {**config, **factors}))
+    return parameters.merge(structure, parameters.split(vae)[1])
+
+
+def _pixels() -> np.ndarray:
+    """Returns all real digits `[1797, 32, 32, 3]` in [-1, 1]."""
+    return digits.to_images(digits.load_digits()[0]).astype(np.float32) / 127.5 - 1
 
 
 def real_pairs(seed: int) -> list[dict[str, Any]]:

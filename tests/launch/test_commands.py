@@ -30,7 +30,7 @@ FLAGS = {
     "verify": "folder",
     "convert": "checkpoint single_file out step weights merge dtype shard_gb verify like",
     "plan": "topology model out cache",
-    "make_digits": "out seed vae_steps",
+    "make_digits": "out family vae seed vae_steps",
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ from dmpo_jax.families import PUBLISHED
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.layers import Conv, Linear
-from dmpo_jax.models.sd3 import EPSILON, SD3Transformer2DModel
+from dmpo_jax.models.sd3 import EPSILON, SD3Transformer2DModel, sincos_table
 from dmpo_jax.parallel import meshes, placement
 from tests.models.test_models import nhwc, relative_error
 from tests.support import torch_models
@@ -132,6 +133,24 @@ def test_rules_are_the_layers_own():
             assert meshes.split_of(f"{name}.kernel") == layer.split, name
             found.add(layer.split)
     assert found == {"columns", "rows", "whole"}
+
+
+@pytest.mark.parametrize("side", [4, 9])
+def test_the_table_of_a_new_model_is_pytorchs(side):
+    config = {
+        "sample_size": 8,
+        "num_layers": 1,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "caption_projection_dim": 24,
+        "joint_attention_dim": 8,
+        "pooled_projection_dim": 8,
+        "pos_embed_max_size": side,
+    }
+    theirs = diffusers.SD3Transformer2DModel(**config).pos_embed.pos_embed.numpy()
+    ours = sincos_table(config)
+    assert ours.shape == (1, side**2, 24)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_latents_larger_than_the_table_are_refused():
