@@ -4,8 +4,8 @@
     python launch/train.py --config=configs/digits_flow_base.py --workdir=runs/digits_flow_base
 
 The export of these two commands is `dmpo_jax/toy/flow_pipeline`. They took 12 minutes of CPU
-time, half an hour by the clock on 2 cores that other jobs kept busy. The digits are then mostly legible, and
-untidy; `configs/digits_flow_dmpo.py` aligns this base.
+time, half an hour by the clock on 2 cores that other jobs kept busy. The digits are then mostly
+legible, and untidy; `configs/digits_flow_dmpo.py` aligns this base.
 """
 
 from dmpo_jax import config as base
