@@ -5,6 +5,9 @@
 The same jobs as `configs/digits_dmpo.py`, on a small Stable Diffusion 3 instead of a UNet: pairs
 from the base, labels as noisy as people's, training, and a comparison on held-out seeds by the
 judge that labelled and by a second one. Takes minutes on two CPU cores.
+
+beta 300 and rate 1e-4 won more pairs of images of seed 1, by both judges, than beta 100 and rate
+3e-4, with which chosen_gain and rejected_gain ran away together. Nothing else was tried.
 """
 
 from dmpo_jax import config as base
