@@ -185,7 +185,7 @@ def write_pipeline(
             index[part.tokenizer] = ("transformers", tokenizer)
     diffusers_io.save_vae(vae, out / "vae")
     diffusers_io.save_model(model, out / family.component)
-    index = diffusers_io.make_index(family.pipeline, index) | configs.index
+    index = diffusers_io.make_index(family.pipeline, index) | dict(configs.index)
     if jax.process_index() == 0:
         (out / "scheduler").mkdir(exist_ok=True)
         storage.write_json(out / "scheduler" / "scheduler_config.json", configs.scheduler)
