@@ -25,10 +25,10 @@ class FactoredState(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    update: Array
-    first: Array
-    second: Array
-    whole: Array
+    update: Any
+    first: Any
+    second: Any
+    whole: Any
 
 
 def scale_by_factored_rms() -> optax.GradientTransformation:
@@ -48,7 +48,7 @@ def scale_by_factored_rms() -> optax.GradientTransformation:
         whole = jax.tree.map(lambda x: jnp.zeros(x.shape if x.ndim < 2 else (1,)), params)
         return FactoredState(jnp.zeros((), jnp.int32), means(0), means(1), whole)
 
-    def update(grads: Any, state: FactoredState, params: Any = None) -> tuple[Any, FactoredState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, FactoredState]:
         del params
         count = state.count + 1
         decay = 1 - count.astype(jnp.float32) ** DECAY
@@ -66,10 +66,9 @@ def scale_by_factored_rms() -> optax.GradientTransformation:
             scale = jnp.expand_dims(share, b) * jnp.expand_dims(jax.lax.rsqrt(second), a)
             return _Moments(grad * scale, first, second, whole)
 
-        found = jax.tree.map(one, grads, state.first, state.second, state.whole)
-        parts = jax.tree.transpose(
-            jax.tree.structure(grads), jax.tree.structure(_Moments(0, 0, 0, 0)), found
-        )
+        found = jax.tree.map(one, updates, state.first, state.second, state.whole)
+        inner = jax.tree.structure(_Moments(*"0123"))
+        parts = jax.tree.transpose(jax.tree.structure(updates), inner, found)
         return parts.update, FactoredState(count, parts.first, parts.second, parts.whole)
 
     return optax.GradientTransformation(init, update)
