@@ -101,8 +101,8 @@ class JointAttention(Attention):
 
     def joint(
         self, x: Tokens, words: Words, rotation: rope.Rotation | None = None, *, kernel: str
-    ) -> tuple[Tokens, Words | None]:
-        """Returns what the attention adds to the image and, but in the last block, to the text.
+    ) -> tuple[Tokens, Any]:
+        """Returns what the attention adds to the image, and to the text (None in the last block).
 
         Args:
             rotation: of both, in the sequence's order.
