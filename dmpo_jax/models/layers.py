@@ -48,7 +48,9 @@ def _adapted(module: Any, x: Array, y: Array) -> Array:
     """Adds the output of the module's low-rank adapter for `x` to `y`, if it has one."""
     if not hasattr(module, "lora_A"):
         return y
-    return y + module.lora_scale * module.lora_B(module.lora_A(x))
+    # The scale comes before B: a product beside the sum would be contracted into it, in one of the
+    # policy's and the reference's forwards and not in the other, and beta amplifies that.
+    return y + module.lora_B(module.lora_scale * module.lora_A(x))
 
 
 class Linear(nnx.Linear):
