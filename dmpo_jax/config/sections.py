@@ -286,6 +286,9 @@ class Train(Section):
     hang_limit: int = leaf(
         1800, "seconds an update may take (thrice where it compiles); 0 any", "[0, inf)"
     )
+    stop_on_alarm: bool = leaf(
+        False, "save and stop when the curves raise an alarm; the same command then goes on"
+    )
     ema_decay: float = leaf(
         0.0,
         "of a moving average of the weights, then exported; 0 keeps none",

@@ -72,6 +72,7 @@ def read_loop(config: Config) -> LoopSettings:
         every=config.log.every,
         skip_limit=config.train.skip_limit,
         hang_limit=config.train.hang_limit,
+        stop_on_alarm=config.train.stop_on_alarm,
         profile=checks.parse_profile(config.profile),
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,

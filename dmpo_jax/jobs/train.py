@@ -51,7 +51,7 @@ def train(
     Raises:
         ValueError: model, data, mesh or workdir do not fit; raised before compiling.
         telemetry.NonFiniteError: names the update; nothing of it was kept or saved.
-        SystemExit: stopped by SIGTERM or Ctrl-C, after saving.
+        SystemExit: stopped by SIGTERM, Ctrl-C or an alarm, after saving.
     """
     run, params = prepare(config, workdir)
     with checkpoint.Checkpoints(

@@ -5,7 +5,7 @@ Exit statuses, for the launcher to act on:
     0     the work is done
     1     an error, which another run would repeat
     75    RESTART: a process was lost or hangs, or the processes could not join
-    130   Ctrl-C in a run on one process: saved
+    130   Ctrl-C in a run on one process, or an alarm (train.stop_on_alarm): saved
     143   SIGTERM: saved (Ctrl-C in a run on many processes too)
     134, 137 and others above 128: ended by JAX after losing a process, or by the system
 

@@ -127,7 +127,10 @@ class Validate(Hook):
         return self.measure(trained(state), state.moving)
 
     def measure(self, params: Any, moving: Any = None) -> dict[str, float]:
-        """Returns the means over the split for these parameters, and this moving reference."""
+        """Returns the means over the split, and its number of pairs.
+
+        For these parameters, and this moving reference.
+        """
         reference = with_moving(self._built.reference, moving)
         totals: dict[str, float] = {}
         epoch = pipeline.make_epoch(
@@ -140,7 +143,8 @@ class Validate(Hook):
             for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
         weight = totals.pop("weight")
-        return {f"validation_{name}": value / weight for name, value in totals.items()}
+        means = {f"validation_{name}": value / weight for name, value in totals.items()}
+        return {**means, "validation_pairs": weight}
 
 
 class Draw(Hook):

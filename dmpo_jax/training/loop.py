@@ -13,7 +13,8 @@ from jaxtyping import Array, Key
 
 from dmpo_jax.parallel import meshes
 from dmpo_jax.progress import Progress
-from dmpo_jax.training.build import TrainingStep, make_curves
+from dmpo_jax.training.alarms import Alarms, Run
+from dmpo_jax.training.build import StepSettings, TrainingStep, make_curves
 from dmpo_jax.training.hooks import Hook, Profile, as_hook
 from dmpo_jax.training.metrics import MetricsWriter
 from dmpo_jax.training.step import TrainState
@@ -31,6 +32,7 @@ class LoopSettings:
     steps: total number of updates. every: updates between two lines of metrics.
     skip_limit: updates that may have a non-finite loss or gradient.
     hang_limit: seconds an update may take; 0 is no limit. profile: (first, last) update to trace.
+    stop_on_alarm: ends the run, once it has saved, after an alarm.
     wandb: a project; "" is none. title: of the progress bar.
     """
 
@@ -38,6 +40,7 @@ class LoopSettings:
     every: int = 10
     skip_limit: int = 0
     hang_limit: float | int = 0
+    stop_on_alarm: bool = False
     profile: tuple[int, int] | None = None
     tensorboard: bool = True
     wandb: str = ""
@@ -64,7 +67,7 @@ def run_loop(
 
     Raises:
         NonFiniteError: more updates than `skip_limit` were not finite; names the last.
-        SystemExit: stopped by a signal, after the hooks' background work has ended.
+        SystemExit: stopped by a signal or an alarm, after the hooks' background work has ended.
     """
     start, total = int(state.step), settings.steps
     profile, sharding = Profile(settings.profile, workdir / "profile"), built.batch_sharding()
@@ -84,8 +87,10 @@ def run_loop(
         Stopping() as stop,
         Watchdog(settings.hang_limit) as watchdog,
     ):
+        closing.callback(watch.alarms.close)
         for hook in known:
             closing.callback(hook.close)
+        watch.alarms.replay(workdir, start)  # the writer has dropped later rows
         if start == 0:
             call([hook for hook in known if hook.at_start], state, 0, watch, writer, progress)
         update, unread = built.make_update(state), None  # the last update's number and metrics
@@ -101,7 +106,8 @@ def run_loop(
             if unread is not None:
                 watch.report(*unread, writer, progress)
             unread = (number, measured)
-            stopping = stop.asked(number)
+            alarmed = settings.stop_on_alarm and watch.alarms.asked()
+            stopping = stop.asked(number) or alarmed
             for hook in known:
                 hook.poll()
             due = [hook for hook in known if hook.due(number, total=total, stopping=stopping)]
@@ -113,7 +119,7 @@ def run_loop(
             if stopping and number < total:
                 for hook in known:
                     hook.wait()
-                stop.leave(number)
+                stop.leave(number, alarm=alarmed)
     if (close := getattr(batches, "close", None)) is not None:
         close()
     return state
@@ -144,6 +150,20 @@ def make_watch(built: TrainingStep, settings: LoopSettings, start: int, cost: Co
         learning_rate=built.learning_rate,
         cost=cost,
         curves=make_curves(built.settings, built.setup),
+        alarms=Alarms(make_alarm_run(built.settings, settings.steps)),
+    )
+
+
+def make_alarm_run(settings: StepSettings, total: int) -> Run:
+    """Returns what alarms know of a run of `total` updates beside its curves."""
+    given, moving = settings.hyperparameters, settings.moving
+    return Run(
+        total=total,
+        batch_size=settings.batch_size,
+        warmup=settings.rate.warmup_steps,
+        beta=f"objectives.{settings.objective.name}.beta" if "beta" in given else "",
+        moving=None if moving is None else (moving.decay, moving.every),
+        clip_norm=settings.optimizer.get("clip_norm", 0.0),
     )
 
 
@@ -159,6 +179,6 @@ def call(
     for hook in hooks:
         with progress.doing(hook.name), watch.timed(hook.name):
             if scalars := hook(state, update):
-                writer.write(update, scalars)
+                writer.write(update, {**scalars, **watch.alarms.add(update, scalars)})
                 words = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in scalars.items())
                 LOG.info("step %d: %s", update, words)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import jax
 from jax.experimental import multihost_utils
 
+from dmpo_jax.errors import INTERRUPTED
 from dmpo_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
@@ -48,11 +49,18 @@ class Stopping:
             return multihost_utils.reached_preemption_sync_point(number)
         return self._signal is not None
 
-    def leave(self, number: int) -> NoReturn:
-        """Ends the process with the exit status of shells for a signal."""
+    def leave(self, number: int, *, alarm: bool = False) -> NoReturn:
+        """Ends the process with the exit status of shells for a signal.
+
+        alarm: an alarm ends it, unless a signal has. The status is then Ctrl-C's, as the decision
+            is a person's: launchers run the same command again after SIGTERM's.
+        """
         if jax.process_index() == 0:
-            words = f"stopped at step {number}, saved; the same command resumes"
+            why = " by an alarm (train.stop_on_alarm)" if alarm else ""
+            words = f"stopped{why} at step {number}, saved; the same command resumes"
             print(words, flush=True)
+        if alarm and self._signal is None:
+            raise SystemExit(INTERRUPTED)
         raise SystemExit(128 + int(self._signal or signal.SIGTERM))
 
     def _on_signal(self, number: int, frame: Any) -> None:

@@ -15,6 +15,7 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.parallel.compilation import describe_cache
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
+from dmpo_jax.training.alarms import Alarms
 from dmpo_jax.training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Watch:
         batch_size: pairs per update. every: updates between two lines of metrics.
         skip_limit: updates that may have a non-finite loss or gradient.
         learning_rate: by step. cost: of a pair. curves: of the run's objective.
+        alarms: judge every line.
         clock: seconds, for tests.
     """
 
@@ -71,11 +73,13 @@ class Watch:
         learning_rate: Callable[[Any], jax.Array],
         cost: Cost,
         curves: health.Curves,
+        alarms: Alarms,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._total, self._batch_size, self._every = total, batch_size, every
         self._skip_limit, self._learning_rate, self._cost = skip_limit, learning_rate, cost
         self._curves = curves
+        self.alarms = alarms
         self._clock = clock
         self._last: int | None = start
         self._since = clock()
@@ -145,6 +149,7 @@ class Watch:
         if number % self._every == 0 or number in (1, self._total):
             values["learning_rate"] = float(self._learning_rate(number - 1))
             line = {**values, **pace, **memory(), **self._once}
+            line |= self.alarms.add(number, line)
             writer.write(number, line, detail=self._curves.take())
             self._last, self._since, self._input = number, now, (0, 0.0)
             self._once.clear()

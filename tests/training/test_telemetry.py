@@ -17,6 +17,7 @@ from dmpo_jax.parallel import compilation
 from dmpo_jax.progress import Progress
 from dmpo_jax.training import health
 from dmpo_jax.training import telemetry as watch
+from dmpo_jax.training.alarms import Alarms, Run
 from dmpo_jax.training.hooks import Hook
 from dmpo_jax.training.loop import call
 from dmpo_jax.training.metrics import MetricsWriter
@@ -48,6 +49,7 @@ class Rig:
             learning_rate=lambda step: jax.numpy.float32(step),
             cost=watch.Cost(FLOPS, CHIPS, peak),
             curves=health.Curves(beta=2.0, alpha=0.1, timesteps=10),
+            alarms=Alarms(Run(total=1000, batch_size=BATCH)),
             clock=lambda: self.now,
         )
 
