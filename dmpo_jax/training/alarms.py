@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 LOG = logging.getLogger(__name__)
 
-Row = Mapping[str, float | None]
+Row = Mapping[str, float | int | None]  # of metrics.jsonl, where null is not finite
 
 SPAN = 50  # updates in a window; more if that is fewer than ROWS rows
 ROWS = 5
@@ -77,11 +77,11 @@ class Window(NamedTuple):
 
     @property
     def first(self) -> int:
-        return int(self.rows[0]["step"] or 0)
+        return _step(self.rows[0])
 
     @property
     def last(self) -> int:
-        return int(self.rows[-1]["step"] or 0)
+        return _step(self.rows[-1])
 
 
 class Finding(NamedTuple):
@@ -252,7 +252,7 @@ class Alarms:
     def raised(self) -> tuple[Alarm, ...]:
         return tuple(self._raised.values())
 
-    def add(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    def add(self, step: int, values: Row) -> dict[str, float]:
         """Judges a row; returns the fields that name its new alarms, {"alarm_NAME": 1.0}."""
         self._unasked = True
         if not self._active:
@@ -308,7 +308,7 @@ class Alarms:
         finding = ALARMS[name](window, self._run)
         if finding is None:
             return None
-        step = max(int(row["step"] or 0) for row in (*self._rows, *self._validations))
+        step = max(_step(row) for row in (*self._rows, *self._validations))
         self._raised[name] = Alarm(name, step, finding)
         return self._raised[name]
 
@@ -317,12 +317,12 @@ class Alarms:
         if "validation_implicit_accuracy" in row:
             self._validations = [*self._validations, row][-VALIDATIONS:]
         elif "learning_rate" in row:
-            rows, step = [*self._rows, row], int(row["step"] or 0)
-            recent = sum(int(x["step"] or 0) > step - SPAN for x in rows)
+            rows, step = [*self._rows, row], _step(row)
+            recent = sum(_step(x) > step - SPAN for x in rows)
             self._rows = rows[-max(recent, ROWS) :]
         else:
             return False
-        return len(self._rows) >= ROWS and int(self._rows[-1]["step"] or 0) >= SPAN
+        return len(self._rows) >= ROWS and _step(self._rows[-1]) >= SPAN
 
     def _take_up(self, line: str, last_step: int) -> None:
         try:
@@ -348,6 +348,10 @@ def _margins_are_zero(window: Window, run: Run) -> bool:
 def _few(window: Window, run: Run) -> bool:
     """True if the window has too few pairs for a share of them."""
     return len(window.rows) * run.batch_size < PAIRS
+
+
+def _step(row: Row) -> int:
+    return int(row["step"] or 0)
 
 
 def _finite(rows: Sequence[Row], name: str) -> np.ndarray:

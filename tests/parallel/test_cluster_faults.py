@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.errors import INTERRUPTED
 from dmpo_jax.parallel import processes
 from tests.support import tiny
 from tests.support.launched import Job, run_script
@@ -270,3 +271,22 @@ def test_gradients_are_the_same_on_one_device_and_on_two_processes_of_four(made,
             print(f"2 processes x 4 devices, fsdp {fsdp}, {place}: {apart / scale:.1e}")
             assert scale > 0
             assert apart < bound * scale
+
+
+@pytest.mark.slow
+def test_an_alarm_stops_both_processes_at_one_update(made, base):
+    leaves = {
+        **LONG,
+        "train__steps": 60,
+        "reference__decay": 1.0,  # the reference never moves: an alarm at update 50
+        "optimizer__learning_rate": 1e-5,
+        "train__stop_on_alarm": True,
+    }
+    workdir = base / "alarm"
+    with Job(made, workdir, count=2, devices=2, **leaves) as job:
+        ended = job.end()
+    assert [status for status, _ in ended] == [INTERRUPTED] * 2, ended
+    assert "alarm reference at update 50" in ended[0][1]
+    assert checkpoints(workdir)[-1] == 51
+    run(made, workdir, 2, **leaves)
+    assert sorted(losses(workdir)) == list(range(1, 61))
