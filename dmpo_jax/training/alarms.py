@@ -23,15 +23,16 @@ Row = Mapping[str, float | int | None]  # of metrics.jsonl, where null is not fi
 SPAN = 50  # updates in a window; more if that is fewer than ROWS rows
 ROWS = 5
 PAIRS = 100  # in a window, at least, to judge shares of pairs
-# Errors that have doubled. Healthy digits runs reach 1.2, one with beta 30 times too high 1.7.
+# Of error to the reference's. Healthy digits runs reach 1.2, with beta 30 times too high 1.5; with
+# a rate 10 times too high 9, with beta 100 times too low 5.5.
 RUNAWAY = 2.0
-# The digits: at most 0.2 in healthy runs, 0.5 with a rate 10 times too high, 0.9 with beta 30
-# times too high.
+# Healthy digits runs reach 0.2, with a rate 10 times too high 0.45, with beta 30 times too high
+# 0.93.
 SATURATED = 0.75
 UNSATURATED = 0.05  # below it, pairs would still be pulled back by a higher beta
 # Of the reference's error. Rounding alone gives 1e-7 in float32; the digits have 0.2.
 STUCK = 1e-6
-# At the optimum, noise puts about half of the pairs past it.
+# At the optimum, noise puts about half of the pairs past it: 0.54 with beta 30 times too high.
 PAST = 0.65
 # Clipping by a constant factor is nothing to AdamW: healthy digits runs are clipped all the time,
 # by 10 to 80 times.

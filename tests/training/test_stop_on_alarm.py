@@ -54,7 +54,7 @@ def test_a_run_warns_and_one_that_is_to_stop_stops_once(tmp_path, caplog, capsys
     whole = lines(tmp_path / "whole")
     named = [(x["step"], x["alarm_reference"]) for x in whole if "alarm_reference" in x]
     assert named == [(50, 1.0)]
-    assert {x["validation_pairs"] for x in whole if "validation_loss" in x} == {16.0}
+    assert {x["validation_pairs"] for x in whole if "validation_loss" in x} == {24.0}
 
     stopping = tiny.make_config(*made, **LEAVES, train__stop_on_alarm=True)
     capsys.readouterr()
