@@ -26,9 +26,9 @@ PAIRS = 100  # in a window, at least, to judge shares of pairs
 # Of error to the reference's. Healthy digits runs reach 1.2, with beta 30 times too high 1.5; with
 # a rate 10 times too high 9, with beta 100 times too low 5.5.
 RUNAWAY = 2.0
-# Healthy digits runs reach 0.2, with a rate 10 times too high 0.45, with beta 30 times too high
+# Healthy digits runs reach 0.2, with a rate 10 times too high 0.61, with beta 30 times too high
 # 0.93.
-SATURATED = 0.75
+SATURATED = 0.8
 UNSATURATED = 0.05  # below it, pairs would still be pulled back by a higher beta
 # Of the reference's error. Rounding alone gives 1e-7 in float32; the digits have 0.2.
 STUCK = 1e-6

@@ -119,7 +119,7 @@ def rows(count=5, **values):
     return [{"step": 100 + 10 * i, **healthy, **values} for i in range(count)]
 
 
-def raised(run=RUN, validations=(), **values):
+def raised(run: Run = RUN, validations=(), **values):
     window = Window(rows(**values), validations)
     return [name for name, judged in alarms.ALARMS.items() if judged(window, run) is not None]
 
@@ -153,8 +153,8 @@ def test_a_runaway_is_of_the_rate_or_of_beta():
     ("u", "wanted"),
     [
         ([6.0, -6.0, 7.0, -7.0], ["saturation"]),
-        ([6.0, 1.0, 7.0, -7.0], ["saturation"]),
-        ([6.0, 1.0, 1.0, -7.0], []),
+        ([6.0, 1.0, 7.0, -7.0, -8.0], ["saturation"]),
+        ([6.0, 1.0, 7.0, -7.0], []),
         ([4.0, 4.0, 4.0, -1.0], ["past_optimum"]),  # logit(0.95) is 2.9
         ([4.0, 4.0, 2.0, -1.0], []),
     ],
@@ -245,7 +245,7 @@ def test_what_is_not_logged_is_not_judged(name):
 @pytest.mark.parametrize("every", [1, 10, 20])
 def test_a_window_is_fifty_updates_and_five_rows(every):
     """An alarm waits for it, and forgets what is older."""
-    bad = {"saturation": 0.8}
+    bad = {"saturation": 0.9}
 
     def at(first_bad):
         found = Alarms(RUN)
@@ -256,9 +256,9 @@ def test_a_window_is_fifty_updates_and_five_rows(every):
         return None
 
     assert at(0) == max(50, 5 * every)
-    # Of the window 0.75 / 0.8 must be bad.
+    # Of the window 0.8 / 0.9 must be bad.
     length = max(50 // every, 5)
-    assert at(1 + 20 * every) == 20 * every + math.ceil(length * 0.75 / 0.8) * every
+    assert at(1 + 20 * every) == 20 * every + math.ceil(length * 0.8 / 0.9) * every
 
 
 def test_each_is_said_once_and_again_at_the_end(caplog):
