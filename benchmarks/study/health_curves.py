@@ -44,6 +44,8 @@ PANELS = {
     "error against the reference's": ("chosen_gain", "rejected_gain"),
     "shares": ("past_optimum", "saturation"),
 }
+# Not plotted: what alarms judge beside (tests/training/test_alarms.py).
+JUDGED = ("chosen_error", "rejected_error", "grad_norm", "margin_abs_max", "learning_rate", "ties")
 SMOOTHED = 15  # updates per mean in the plots
 COLOURS = ("#0072B2", "#D55E00", "#888888")
 
@@ -92,7 +94,7 @@ def run(name: str, work: pathlib.Path, steps: int) -> dict[str, Any]:
         command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in leaves.items())]
         subprocess.run(command, cwd=ROOT, check=True)
     curves: dict[str, list[tuple[int, float]]] = {}
-    wanted = {curve for panel in PANELS.values() for curve in panel}
+    wanted = {curve for panel in PANELS.values() for curve in panel} | set(JUDGED)
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         for key in wanted & set(row):

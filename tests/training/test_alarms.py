@@ -31,7 +31,7 @@ def study_rows(curves):
         if validation:
             row["validation_pairs"] = 100
         else:
-            row["learning_rate"] = 1e-4
+            row.setdefault("learning_rate", 1e-4)
             for image in ("chosen", "rejected"):
                 row.setdefault(f"{image}_error", REFERENCE_ERROR + row[f"{image}_gain"])
         yield row
@@ -86,6 +86,8 @@ WANTED = {
     "study: labels drawn by lot": {},  # cannot be told on 100 validation pairs: docs/curves.md
     "rate 10 times too high": RATE,
     "beta 30 times too high": HIGH,
+    "beta 100 times too low": LOW,
+    "healthy": {},
     "digits, seed 2": {},
     "digits flow": {},
     "digits flow, rate 3 times as high": {},
@@ -225,8 +227,8 @@ def test_accuracy_at_chance(accuracy, pairs, last, wanted):
 
 
 def test_ties_are_no_right_answers():
-    """Half of the pairs are ties: 0.52 of all is 0.54 of those decided."""
-    values = {"validation_implicit_accuracy": 0.52, "validation_pairs": 40000}
+    """Half of the pairs are ties: 0.51 of all is 0.52 of those decided."""
+    values = {"validation_implicit_accuracy": 0.51, "validation_pairs": 40000}
     validations = [{"step": 600 + i, **values} for i in range(3)]
     assert raised(validations=validations, ties=0.5) == []
     # 0.505 is 0.51 of those decided, two standard errors of 20,000 are 0.007.
@@ -240,6 +242,12 @@ def test_what_is_not_logged_is_not_judged(name):
     assert alarms.ALARMS[name](Window(bare), RUN) is None
     broken = [dict.fromkeys(row, math.nan) | {"step": row["step"]} for row in rows()]
     assert alarms.ALARMS[name](Window(broken), RUN) is None
+
+
+def test_a_skipped_update_hides_nothing():
+    skipped = {**rows(1)[0], "saturation": math.nan}
+    assert alarms.saturation(Window([*rows(5, saturation=0.9), skipped]), RUN) is not None
+    assert alarms.saturation(Window([*rows(4, saturation=0.9), skipped]), RUN) is None
 
 
 @pytest.mark.parametrize("every", [1, 10, 20])
