@@ -5,8 +5,8 @@
 #     launch/again.sh --asks STATUS        # 0 if that status asks for another run, else 1
 #
 # 75 asks for a rerun (a process was lost or hangs), and so does every status above 128 (ended by
-# a signal, or saved after one) but 130, Ctrl-C or an alarm. 0 is done; 1 is an error that a rerun would
-# repeat. dmpo_jax/parallel/processes.py has the complete list. On many workers start this on
+# a signal, or saved after one) but 130, Ctrl-C or an alarm. 0 is done; 1 is an error that a rerun
+# would repeat. dmpo_jax/parallel/processes.py has the complete list. On many workers start this on
 # each: all processes of a job end together, and join one another again.
 #
 # AGAIN_MOST (20) is the limit of runs, AGAIN_PAUSE (10) the seconds between two. A SIGTERM to

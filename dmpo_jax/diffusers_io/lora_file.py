@@ -19,6 +19,14 @@ from dmpo_jax.parallel import processes
 
 FILE = "pytorch_lora_weights.safetensors"
 
+SUFFIX = ".safetensors"
+METADATA = "lora_adapter_metadata"  # key of the file's metadata: peft's config, as JSON
+_SIDES = {"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"}
+_NAME = re.compile(
+    r"(?P<component>[^.]+)\.(?P<layer>.+)\."
+    r"((?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
+)
+
 
 def save_lora(
     adapters: dict[str, Any],
@@ -91,22 +99,13 @@ def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, n
             path = f"{found['layer']}.lora_{side}.kernel"
             adapters[path] = np.asarray(to_jax(path, array), np.float32)
     _check_pairs(file, adapters, alphas)
+    about = _peft_config(file, metadata)
     for path, array in adapters.items():
         if ".lora_B." in path:
-            scale = _scale(
-                path.partition(".lora_")[0], array.shape[-2], alphas, metadata, component
-            )
+            layer, rank = path.partition(".lora_")[0], array.shape[-2]
+            scale = _scale(layer, rank, alphas, about, component)
             adapters[path] = array if scale == 1 else np.float32(scale) * array
     return adapters
-
-
-SUFFIX = ".safetensors"
-METADATA = "lora_adapter_metadata"  # key of the file's metadata: peft's config, as JSON
-_SIDES = {"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"}
-_NAME = re.compile(
-    r"(?P<component>[^.]+)\.(?P<layer>.+)\."
-    r"((?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
-)
 
 
 def _check_pairs(file: epath.Path, adapters: Any, alphas: Any) -> None:
@@ -125,14 +124,28 @@ def _check_pairs(file: epath.Path, adapters: Any, alphas: Any) -> None:
             )
 
 
+def _peft_config(file: epath.Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns peft's config that a file's metadata holds; {} if there is none."""
+    try:
+        found = json.loads(metadata.get(METADATA) or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{file}: its metadata ({METADATA}) is not a JSON object: copy it anew"
+        )
+    return found
+
+
 def _scale(
-    layer: str, rank: int, alphas: Mapping[str, float], metadata: Mapping[str, str], component: str
+    layer: str, rank: int, alphas: Mapping[str, float], about: Mapping[str, Any], component: str
 ) -> float:
     """Returns alpha / rank of a layer's adapter; 1 where the file states no alpha.
 
+    about: `_peft_config`.
+
     Source: huggingface/diffusers, loaders/lora_base.py; huggingface/peft, tuners/lora/layer.py.
     """
-    about = json.loads(metadata.get(METADATA) or "{}")
     pattern = about.get(f"{component}.alpha_pattern") or {}
     patterned = [alpha for end, alpha in pattern.items() if f".{layer}".endswith(f".{end}")]
     alpha = alphas.get(layer, (patterned or [about.get(f"{component}.lora_alpha", rank)])[0])

@@ -21,9 +21,8 @@ LOG = logging.getLogger(__name__)
 USE = """```python
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained({load})
+pipeline = diffusers.DiffusionPipeline.from_pretrained({load})
 {lora}```"""
 
 

@@ -23,10 +23,10 @@ from dmpo_jax.models.joint import (
     Modulation,
     Row,
     Tokens,
+    from_heads,
     gated,
-    joined,
     prepared,
-    split,
+    to_heads,
 )
 from dmpo_jax.models.layers import (
     Linear,
@@ -118,9 +118,9 @@ class ParallelAttention(nnx.Module):
     def __call__(self, x: Tokens, rotation: rope.Rotation, *, kernel: str) -> Tokens:
         width = x.shape[-1]
         q, k, v, inner = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], -1)
-        q, k, v = (split(y, self.heads) for y in (q, k, v))
+        q, k, v = (to_heads(y, self.heads) for y in (q, k, v))
         q, k = prepared(q, self.norm_q, rotation), prepared(k, self.norm_k, rotation)
-        out = joined(attention(q, k, v, kernel=kernel))
+        out = from_heads(attention(q, k, v, kernel=kernel))
         return self.to_out(jnp.concatenate([out, _swiglu(inner)], -1))
 
 

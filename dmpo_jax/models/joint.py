@@ -58,11 +58,11 @@ class Attention(nnx.Module):
     ) -> Tokens:
         """Attends to the first `lengths` tokens, or to all."""
         q, k, v = self.project(x, rotation)
-        return self.to_out[0](joined(attention(q, k, v, lengths=lengths, kernel=kernel)))
+        return self.to_out[0](from_heads(attention(q, k, v, lengths=lengths, kernel=kernel)))
 
     def project(self, x: Tokens, rotation: rope.Rotation | None) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values [N, T, heads, width of a head]."""
-        q, k, v = (split(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
+        q, k, v = (to_heads(f(x), self.heads) for f in (self.to_q, self.to_k, self.to_v))
         norms = (self.norm_q, self.norm_k) if self.norms else (None, None)
         return prepared(q, norms[0], rotation), prepared(k, norms[1], rotation), v
 
@@ -114,7 +114,7 @@ class JointAttention(Attention):
         if self.text_first:
             parts.reverse()
         q, k, v = (jnp.concatenate(both, 1) for both in zip(*parts, strict=True))
-        out = joined(attention(q, k, v, kernel=kernel))
+        out = from_heads(attention(q, k, v, kernel=kernel))
         image, text = jnp.split(out, [first], axis=1)
         if self.text_first:
             image, text = text, image
@@ -124,7 +124,7 @@ class JointAttention(Attention):
         self, words: Words, rotation: rope.Rotation | None
     ) -> tuple[Array, Array, Array]:
         added = self.add_q_proj, self.add_k_proj, self.add_v_proj
-        q, k, v = (split(f(words), self.heads) for f in added)
+        q, k, v = (to_heads(f(words), self.heads) for f in added)
         norms = (self.norm_added_q, self.norm_added_k) if self.norms else (None, None)
         return prepared(q, norms[0], rotation), prepared(k, norms[1], rotation), v
 
@@ -140,12 +140,12 @@ class Modulation(nnx.Module):
         return jnp.split(self.linear(activation("silu")(embedded)), self.count, axis=-1)
 
 
-def split(x: Tokens, heads: int) -> Float[Array, "N T heads width"]:
+def to_heads(x: Tokens, heads: int) -> Float[Array, "N T heads width"]:
     """Splits features into heads."""
     return x.reshape(*x.shape[:2], heads, -1)
 
 
-def joined(x: Float[Array, "N T heads width"]) -> Tokens:
+def from_heads(x: Float[Array, "N T heads width"]) -> Tokens:
     """Joins the heads' features."""
     return x.reshape(*x.shape[:2], -1)
 

@@ -13,7 +13,7 @@ ANCHORS = (SFT, HINGE)
 
 
 class Anchor(NamedTuple):
-    """What is added to every pair's loss.
+    """A term that is added to every pair's loss.
 
     kind: one of ANCHORS. weight: above 0.
     """

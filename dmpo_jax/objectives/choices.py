@@ -99,6 +99,7 @@ def dspo(
     needs_reference=True,
     needs_rejected=True,
     couples_pairs=True,
+    implied_logit=True,
     beta=Hyperparameter(5000.0, "of the implied logit, as published for SDXL", "(0, inf)"),
 )
 def dspo_sdxl(

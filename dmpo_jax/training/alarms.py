@@ -46,7 +46,7 @@ _FIELD = "alarm_"  # of a row: alarm_NAME is 1 in the row at which NAME was rais
 
 
 class Run(NamedTuple):
-    """What an alarm knows of a run beside its rows.
+    """Facts of a run that its rows do not have.
 
     beta: path of the leaf, or "" if the objective has none. moving: (decay, every) of the
     reference, or None if it is fixed. clip_norm: 0 does not clip.
@@ -86,7 +86,7 @@ class Window(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What an alarm saw, and what to change; both are parts of a sentence."""
+    """An observation and its remedy, in words; both are parts of a sentence."""
 
     seen: str
     change: str

@@ -97,7 +97,7 @@ class StepSettings:
 
 
 class Beginning(NamedTuple):
-    """What a run begins with, where it is not the model itself.
+    """The start of a run and its reference, where these are not the model itself.
 
     adapters: first values of LoRA adapters; None: they begin as nothing.
     reference: frozen parameters that margins are measured against: all that are trained, or with
@@ -251,7 +251,7 @@ def make_reference(
         base, params = lora.partition(params)
         frozen |= {path: _cast(x, settings.frozen_dtype(path)) for path, x in base.items()}
         own = beginning.adapters if beginning.reference is None else beginning.reference
-        if own and settings.needs_reference:
+        if own and settings.needs_reference and settings.moving is None:
             frozen |= jax.device_put(dict(own), meshes.parameter_sharding(mesh, dict(own)))
         first = {path: jnp.asarray(x) for path, x in (beginning.adapters or {}).items()}
         return frozen, {**params, **first}

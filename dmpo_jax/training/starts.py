@@ -1,5 +1,4 @@
-"""What a run begins with, and what its margins are measured against, where neither is the
-pipeline's own model."""
+"""Reads the start of a run and its reference, where these are not the pipeline's own model."""
 
 from collections.abc import Callable
 from typing import Any

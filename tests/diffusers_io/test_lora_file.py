@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.diffusers_io import to_torch
+from dmpo_jax.errors import UserError
 from tests.support import torch_models
 
 RANK, ALPHA = 2, 6
@@ -108,3 +109,14 @@ def test_what_is_no_set_of_adapters_is_refused(make, tmp_path):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=words):
             diffusers_io.load_lora(file)
+
+
+@pytest.mark.parametrize("said", ["{half", "[1]"])
+def test_damaged_metadata_is_refused(said, tmp_path):
+    file = tmp_path / "x.safetensors"
+    pair = {"unet.a.lora_A.weight": torch.zeros(2, 8), "unet.a.lora_B.weight": torch.zeros(3, 2)}
+    save_file(pair, file, metadata={"lora_adapter_metadata": said})
+    with pytest.raises(
+        UserError, match="is not a JSON object: copy it anew"
+    ):
+        diffusers_io.load_lora(file)

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax.diffusion.noise import make_ddpm_table
+from dmpo_jax.diffusion.noise import (
+    add_noise,
+    make_ddpm_table,
+    make_flow_table,
+    prediction_target,
+    to_sample_and_epsilon,
+)
 from dmpo_jax.diffusion.timesteps import make_timesteps, noise_pair
 
 TYPES = ["epsilon", "v_prediction", "sample"]
@@ -38,6 +44,30 @@ def test_min_snr_weights(prediction_type, zero_snr):
     np.testing.assert_allclose(weights[:-1], np.minimum(snr, 5.0) / over, rtol=1e-5)
     if zero_snr:  # the limit: no division by 0
         assert weights[-1] == (1 if prediction_type == "epsilon" else 0)
+
+
+@pytest.mark.parametrize("prediction_type", TYPES)
+def test_x0_weights_turn_errors_of_the_prediction_into_errors_of_x0(prediction_type):
+    """The same latents, and predictions that are off by one: how far the x0 that they mean is."""
+    schedule = make_ddpm_table(prediction_type=prediction_type)
+    timesteps = jnp.asarray([3, 400, 998])
+    latents = jnp.ones((3, 2, 2, 1))
+    noise = 2 * latents
+    noised = add_noise(latents, noise, timesteps, schedule)
+    target = prediction_target(latents, noise, timesteps, schedule)
+    off, _ = to_sample_and_epsilon(target + 1, noised, timesteps, schedule)
+    weights = make_timesteps(schedule, weighting="x0").weights
+    assert weights is not None
+    apart = np.abs(np.asarray(off - latents)).mean((1, 2, 3))
+    np.testing.assert_allclose(weights[np.asarray(timesteps)], apart, rtol=1e-3)
+
+
+def test_x0_weights_of_flow_are_the_noise_and_without_signal_there_are_none():
+    table = make_flow_table(3.0)
+    np.testing.assert_array_equal(make_timesteps(table, weighting="x0").weights, table.noise)
+    zero = make_ddpm_table(prediction_type="epsilon", rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match=r"'x0' has no value where .* no signal left"):
+        make_timesteps(zero, weighting="x0")
 
 
 def test_weights_are_those_of_the_timesteps_drawn():

@@ -47,7 +47,7 @@ def configure(folder, model="bare", **leaves):
 
 
 def embed(made, out, texts=None, lines=False):
-    """What a script elsewhere writes: two files of tensors in float32, prompts in any order."""
+    """Writes as a script elsewhere would: two files of tensors in float32, prompts in any order."""
     pairs = records.open_pairs(made / "whole")
     texts = [p.text for p in reversed(list(pairs.prompts))] if texts is None else texts
     pipeline = diffusers_io.load_pipeline(made / "model")
