@@ -131,9 +131,7 @@ def _peft_config(file: epath.Path, metadata: Mapping[str, str]) -> dict[str, Any
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise UserError(
-            f"{file}: its metadata ({METADATA}) is not a JSON object: copy it anew"
-        )
+        raise UserError(f"{file}: its metadata ({METADATA}) is not a JSON object: copy it anew")
     return found
 
 

@@ -116,7 +116,5 @@ def test_damaged_metadata_is_refused(said, tmp_path):
     file = tmp_path / "x.safetensors"
     pair = {"unet.a.lora_A.weight": torch.zeros(2, 8), "unet.a.lora_B.weight": torch.zeros(3, 2)}
     save_file(pair, file, metadata={"lora_adapter_metadata": said})
-    with pytest.raises(
-        UserError, match="is not a JSON object: copy it anew"
-    ):
+    with pytest.raises(UserError, match="is not a JSON object: copy it anew"):
         diffusers_io.load_lora(file)
