@@ -45,7 +45,7 @@ def base_config(task: Task, budget: Budget) -> configs.Config:
     config.train.steps, config.train.batch_size = budget.steps[task.name], budget.batch_size
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, config.train.steps // 2)
     config.collect.pairs, config.collect.labels = budget.pairs, "probability"
-    config.mesh.cpu_devices = 0
+    config.mesh.cpu_devices = 1
     return config
 
 
