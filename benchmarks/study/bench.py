@@ -15,7 +15,17 @@ import optax
 from etils import epath
 from jaxtyping import Float
 
-from benchmarks.study.trials import HELD_OUT_IMAGES, TASKS, TUNING_IMAGES, Budget, Task, Trial, short
+from benchmarks.study.trials import (
+    HELD_OUT_IMAGES,
+    SPACES,
+    TASKS,
+    TUNING_IMAGES,
+    Budget,
+    Task,
+    Trial,
+    branches,
+    short,
+)
 from dmpo_jax.config import arguments, configs
 from dmpo_jax.config.files import load_config
 from dmpo_jax.data.batches import pipeline
@@ -23,13 +33,13 @@ from dmpo_jax.data.encoded import records
 from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.run import run as run_jobs
-from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives import OBJECTIVES, Anchor
+from dmpo_jax.objectives.anchor import ANCHORS
 from dmpo_jax.parallel import meshes
 from dmpo_jax.sampling.sampler import Sampler, load_params, open_sampler
 from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import alarms, health, step
-from dmpo_jax.training.build import make_curves
 from dmpo_jax.training.hooks import trained
 from dmpo_jax.types import PairBatch
 
@@ -56,19 +66,14 @@ def make_pairs(task: Task, budget: Budget, work: epath.Path) -> None:
     run_jobs(config, work / task.name)
 
 
-def trial_config(trial: Trial, budget: Budget, work: epath.Path) -> configs.Config:
-    """Returns a trial's config. Its peak rate is 1: the trial's own is given to the update."""
+def program_config(trial: Trial, budget: Budget, work: epath.Path) -> configs.Config:
+    """Returns the config of a trial's program, whose numbers are given to each update instead."""
     config = base_config(TASKS[trial.task], budget)
-    config.objective, config.seed = trial.objective, trial.seed
-    for name, value in trial.hyperparameters.items():
-        config.objectives[trial.objective][name] = value
     if trial.mu:
         config.safeguard.mu = trial.mu
-    if trial.anchor:
-        config.anchor.kind, config.anchor.weight = trial.anchor[0], trial.numbers()["weight"]
     if trial.moving:
         config.reference.decay, config.reference.every = trial.moving
-    config.optimizer.learning_rate = 1.0
+    config.optimizer.learning_rate = 1.0  # the trial's own is given to the update
     config.data.encoded = str(work / trial.task / "encoded")
     return config
 
@@ -140,45 +145,83 @@ def diversity(images: np.ndarray, prompts: list[str]) -> float:
 
 
 class Program:
-    """An update whose numbers are arguments: one compiled program for all of a kind of trial."""
+    """An update whose objective and numbers are arguments: compiled once for many trials.
+
+    Each objective is a branch, so that the model's passes are compiled once for all. Those that
+    need no reference are given one all the same, which changes nothing but time.
+    """
 
     def __init__(self, trial: Trial, config: configs.Config, work: epath.Path):
         self.config = config
         self.run, params = train.prepare(config, work)
         self._params = jax.device_get(params)
-        self._setup, self._trial = self.run.step.setup, trial
         self._jitted = jax.jit(
             self._update, donate_argnums=1, compiler_options=step.COMPILER_OPTIONS
         )
 
     def __call__(self, trial: Trial, *arguments: Any) -> Any:
-        numbers = {name: np.float32(x) for name, x in trial.numbers().items()}
-        return self._jitted(numbers, *arguments)
+        return self._jitted(numbers_of(trial), *arguments)
 
     def state(self) -> step.TrainState:
         """Returns the state before the first update."""
-        setup = self.setup(self._trial.numbers())
-        return step.make_state(self._params, setup.tx, moving=setup.moving is not None)
-
-    def setup(self, numbers: dict[str, Any]) -> step.Setup:
-        """Returns the step's constants with those of a trial in place of the config's."""
-        of_loss = {name: numbers[name] for name in self._trial.hyperparameters}
-        given = OBJECTIVES[self._trial.objective].fn
-
-        def objective(policy, reference, target, preference):
-            return given(policy, reference, target, preference.astype(jnp.float32), **of_loss)
-
-        setup = self._setup
-        if setup.anchor is not None:
-            setup = setup._replace(anchor=setup.anchor._replace(weight=numbers["weight"]))
-        if setup.moving is not None:
-            setup = setup._replace(moving=setup.moving._replace(decay=numbers["decay"]))
-        # Exact, since the optimizer ends by scaling with the learning rate, whose peak is 1.
-        tx = optax.chain(setup.tx, optax.scale(numbers["rate"]))
-        return setup._replace(objective=objective, tx=tx)
+        setup = self.run.step.setup
+        tx = optax.chain(setup.tx, optax.scale(1.0))
+        return step.make_state(self._params, tx, moving=setup.moving is not None)
 
     def _update(self, numbers, state, reference, batch, key):
-        return step.train_step(state, reference, batch, key, setup=self.setup(numbers))
+        setup = self.run.step.setup
+        if setup.moving is not None:
+            setup = setup._replace(moving=step.Moving(numbers["decay"], numbers["every"]))
+        setup = setup._replace(
+            objective=functools.partial(any_objective, numbers),
+            needs_reference=True,
+            needs_rejected=True,
+            # Exact, since the optimizer ends by scaling with the learning rate, whose peak is 1.
+            tx=optax.chain(setup.tx, optax.scale(numbers["rate"])),
+        )
+        return step.train_step(state, reference, batch, key, setup=setup)
+
+
+# What objectives branch on before compiling: all of their hyperparameters but beta.
+Branch = tuple[str, tuple[tuple[str, float], ...]]
+BRANCHES: list[Branch] = sorted({branch for name in SPACES for branch in branches(name)})
+
+
+def branch_of(trial: Trial) -> Branch:
+    constant = [(k, v) for k, v in trial.setting if k not in ("beta", "rate")]
+    return trial.objective, tuple(sorted(constant))
+
+
+def numbers_of(trial: Trial) -> dict[str, Any]:
+    """Returns a trial's part of the arguments of a program."""
+    given = dict(trial.setting)
+    decay, every = trial.moving or (1.0, 1)
+    kind, share = trial.anchor or ("", 0.0)
+    beta = given.get("beta", 1.0)
+    weights = {one: np.float32((one == kind) * share * beta) for one in ANCHORS}
+    return {
+        "branch": np.int32(BRANCHES.index(branch_of(trial))),
+        "beta": np.float32(beta),
+        "rate": np.float32(given["rate"]),
+        "decay": np.float32(decay),
+        "every": np.int32(every),
+        **weights,
+    }
+
+
+def any_objective(numbers: dict[str, Any], policy, reference, target, preference):
+    """Computes the losses of the objective that `numbers` names, with its anchor."""
+    given = policy, reference, target, preference.astype(jnp.float32)
+
+    def branch(name: str, constant: tuple[tuple[str, float], ...]) -> Any:
+        objective = OBJECTIVES[name]
+        values: dict[str, Any] = dict(constant)
+        if "beta" in objective.hyperparameters:
+            values["beta"] = numbers["beta"]
+        return lambda: objective.fn(*given, **values).astype(jnp.float32)
+
+    losses = jax.lax.switch(numbers["branch"], [branch(*one) for one in BRANCHES])
+    return losses + sum(Anchor(kind, numbers[kind])(*given) for kind in ANCHORS)
 
 
 @dataclasses.dataclass
@@ -272,16 +315,16 @@ class Bench:
         """
         budget = self._budget
         if trial.program not in self._programs:
-            config = trial_config(trial, budget, self._work)
+            config = program_config(trial, budget, self._work)
             self._programs[trial.program] = Program(trial, config, self._work)
         program = self._programs[trial.program]
         run, config, state = program.run, program.config, program.state()
         key = run.step.make_key(trial.seed)
         pairs = relabelled(ready.pairs, *draw_labels(ready.probability, trial))
         data = batches(pairs, budget.batch_size, trial.seed)
-        curves = make_curves(run.step.settings, run.step.setup)
+        curves = curves_of(trial, run.step.setup.schedule.num_train_timesteps)
         count = config.train.steps
-        alarm = alarms.Alarms(alarms.Run(count, budget.batch_size, **self._about(config)))
+        alarm = alarms.Alarms(alarms.Run(count, budget.batch_size, **about(trial, config)))
         rows: list[dict[str, float]] = []
         shares = () if trial.tuning or trial.variant else budget.path
         stops = {round(share * count): share for share in shares}
@@ -304,16 +347,6 @@ class Bench:
         }
         params = run.step.policy(trained(state))
         yield 1.0, params, measured | self._health(run, ready, params)
-
-    def _about(self, config: configs.Config) -> dict[str, Any]:
-        implied = OBJECTIVES[config.objective].implied_logit
-        moving = config.reference.decay is not None
-        return {
-            "warmup": config.optimizer.warmup_steps,
-            "beta": f"objectives.{config.objective}.beta" if implied else "",
-            "moving": (config.reference.decay, config.reference.every) if moving else None,
-            "clip_norm": config.optimizer.clip_norm,
-        }
 
     def _health(self, run: train.Run, ready: Ready, params: Any) -> dict[str, Any]:
         """Returns means of HEALTH and the distance from the base, over the validation split.
@@ -354,6 +387,25 @@ class Bench:
             "wins": {name: short(x) for name, x in wins.items()},
             "diversity": short(varied),
         }
+
+
+def curves_of(trial: Trial, timesteps: int) -> health.Curves:
+    """Returns the curves of a run, with u if its objective has one."""
+    given, implied = trial.hyperparameters, OBJECTIVES[trial.objective].implied_logit
+    softening = given.get("alpha", given.get("label_smoothing"))
+    beta, alpha = (given["beta"], softening) if implied else (None, None)
+    return health.Curves(beta=beta, alpha=alpha, timesteps=timesteps)
+
+
+def about(trial: Trial, config: configs.Config) -> dict[str, Any]:
+    """Returns what alarms must know of a run."""
+    implied = OBJECTIVES[trial.objective].implied_logit
+    return {
+        "warmup": config.optimizer.warmup_steps,
+        "beta": f"objectives.{trial.objective}.beta" if implied else "",
+        "moving": trial.moving,
+        "clip_norm": config.optimizer.clip_norm,
+    }
 
 
 def validation_health(params, reference, batch, number, *, setup: step.Setup):

@@ -9,6 +9,7 @@ RUNS, on the same pairs. Each run is judged on held-out seeds. Writes OUT/health
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -23,8 +24,10 @@ import numpy as np  # noqa: E402
 from etils import epath  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 
-from benchmarks.study.digits_plan import Budget  # noqa: E402
-from benchmarks.study.digits_runs import encoded_folder, flip_labels, make_pairs  # noqa: E402
+from dmpo_jax.config.files import load_config  # noqa: E402
+from dmpo_jax.data.encoded import records  # noqa: E402
+from dmpo_jax.jobs.run import run as run_jobs  # noqa: E402
+from tests.support.encoded import write_pairs  # noqa: E402
 
 matplotlib.use("Agg")
 
@@ -55,7 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--table", action="store_true", help="only draw again")
-    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "digits_benchmark")
+    parser.add_argument("--work", type=pathlib.Path, default=ROOT / "runs" / "health_curves")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--steps", type=int, default=150, help="updates a run (150)")
     args = parser.parse_args()
@@ -74,16 +77,14 @@ def main() -> None:
 def run(name: str, work: pathlib.Path, steps: int) -> dict[str, Any]:
     """Trains a run, unless it exists; returns its curves by update and the judges' result."""
     settings, flipped = RUNS[name]
-    budget = Budget()
-    pairs = epath.Path(work) / f"pairs_{budget.pairs}"
-    make_pairs(budget, pairs)
+    encoded = make_pairs(epath.Path(work))
     if flipped:
-        flip_labels(pairs, flipped, 0)
-    workdir = work / "health_curves" / f"{name.replace(' ', '_')}_{steps}"
+        encoded = flip_labels(encoded, flipped, 0)
+    workdir = work / f"{name.replace(' ', '_')}_{steps}"
     if not (workdir / "result.json").exists():
         leaves = {
             "jobs": "('train','evaluate')",
-            "data.encoded": encoded_folder(pairs, flipped, 0),
+            "data.encoded": encoded,
             "train.steps": steps,
             "log.every": 1,
             "log.validate_every": 10,
@@ -101,6 +102,45 @@ def run(name: str, work: pathlib.Path, steps: int) -> dict[str, Any]:
             curves.setdefault(key, []).append((row["step"], float(f"{row[key]:.5g}")))
     result = json.loads((workdir / "result.json").read_text())
     return {"settings": settings, "flipped": flipped, "curves": curves, "result": result}
+
+
+def make_pairs(work: epath.Path) -> epath.Path:
+    """Collects and encodes the job's pairs, unless they exist; returns the encoded folder."""
+    config = load_config(str(ROOT / "configs" / "digits_dmpo.py"))
+    config.jobs = ("collect", "encode")
+    run_jobs(config, work / "pairs")
+    return work / "pairs" / "encoded"
+
+
+def flip_labels(encoded: epath.Path, share: float, seed: int) -> epath.Path:
+    """Copies encoded pairs with `share` of the training labels flipped; returns the new folder.
+
+    Only decided pairs are flipped; ties, the validation split and the order stay.
+    """
+    out = encoded.parent / f"flipped_{share:g}_seed{seed}"
+    with contextlib.suppress(FileNotFoundError, records.IncompleteError):
+        records.load_meta(out)
+        return out
+    pairs = records.open_pairs(encoded)
+    splits = {}
+    for split in records.SPLITS:
+        source = pairs.split(split)
+        splits[split] = [source[i] for i in range(len(source))]
+    wrong = flipped_rows(np.array([p.preference for p in splits["train"]]), share, seed)
+    for i in wrong:  # write_pairs puts the preferred image first
+        splits["train"][i] = splits["train"][i]._replace(
+            preference=1 - splits["train"][i].preference
+        )
+    prompts = [pairs.prompts[i] for i in range(pairs.meta.counts["prompts"])]
+    meta = {k: v for k, v in pairs.meta.to_json().items() if k not in records.WRITTEN_META}
+    write_pairs(out, splits, prompts, {**meta, "flipped_share": share})
+    return out
+
+
+def flipped_rows(preference: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Returns rows of `preference` `[N]` to flip: `share` of those that are not 0.5, rounded."""
+    decided = np.flatnonzero(preference != 0.5)
+    return np.random.default_rng(seed).permutation(decided)[: round(share * len(decided))]
 
 
 def smooth(points: list[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -185,17 +185,7 @@ class Trial:
     @property
     def program(self) -> str:
         """Key that trials with one compiled update share."""
-        anchor, moving = self.anchor and self.anchor[0], self.moving and self.moving[1]
-        return f"{self.task} {self.objective} {self.mu} {anchor} {moving}"
-
-    def numbers(self) -> dict[str, float]:
-        """Returns the arguments of the compiled update."""
-        found = dict(self.setting)
-        if self.anchor:
-            found["weight"] = self.anchor[1] * found["beta"]
-        if self.moving:
-            found["decay"] = self.moving[0]
-        return found
+        return f"{self.task} {self.mu} {self.moving is not None}"
 
 
 def words(setting: Iterable[tuple[str, float]]) -> str:
@@ -219,6 +209,15 @@ class Job:
     task: str
     objective: str
     stage: str = "objective"
+
+
+def branches(objective: str) -> list[tuple[str, tuple[tuple[str, float], ...]]]:
+    """Returns an objective with every choice of its hyperparameters but beta."""
+    space = SPACES[objective]
+    found: list[dict[str, float]] = [dict(space.kept)]
+    for name, ladder in space.ladders.items():
+        found = [{**one, name: value} for one in found for value in ladder]
+    return [(objective, tuple(sorted(one.items()))) for one in found]
 
 
 def jobs() -> list[Job]:
