@@ -235,7 +235,7 @@ def missing(job: Job, runs: Runs, judge: str) -> list[Trial] | None:
     setting = chosen(job.task, job.objective, runs, judge)
     if job.stage == "objective":
         if setting is None:
-            return _left(_search(job.task, job.objective, runs, judge), runs)
+            return _search(job.task, job.objective, runs, judge)
         return _left(finals(job.task, job.objective, setting), runs)
     if setting is None or _left(finals(job.task, job.objective, setting), runs):
         return None
@@ -259,15 +259,9 @@ def chosen(
     task: str, objective: str, runs: Runs, judge: str
 ) -> tuple[tuple[str, float], ...] | None:
     """Returns the setting that search and second seed choose; None if they are not done."""
-    if _left(_search(task, objective, runs, judge), runs):
+    if _search(task, objective, runs, judge):
         return None
-    best = _best(task, objective, runs, judge)[:FINALISTS]
-
-    def mean(trial: Trial) -> float:
-        both = (trial, dataclasses.replace(trial, seed=SECOND_SEED))
-        return sum(score(t, runs, judge) for t in both)
-
-    return max(best, key=mean).setting
+    return _pick(_best(task, objective, runs, judge), runs, judge).setting
 
 
 def at_an_edge(task: str, objective: str, setting: tuple[tuple[str, float], ...], runs: Runs) -> list[str]:
@@ -297,21 +291,34 @@ def _left(trials: Sequence[Trial], runs: Runs) -> list[Trial]:
 
 
 def _search(task: str, objective: str, runs: Runs, judge: str) -> list[Trial]:
-    """Returns the trials that the search wants now: neighbours of the best, then the second seed.
+    """Returns the trials that the search still wants; none if it is done.
 
-    Each neighbour is a step along one ladder. The search ends where no neighbour is better, so the
-    best has been passed on either side; or after MOST points.
+    First the neighbours of the best point, each a step along one ladder, until none is better; then
+    the FINALISTS with the second seed; then the neighbours of the better of these. So what is
+    chosen has been passed on either side, unless the search ends after MOST points.
     """
-    space = SPACES[objective]
     done = searched(task, objective, runs)
     if not done:
-        return [_trial(task, objective, space.start(TASKS[task]))]
-    best = _best(task, objective, runs, judge)
-    wanted = _neighbours(task, objective, best[0])
-    if left := _left(wanted, runs):
-        if room := MOST - len(done):
-            return left[:room]
-    return [dataclasses.replace(t, seed=SECOND_SEED) for t in best[:FINALISTS]]
+        return [_trial(task, objective, SPACES[objective].start(TASKS[task]))]
+    best, room = _best(task, objective, runs, judge), MOST - len(done)
+    if left := _left(_neighbours(task, objective, best[0]), runs)[:room]:
+        return left
+    if again := _left([_again(trial) for trial in best[:FINALISTS]], runs):
+        return again
+    return _left(_neighbours(task, objective, _pick(best, runs, judge)), runs)[:room]
+
+
+def _again(trial: Trial) -> Trial:
+    return dataclasses.replace(trial, seed=SECOND_SEED)
+
+
+def _pick(best: Sequence[Trial], runs: Runs, judge: str) -> Trial:
+    """Returns the better of the FINALISTS by the mean over both seeds."""
+
+    def both(trial: Trial) -> float:
+        return score(trial, runs, judge) + score(_again(trial), runs, judge)
+
+    return max(best[:FINALISTS], key=both)
 
 
 def _best(task: str, objective: str, runs: Runs, judge: str) -> list[Trial]:
