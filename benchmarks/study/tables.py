@@ -15,7 +15,6 @@ from benchmarks.study.trials import (
     SEEDS,
     SPACES,
     TASKS,
-    VARIED,
     Trial,
     at_an_edge,
     chosen,
@@ -209,7 +208,7 @@ def variants_of(
 ) -> list[Variant]:
     """Returns the variants whose runs are all done, by objective."""
     found = []
-    for objective in VARIED:
+    for objective in SPACES:
         setting = chosen(task, objective, runs, judge)
         if setting is None:
             continue

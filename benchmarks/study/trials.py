@@ -4,6 +4,7 @@ All of it is a function of the results so far: `missing` names the trials that a
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,10 +14,10 @@ BASELINE = "diffusion_dpo"  # all others are also compared with it
 # Final runs have the seeds 0 to SEEDS - 1: of labels, order, noise and timesteps. Searches and the
 # choice between the FINALISTS have other ones: the best of many on one seed may fail on the next.
 SEEDS, SEARCH_SEED, SECOND_SEED, FINALISTS = 5, 100, 101, 2
-MOST = 14  # points of a search
 # Blocks of image seeds, `seeds.EVALUATED + block * 2**20` on: nothing is trained on either.
 TUNING_IMAGES, HELD_OUT_IMAGES = 1, 2
-VARIED = ("dmpo", "diffusion_dpo")  # trained with other labels and with guards too
+RELABELLED = ("dmpo", "diffusion_dpo")  # trained with other labels too
+GUARDED = ("dmpo",)
 LABELS: tuple[dict[str, Any], ...] = (
     {"labels": "probability"},
     {"labels": "votes5"},
@@ -25,8 +26,8 @@ LABELS: tuple[dict[str, Any], ...] = (
 # Anchors' weights are shares of beta, whose half a pair's pull on an error is at most.
 GUARDS: tuple[dict[str, Any], ...] = (
     *({"mu": mu} for mu in (0.1, 0.5, 0.9)),
-    *({"anchor": (kind, share)} for kind in ("sft", "hinge") for share in (0.03, 0.3)),
-    *({"moving": moving} for moving in ((0.9, 1), (0.99, 1), (0.0, 30))),
+    *({"anchor": (kind, 0.1)} for kind in ("sft", "hinge")),
+    *({"moving": moving} for moving in ((0.95, 1), (0.0, 30))),
 )
 
 Runs = Mapping[str, Mapping[str, Any]]  # results by the trial's name
@@ -36,12 +37,14 @@ Runs = Mapping[str, Mapping[str, Any]]  # results by the trial's name
 class Task:
     """A model and its pairs. config: the job that makes them, `configs/NAME.py`.
 
-    budget: of every run. beta, rate: where searches begin, of a loss of the implied logit.
+    steps: updates of every run. points: of a search, at most. beta, rate: where searches begin, of
+        a loss of the implied logit.
     """
 
     name: str
     title: str
     steps: int
+    points: int
     beta: float
     rate: float
 
@@ -53,8 +56,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("digits_dmpo", "digits, UNet, noise prediction", 120, 30.0, 1e-4),
-        Task("digits_flow_dmpo", "digits, transformer, flow matching", 80, 100.0, 1e-4),
+        Task("digits_dmpo", "digits, UNet, noise prediction", 120, 9, 30.0, 1e-4),
+        Task("digits_flow_dmpo", "digits, transformer, flow matching", 60, 6, 100.0, 1e-4),
     )
 }
 
@@ -224,9 +227,9 @@ def jobs() -> list[Job]:
     """Returns all jobs, the most wanted first."""
     first, second = TASKS
     main = [Job(first, name) for name in SPACES]
-    labels = [Job(first, name, "labels") for name in VARIED]
+    labels = [Job(first, name, "labels") for name in RELABELLED]
     other = [Job(second, name) for name in SPACES]
-    guards = [Job(first, name, "guards") for name in VARIED]
+    guards = [Job(first, name, "guards") for name in GUARDED]
     return [*main, *labels, *other[:6], *guards, *other[6:]]
 
 
@@ -251,8 +254,8 @@ def finals(
 
 
 def searched(task: str, objective: str, runs: Runs) -> list[Trial]:
-    """Returns the points of a search that were run, in order."""
-    return [t for t in _points(task, objective) if t.name in runs]
+    """Returns the points of a search that were run."""
+    return [trial for name, trial in _points(task, objective).items() if name in runs]
 
 
 def chosen(
@@ -295,12 +298,13 @@ def _search(task: str, objective: str, runs: Runs, judge: str) -> list[Trial]:
 
     First the neighbours of the best point, each a step along one ladder, until none is better; then
     the FINALISTS with the second seed; then the neighbours of the better of these. So what is
-    chosen has been passed on either side, unless the search ends after MOST points.
+    chosen has been passed on either side, unless the search ends after the task's points.
     """
     done = searched(task, objective, runs)
     if not done:
         return [_trial(task, objective, SPACES[objective].start(TASKS[task]))]
-    best, room = _best(task, objective, runs, judge), MOST - len(done)
+    best = _best(task, objective, runs, judge)
+    room = TASKS[task].points - len(done)
     if left := _left(_neighbours(task, objective, best[0]), runs)[:room]:
         return left
     if again := _left([_again(trial) for trial in best[:FINALISTS]], runs):
@@ -336,13 +340,14 @@ def _neighbours(task: str, objective: str, trial: Trial) -> list[Trial]:
     return found
 
 
-def _points(task: str, objective: str) -> list[Trial]:
-    """Returns every point of a search's space."""
+@functools.cache
+def _points(task: str, objective: str) -> dict[str, Trial]:
+    """Returns every point of a search's space by its trial's name."""
     axes = SPACES[objective].axes(TASKS[task])
     points: list[dict[str, float]] = [{}]
     for name, ladder in axes.items():
         points = [{**point, name: value} for point in points for value in ladder]
-    return [_trial(task, objective, point) for point in points]
+    return {trial.name: trial for trial in (_trial(task, objective, p) for p in points)}
 
 
 def _trial(task: str, objective: str, point: Mapping[str, float]) -> Trial:
