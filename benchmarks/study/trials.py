@@ -37,8 +37,8 @@ Runs = Mapping[str, Mapping[str, Any]]  # results by the trial's name
 class Task:
     """A model and its pairs. config: the job that makes them, `configs/NAME.py`.
 
-    steps: updates of every run. points: of a search, at most. beta, rate: where searches begin, of
-        a loss of the implied logit.
+    steps: updates of every run. points: of a search, at most, for each value that is searched.
+    beta, rate: where searches begin, of a loss of the implied logit.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("digits_dmpo", "digits, UNet, noise prediction", 120, 9, 30.0, 1e-4),
-        Task("digits_flow_dmpo", "digits, transformer, flow matching", 60, 6, 100.0, 1e-4),
+        Task("digits_dmpo", "digits, UNet, noise prediction", 120, 4, 30.0, 1e-4),
+        Task("digits_flow_dmpo", "digits, transformer, flow matching", 60, 3, 100.0, 1e-4),
     )
 }
 
@@ -298,18 +298,23 @@ def _search(task: str, objective: str, runs: Runs, judge: str) -> list[Trial]:
 
     First the neighbours of the best point, each a step along one ladder, until none is better; then
     the FINALISTS with the second seed; then the neighbours of the better of these. So what is
-    chosen has been passed on either side, unless the search ends after the task's points.
+    chosen has been passed on either side, unless the search ends after `most` points.
     """
     done = searched(task, objective, runs)
     if not done:
         return [_trial(task, objective, SPACES[objective].start(TASKS[task]))]
     best = _best(task, objective, runs, judge)
-    room = TASKS[task].points - len(done)
+    room = most(task, objective) - len(done)
     if left := _left(_neighbours(task, objective, best[0]), runs)[:room]:
         return left
     if again := _left([_again(trial) for trial in best[:FINALISTS]], runs):
         return again
     return _left(_neighbours(task, objective, _pick(best, runs, judge)), runs)[:room]
+
+
+def most(task: str, objective: str) -> int:
+    """Returns the number of points after which a search ends."""
+    return 1 + TASKS[task].points * len(SPACES[objective].axes(TASKS[task]))
 
 
 def _again(trial: Trial) -> Trial:
