@@ -79,7 +79,7 @@ class Budget:
     tuning_images: int = 200
     path_images: int = 200
     images: int = 400
-    path: tuple[float, ...] = (0.25, 0.5)
+    path: tuple[float, ...] = (0.5,)
 
 
 RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -228,9 +228,8 @@ def jobs() -> list[Job]:
     first, second = TASKS
     main = [Job(first, name) for name in SPACES]
     labels = [Job(first, name, "labels") for name in RELABELLED]
-    other = [Job(second, name) for name in SPACES]
     guards = [Job(first, name, "guards") for name in GUARDED]
-    return [*main, *labels, *other[:6], *guards, *other[6:]]
+    return [*main[:10], *labels, *guards, *main[10:], *(Job(second, name) for name in SPACES)]
 
 
 def missing(job: Job, runs: Runs, judge: str) -> list[Trial] | None:
