@@ -121,6 +121,7 @@ _LADDER = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0,
 # family and jensen_shannon. diffusion_kto's has no half. ipo asks for a margin of 1/(2 beta), hinge
 # for 1/beta: of about what dmpo's beta asks for, 2 * 4.6 / beta. linear_dpo's weight is at its
 # bound where 0.2 beta Delta is 0.45. dspo and mapo start at their published values.
+_MIXED = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _ALPHA = {"ladders": {"alpha": ALPHAS}, "first": {"alpha": 0.01}}
 SPACES: dict[str, Space] = {
     "dmpo": Space(**_ALPHA),
@@ -129,7 +130,7 @@ SPACES: dict[str, Space] = {
     ),
     "diffusion_kto": Space(0.5, kept={"chosen_weight": 1.0, "rejected_weight": 1.0}),
     "ipo": Space(0.05),
-    "nft": Space(None, ladders={"b": (0.03, 0.1, 0.3, 1.0, 3.0)}, first={"b": 1.0}),
+    "nft": Space(None, ladders={"b": _MIXED}, first={"b": 1.0}),
     "sft": Space(None, rate=0.1),
     "poly_dpo": Space(ladders={"a": (-0.5, 2.0, 8.0, 30.0)}, first={"a": 8.0}),
     "jensen_shannon": Space(kept={"alpha": 0.01}),
@@ -137,7 +138,7 @@ SPACES: dict[str, Space] = {
     "hinge": Space(0.1),
     "alpha_divergence": Space(kept={"alpha": 0.01, "order": 0.5}),
     "dspo_sdxl": Space(),
-    "nft_adaptive": Space(None, ladders={"b": (0.03, 0.1, 0.3, 1.0, 3.0)}, first={"b": 1.0}),
+    "nft_adaptive": Space(None, ladders={"b": _MIXED}, first={"b": 1.0}),
     "mapo": Space(0.001),
     "dspo": Space(3e-5),
 }
@@ -269,17 +270,13 @@ def chosen(
 def at_an_edge(task: str, objective: str, setting: tuple[tuple[str, float], ...], runs: Runs) -> list[str]:
     """Returns the axes along which nothing was tried on one side of a setting.
 
-    The end of a ladder that is a bound of the objective's own does not count.
+    A label smoothing of 0 is no edge: there is nothing below.
     """
     tried = [dict(t.setting) for t in searched(task, objective, runs)]
     edges = []
-    for name, value in setting:
-        values = {point[name] for point in tried}
-        ladder = SPACES[objective].axes(TASKS[task]).get(name)
-        if ladder is None:
-            continue
-        low, high = min(values) == value, max(values) == value
-        if (low and value != ladder[0]) or (high and value != ladder[-1]):
+    for name in SPACES[objective].axes(TASKS[task]):
+        value, values = dict(setting)[name], {point[name] for point in tried}
+        if value == max(values) or (value == min(values) and value > 0):
             edges.append(name)
     return edges
 
