@@ -130,7 +130,7 @@ SPACES: dict[str, Space] = {
     ),
     "diffusion_kto": Space(0.5, kept={"chosen_weight": 1.0, "rejected_weight": 1.0}),
     "ipo": Space(0.05),
-    "nft": Space(None, ladders={"b": _MIXED}, first={"b": 1.0}),
+    "nft": Space(None, ladders={"b": _MIXED}, first={"b": 0.1}),
     "sft": Space(None, rate=0.1),
     "poly_dpo": Space(ladders={"a": (-0.5, 2.0, 8.0, 30.0)}, first={"a": 8.0}),
     "jensen_shannon": Space(kept={"alpha": 0.01}),
@@ -138,7 +138,7 @@ SPACES: dict[str, Space] = {
     "hinge": Space(0.1),
     "alpha_divergence": Space(kept={"alpha": 0.01, "order": 0.5}),
     "dspo_sdxl": Space(),
-    "nft_adaptive": Space(None, ladders={"b": _MIXED}, first={"b": 1.0}),
+    "nft_adaptive": Space(None, ladders={"b": _MIXED}, first={"b": 0.1}),
     "mapo": Space(0.001),
     "dspo": Space(3e-5),
 }

@@ -27,7 +27,7 @@ class FakeBench:
 
     def __init__(self, peak=None, noise=0.0):
         self.asked, self.noise = [], noise
-        self.peak = {"beta": 100.0, "alpha": 0.03, "rate": 1e-4} | (peak or {})
+        self.peak = {"beta": 100.0, "alpha": 0.03, "b": 0.03, "rate": 1e-4} | (peak or {})
 
     def base(self, task):
         return {"scores": dict.fromkeys(JUDGES, 0.5), "diversity": 0.3}
