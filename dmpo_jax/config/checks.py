@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config.configs import Config, declared, flatten
+from dmpo_jax.config.configs import Config, couples_pairs, declared, flatten
 from dmpo_jax.config.recipes import PAIRS, RECIPES
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
@@ -69,12 +69,24 @@ def _check_objective(config: Config) -> Iterator[str]:
 
 
 def _check_train(config: Config) -> Iterator[str]:
-    batch, parts = config.train.batch_size, config.train.accumulation
+    batch, parts, group = config.train.batch_size, config.train.accumulation, config.train.group
     if parts >= 1 and batch % parts:
         yield (
             f"train.batch_size must be a multiple of train.accumulation, but got {batch} and "
             f"{parts}: change either"
         )
+    elif parts >= 1 and group and batch % (parts * group):
+        yield (
+            f"train.batch_size must be a multiple of train.accumulation x train.group, but got "
+            f"{batch}, {parts} and {group}: change one of them, or unset train.group"
+        )
+    if group and not couples_pairs(config):
+        yield (
+            f"train.group is what means over the batch are of, and objective={config.objective} "
+            "without safeguard.mu has none: unset it"
+        )
+    if config.data.flip_each and not config.data.flip:
+        yield "data.flip_each says how data.flip flips, which is not set: set it, or unset this"
     if config.timesteps.low >= config.timesteps.high:
         yield (
             "timesteps.low must be below timesteps.high, but got "

@@ -149,12 +149,14 @@ def places() -> dict[str, str]:
 
 def works_by_microbatch(config: Config) -> bool:
     """True if the update depends on how its pairs are cut into microbatches."""
+    coupled = couples_pairs(config) and config.train.group is None
+    return bool(coupled or (config.lora.rank and config.lora.dropout))
+
+
+def couples_pairs(config: Config) -> bool:
+    """True if a pair's gradient depends on other pairs of the batch."""
     objective = OBJECTIVES.get(config.objective)
-    return bool(
-        (objective and objective.couples_pairs)
-        or config.safeguard.mu is not None
-        or (config.lora.rank and config.lora.dropout)
-    )
+    return bool((objective and objective.couples_pairs) or config.safeguard.mu is not None)
 
 
 def _affected(config: Config, what: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 `configs/published.py:NAME` trains with one of them. Published scripts scale their learning rate:
 `--scale_lr` multiplies it by pairs per device, devices and accumulation, that is by the pairs of
 an update. Here it is already scaled: `optimizer.learning_rate` is the rate applied.
+
+Recipes also set what the scripts do beside the loss; docs/recipes.md lists it, and what they do
+that no recipe sets.
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +14,7 @@ from dmpo_jax.config.configs import Config, nearest
 from dmpo_jax.errors import UserError
 
 PAIRS = 2048  # per update, in the recipes of DDPM models
+DEVICE = 8  # of these, on a device at a time: a mean over the batch is one over them
 # Attention of both streams, without SD3.5-medium's second one of the image alone.
 SD3_TARGETS = tuple(
     f"attn.{name}"
@@ -31,11 +35,15 @@ def scaled(rate: float, pairs: int = PAIRS) -> float:
 
 
 def _recipe(objective: str, rate: float, source: str, more: dict[str, Any]) -> Recipe:
+    """Returns a recipe of the scripts that descend from DiffusionDPO's train.py."""
     leaves = {
         "objective": objective,
         "train.steps": 2000,
         "train.batch_size": PAIRS,
         "data.prompt_dropout": 0.2,
+        "data.ties": "drop",
+        "data.flip": True,
+        "data.flip_each": True,
         "optimizer.name": "adamw",
         "optimizer.learning_rate": scaled(rate),
         "optimizer.warmup_steps": 500,
@@ -47,6 +55,14 @@ def _recipe(objective: str, rate: float, source: str, more: dict[str, Any]) -> R
 
 _SDPO = "AIDC-AI/Diffusion-SDPO, scripts/train/{}.sh"
 _DPO = "SalesforceAIResearch/DiffusionDPO, launchers/{}.sh"
+# What the SDXL branch of their train.py adds, whatever the launcher says.
+_SDXL: dict[str, Any] = {"optimizer.name": "adafactor", "data.sizes": "resolution"}
+
+
+def _safeguard(mu: float) -> dict[str, Any]:
+    return {"safeguard.mu": mu, "train.group": DEVICE}
+
+
 SD3_LORA: dict[str, Any] = {
     "lora.rank": 32,
     "lora.alpha": 64.0,
@@ -68,7 +84,7 @@ RECIPES = {
         "dmpo",
         1e-8,
         _SDPO.format("sd15_dmpo"),
-        {"objectives.dmpo.beta": 2000.0, "objectives.dmpo.alpha": 0.01, "safeguard.mu": 0.9},
+        {"objectives.dmpo.beta": 2000.0, "objectives.dmpo.alpha": 0.01, **_safeguard(0.9)},
     ),
     "sd15_diffusion_dpo": _recipe(
         "diffusion_dpo", 1e-8, _DPO.format("sd15"), {"objectives.diffusion_dpo.beta": 5000.0}
@@ -77,7 +93,7 @@ RECIPES = {
         "dspo",
         1e-8,
         _SDPO.format("sd15_dspo"),
-        {"objectives.dspo.beta": 0.001, "safeguard.mu": 0.2},
+        {"objectives.dspo.beta": 0.001, **_safeguard(0.2)},
     ),
     "sdxl_dmpo": _recipe(
         "dmpo",
@@ -86,8 +102,8 @@ RECIPES = {
         {
             "objectives.dmpo.beta": 6000.0,
             "objectives.dmpo.alpha": 0.01,
-            "safeguard.mu": 0.6,
-            "optimizer.name": "adafactor",  # train.py takes it for every SDXL run
+            **_safeguard(0.6),
+            **_SDXL,
         },
     ),
     "sdxl_diffusion_dpo": _recipe(
@@ -96,35 +112,27 @@ RECIPES = {
         _DPO.format("sdxl"),
         {
             "objectives.diffusion_dpo.beta": 5000.0,
-            "optimizer.name": "adafactor",
             "optimizer.warmup_steps": 200,
+            **_SDXL,
         },
     ),
     "sdxl_diffusion_dpo_safeguarded": _recipe(
         "diffusion_dpo",
         1e-9,
         _SDPO.format("sdxl_diffusion_dpo"),
-        {
-            "objectives.diffusion_dpo.beta": 5000.0,
-            "safeguard.mu": 0.6,
-            "optimizer.name": "adafactor",
-        },
+        {"objectives.diffusion_dpo.beta": 5000.0, **_safeguard(0.6), **_SDXL},
     ),
     "sd15_diffusion_dpo_safeguarded": _recipe(
         "diffusion_dpo",
         1e-8,
         _SDPO.format("sd15_diffusion_dpo"),
-        {"objectives.diffusion_dpo.beta": 5000.0, "safeguard.mu": 0.9},
+        {"objectives.diffusion_dpo.beta": 5000.0, **_safeguard(0.9)},
     ),
     "sdxl_dspo": _recipe(
         "dspo_sdxl",
         1e-9,
         _SDPO.format("sdxl_dspo"),
-        {
-            "objectives.dspo_sdxl.beta": 5000.0,
-            "safeguard.mu": 0.6,
-            "optimizer.name": "adafactor",
-        },
+        {"objectives.dspo_sdxl.beta": 5000.0, **_safeguard(0.6), **_SDXL},
     ),
     "sd35_medium_diffusion_dpo": Recipe(
         {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dmpo_jax.config.declare import ITSELF, Check, OneOf, Root, Section, leaf
 from dmpo_jax.diffusion.samplers import SAMPLERS
 from dmpo_jax.diffusion.timesteps import DENSITIES, WEIGHTINGS
+from dmpo_jax.data.encoded.pair import SIZES
 from dmpo_jax.encoding.plan import CHOICES
 from dmpo_jax.evaluation.protocol import ESTIMANDS, PROTOCOLS
 from dmpo_jax.families import FAMILIES
@@ -230,6 +231,21 @@ class Data(Section):
         affects=RUN,
         counts_with=ITSELF,
     )
+    flip_each: bool = leaf(
+        False,
+        "with data.flip: each image of a pair is flipped by itself, as published scripts do; "
+        "otherwise both or neither",
+        affects=RUN,
+        counts_with=ITSELF,
+    )
+    sizes: str = leaf(
+        "own",
+        "what SDXL is told of an image: own, its original size and crop; or resolution, those of "
+        "an uncropped image at the resolution, as published scripts do and sampling does",
+        OneOf(SIZES),
+        affects=RUN,
+        counts_with=ITSELF,
+    )
     moments: str = leaf(
         "sample",
         "what encode keeps of an image: sample (mean, variance) or mean, half the bytes",
@@ -256,7 +272,12 @@ class Data(Section):
         "of what is not square: center, or random, at a place drawn from the id",
         OneOf(CHOICES["crop"]),
     )
-    ties: str = leaf("keep", "pairs that nobody prefers", OneOf(CHOICES["ties"]))
+    ties: str = leaf(
+        "keep",
+        "pairs that nobody prefers: what encode does with them; with drop, training refuses a "
+        "folder that holds any",
+        OneOf(CHOICES["ties"]),
+    )
     max_bad: float = leaf(0.01, "share of bad records that encode skips, at most", "[0, 1]")
     allow_outside: bool = leaf(
         False, "read images that lie outside the folder of the table that names them: trust it"
@@ -277,10 +298,20 @@ class Train(Section):
     batch_size: int = leaf(2048, "pairs an update, over all devices", "[1, inf)", affects=BOTH)
     accumulation: int = leaf(
         1,
-        "microbatches an update is cut into, to save memory; with diffusion_kto, safeguard.mu or "
-        "lora.dropout, which work by microbatch, also of the run",
+        "microbatches an update is cut into, to save memory; also of the run with lora.dropout, "
+        "and without train.group with diffusion_kto, dspo_sdxl or safeguard.mu, which then work "
+        "by microbatch",
         "[1, inf)",
         affects=PROGRAM,
+    )
+    group: int | None = leaf(
+        None,
+        "consecutive pairs of a batch that its means are of (diffusion_kto's z0, dspo_sdxl's "
+        "threshold, safeguard.mu's lambda), the same on any mesh: published scripts take the 8 of "
+        "a device; unset: a whole microbatch",
+        "[1, inf)",
+        affects=BOTH,
+        counts_with=ITSELF,
     )
     skip_limit: int = leaf(0, "updates with a non-finite loss to skip before giving up", "[0, inf)")
     hang_limit: int = leaf(

@@ -11,7 +11,7 @@ from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, checks, configs
 from dmpo_jax.config.configs import Config
 from dmpo_jax.data.batches.mixture import Mixture, open_mixture
-from dmpo_jax.data.encoded.records import EncodedPairs, open_pairs
+from dmpo_jax.data.encoded.records import EncodedPairs, load_meta, open_pairs
 from dmpo_jax.data.prompt_files import load_texts
 from dmpo_jax.errors import UserError
 from dmpo_jax.families import Family, family_named
@@ -41,6 +41,8 @@ def read_step(config: Config) -> StepSettings:
         hyperparameters=config.objectives[config.objective].to_dict(),
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,
+        group=config.train.group,
+        sizes=config.data.sizes,
         compute_dtype=config.model.compute_dtype,
         execution=Execution(config.model.attention, config.model.remat, config.model.scan),
         lora=arguments.adapters(config),
@@ -112,14 +114,38 @@ def check_beginning(config: Config) -> None:
 def make_mesh(config: Config) -> Any:
     """Returns the mesh of a config; UserError if the devices or the batch do not fit it."""
     devices = meshes.make_mesh(**mesh_axes(config))
-    meshes.check_batch(config.train.batch_size, config.train.accumulation, devices)
+    train = config.train
+    meshes.check_batch(train.batch_size, train.accumulation, devices, train.group)
     return devices
 
 
 def open_data(config: Config, workdir: epath.Path) -> EncodedPairs | Mixture:
-    """Opens a config's encoded pairs."""
+    """Opens a config's encoded pairs; UserError if they are not what it asks for."""
+    check_data(config, workdir)
     mix = checks.parse_mix(config.data.mix or ())
     return open_mixture(mix) if mix else open_pairs(config.data.encoded or workdir / "encoded")
+
+
+def check_data(config: Config, workdir: epath.Path) -> None:
+    """Raises UserError unless a config's encoded folders are there and hold what it asks for."""
+    mix = [folder for folder, _ in checks.parse_mix(config.data.mix or ())]
+    for folder in mix or [config.data.encoded or workdir / "encoded"]:
+        meta = load_meta(folder)
+        if config.data.flip and not meta.flipped:
+            raise UserError(
+                f"data.flip flips pairs, and {folder} holds none that are flipped: encode with "
+                "flips (--flip), or set --config.data.flip=False"
+            )
+        if config.data.flip_each and meta.image_kind:
+            raise UserError(
+                f"data.flip_each flips the two images of a pair apart, and those in {folder} share "
+                "a given image: set --config.data.flip_each=False"
+            )
+        if config.data.ties == "drop" and meta.ties != "drop" and meta.tied_pairs:
+            raise UserError(
+                f"data.ties=drop, and {folder} holds {meta.tied_pairs} pairs that nobody prefers: "
+                "encode with --ties=drop, or set --config.data.ties=keep to train on them"
+            )
 
 
 def warn(config: Config, pairs: EncodedPairs | Mixture, built: TrainingStep) -> None:
@@ -130,7 +156,7 @@ def warn(config: Config, pairs: EncodedPairs | Mixture, built: TrainingStep) -> 
 
 def data_settings(config: Config) -> dict[str, Any]:
     """Arguments of `build.make_batches` that a config sets."""
-    names = ("prompt_dropout", "flip", "num_threads", "prefetch")
+    names = ("prompt_dropout", "flip", "flip_each", "num_threads", "prefetch")
     return {"seed": config.seed, **{name: config.data[name] for name in names}}
 
 
@@ -249,6 +275,7 @@ def with_debug_files(config: Config, workdir: epath.Path, *, write: bool = True)
         config.model.folder = str(model)
         config.model.vae = config.model.start = config.model.reference = ""
         config.data.source = f"pickapic:{pairs}"
-        config.data.encoded, config.data.mix, config.data.flip = "", None, False
+        config.data.encoded, config.data.mix = "", None
+        config.data.flip = config.data.flip_each = False
         config.jobs = ("encode", "train")
     return config

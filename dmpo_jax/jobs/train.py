@@ -10,7 +10,7 @@ from etils import epath
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, configs, step_settings
 from dmpo_jax.data.batches.mixture import Mixture
-from dmpo_jax.data.encoded.records import EncodedPairs, load_meta
+from dmpo_jax.data.encoded.records import EncodedPairs
 from dmpo_jax.export.run import write_run
 from dmpo_jax.parallel import meshes
 from dmpo_jax.planning.flops import make_cost
@@ -111,8 +111,8 @@ def check(
     diffusers_io.check_export(config.model.folder, workdir / "export")
     step_settings.make_mesh(config)
     step_settings.check_grids(config)
-    if not config.data.mix and "encode" not in config.jobs:
-        load_meta(config.data.encoded or workdir / "encoded")
+    if "encode" not in config.jobs:
+        step_settings.check_data(config, workdir)
     step_settings.check_beginning(config)
     made_from = content(*arguments.starts(config))
     known = {**configs.identity(config), "content": made_from}, configs.places()

@@ -110,7 +110,7 @@ def dspo_sdxl(
     d = policy - reference on the chosen image, p = sigmoid(u). While the batch's mean of d^2 is
     below 0.1, the loss is `(1 - p)^2` alone. Another loss than `dspo`, by the same name in the
     published code. A tie has weight 0, but counts in that mean, which is over the given batch:
-    the global batch over all devices, or the microbatch under accumulation.
+    the global batch over all devices, the microbatch under accumulation, or a group.
 
     Args:
         beta: above 0; 5000 in published runs.
@@ -190,8 +190,8 @@ def diffusion_kto(
         loss = mean over the two images of  w (1 - sigmoid(s beta (g - z0))).
 
     A tie has weight 0, but its images count in z0, which does not depend on labels. z0 is a
-    mean over the given batch: the global batch over all devices, or the microbatch under
-    accumulation.
+    mean over the given batch: the global batch over all devices, the microbatch under
+    accumulation, or a group.
 
     Args:
         beta: above 0, without the factor 1/2 of u; 1000 in published code.

@@ -23,8 +23,8 @@ def winner_preserving(
 
     To first order, in the space of predictions, this keeps the chosen error from growing. Only
     the gradient changes: every loss keeps its value. To wrap an objective, pass it the returned
-    predictions. lambda is one number for the given batch: the global batch over all devices, or
-    the microbatch under accumulation.
+    predictions. lambda is one number for the given batch, which the training step makes the global
+    batch over all devices, the microbatch under accumulation, or a group (`step.Setup.group`).
 
     Args:
         policy: predictions, `[B, 2, H, W, C]`. target: the correct predictions.

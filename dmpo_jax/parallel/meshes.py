@@ -208,21 +208,25 @@ def shard_batch(batch: Any, sharding: Sharding, global_batch: int) -> Any:
     return jax.tree.map(put, batch)
 
 
-def check_batch(global_batch: int, accumulation: int, mesh: Mesh) -> None:
-    """Raises ValueError unless devices and microbatches divide the global batch.
+def check_batch(global_batch: int, accumulation: int, mesh: Mesh, group: int | None = None) -> None:
+    """Raises ValueError unless devices, microbatches and groups divide the global batch.
+
+    Args:
+        group: consecutive rows that must lie on one device, in one microbatch; None: 1.
 
     Raises:
         ValueError: if accumulation is below 1, or global_batch is not a positive multiple of
-            data * fsdp * accumulation, naming the nearest batch sizes that are.
+            data * fsdp * accumulation * group, naming the nearest batch sizes that are.
     """
     if accumulation < 1:
         raise UserError(f"accumulation must be at least 1, but got {accumulation}")
     shares = batch_shares(mesh)
-    unit = shares * accumulation
+    unit = shares * accumulation * (group or 1)
+    grouped = f" x groups of train.group={group} pairs" if group else ""
     if global_batch < 1 or global_batch % unit:
         below = max(global_batch // unit, 0) * unit
         nearest = " or ".join(str(n) for n in (below, below + unit) if n)
         raise UserError(
             f"a global batch must be a multiple of {unit} ({shares} devices x "
-            f"{accumulation} microbatches), but got {global_batch}; nearest: {nearest}"
+            f"{accumulation} microbatches{grouped}), but got {global_batch}; nearest: {nearest}"
         )

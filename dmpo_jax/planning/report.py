@@ -166,7 +166,7 @@ def memory_advice(settings: StepSettings) -> Iterator[None]:
         much = f" of {needed / GB:.1f} GB" if needed else ""
         lines = [f"the device's memory does not suffice{much}. Each of these needs less of it:"]
         batch, parts = settings.batch_size, settings.accumulation
-        if batch % (2 * parts) == 0:
+        if batch % (2 * parts * (settings.group or 1)) == 0:
             lines.append(f"  --config.train.accumulation={2 * parts}  (same result, more time)")
         if settings.execution.remat == "none":
             lines.append("  --config.model.remat=transformer  (same result, more time)")
@@ -214,7 +214,7 @@ def _changes(
         enough = [one for one in savings if one[1] >= over]
         size, saved = min(enough) if enough else savings[-1]
         yield f"mesh.fsdp={size}", saved
-    rows = settings.batch_size // (data * fsdp)
+    rows = settings.batch_size // (data * fsdp * (settings.group or 1))
     cuts = [n for n in range(2, rows + 1) if rows % n == 0 and n > settings.accumulation]
     if cuts:
         fixed = min(parts.params * (2 if settings.accumulation > 1 else 1), memory.temporaries)

@@ -151,7 +151,7 @@ def make_planned(
         ValueError: mesh, batch or model do not fit, as in training.
     """
     grid = meshes.make_mesh(**axes, devices=devices)
-    meshes.check_batch(settings.batch_size, settings.accumulation, grid)
+    meshes.check_batch(settings.batch_size, settings.accumulation, grid, settings.group)
     abstract = parameters.abstract(
         model.family.model, dict(model.config), dtype=settings.compute_dtype
     )

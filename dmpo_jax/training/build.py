@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from dmpo_jax.data.batches import pipeline
 from dmpo_jax.data.encoded.meta import EncodedMeta
+from dmpo_jax.data.encoded.pair import OWN
 from dmpo_jax.diffusion.noise import NoiseTable
 from dmpo_jax.diffusion.timesteps import make_timesteps
 from dmpo_jax.errors import UserError
@@ -53,7 +54,8 @@ class StepSettings:
     """Settings of a training step.
 
     objective: with its `hyperparameters`. batch_size: pairs per update, over all devices.
-    accumulation: microbatches. compute_dtype: of activations and frozen parameters.
+    accumulation: microbatches. group: of `step.Setup`. sizes: of `pair.SIZES`, what a model that is
+        told images' sizes is told. compute_dtype: of activations and frozen parameters.
     execution: how the forward pass is executed; its attention may be AUTO.
     lora: None trains every parameter. ema_decay: 0 keeps no average.
     rate, optimizer: arguments of `optim.make_learning_rate` and `optim.make_optimizer`.
@@ -65,6 +67,8 @@ class StepSettings:
     hyperparameters: Mapping[str, float | int]
     batch_size: int
     accumulation: int = 1
+    group: int | None = None
+    sizes: str = OWN
     compute_dtype: Any = "float32"
     execution: Execution = BEST
     lora: Adapters | None = None
@@ -212,9 +216,14 @@ def build(
     Raises:
         ValueError: mesh, batch, model and pairs do not fit; the message says what would.
     """
-    meshes.check_batch(settings.batch_size, settings.accumulation, mesh)
+    meshes.check_batch(settings.batch_size, settings.accumulation, mesh, settings.group)
     facts = family.facts(model.config)
     check_fits(family, facts, meta)
+    if settings.sizes != OWN and not family.told_sizes:
+        raise UserError(
+            f"data.sizes={settings.sizes} is what a model is told of images' sizes, and a "
+            f"{family.name} model is told nothing of them: unset it"
+        )
     check_splits(facts, mesh.shape["tensor"])
     model.execution = make_execution(settings.execution, mesh)
     abstract = _is_abstract(model)
@@ -295,6 +304,7 @@ def make_setup(
         pack=meta.pack,
         tx=tx,
         accumulation=settings.accumulation,
+        group=settings.group,
         adapters=lora_settings is not None,
         dropout=lora_settings.dropout if lora_settings else 0.0,
         ema_decay=settings.ema_decay,
@@ -377,7 +387,14 @@ def make_batches(
     size = built.settings.batch_size
     rows = meshes.local_rows(built.batch_sharding(), size)
     return pipeline.make_batches(
-        pairs, "train", global_batch=size, rows=rows, seed=seed, start_step=start, **reading
+        pairs,
+        "train",
+        global_batch=size,
+        rows=rows,
+        seed=seed,
+        start_step=start,
+        sizes=built.settings.sizes,
+        **reading,
     )
 
 

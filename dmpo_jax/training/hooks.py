@@ -134,7 +134,11 @@ class Validate(Hook):
         reference = with_moving(self._built.reference, moving)
         totals: dict[str, float] = {}
         epoch = pipeline.make_epoch(
-            self._pairs, "validation", global_batch=self._size, rows=self._rows
+            self._pairs,
+            "validation",
+            global_batch=self._size,
+            rows=self._rows,
+            sizes=self._built.settings.sizes,
         )
         for i, local in enumerate(epoch):
             numbers = np.asarray(i * self._size + self._rows, np.int32)

@@ -65,6 +65,7 @@ class Setup(NamedTuple):
     shift_factor: Factor = 0.0
     pack: int = 1  # latents are packed pack x pack, then scaled and noised
     accumulation: int = 1
+    group: int | None = None  # consecutive pairs that means over the batch are of; None: all
     adapters: bool = False  # True if the state's parameters are adapters on the frozen ones
     dropout: float = 0.0  # of the adapters
     ema_decay: float = 0.0
@@ -120,7 +121,8 @@ def train_step(
     key = jax.random.fold_in(key, state.step)
     reference = with_moving(reference, state.moving)
     noised = noise_batch(key, batch, setup)
-    parts = microbatches((noised, batch.preference, batch.condition), setup.accumulation)
+    parts = (noised, batch.preference, batch.condition)
+    parts = microbatches(parts, setup.accumulation, setup.group or 1)
     if setup.dropout:  # differs from the keys that noise_batch splits off
         parts += (jax.random.split(jax.random.fold_in(key, 2**31), setup.accumulation),)
 
@@ -182,22 +184,37 @@ def pair_loss(params, reference, part, setup: Setup):
     """
     noised, preference, condition, *keys = part
     policy, frozen = predict_both(params, reference, noised, condition, setup, *keys)
-    scalars = {}
-    judged = policy
-    if setup.safeguard is not None:
-        judged, scalars["safeguard"] = winner_preserving(policy, noised.target, mu=setup.safeguard)
-    losses = pair_losses(judged, frozen, noised, preference, setup)
+    losses, scalars = pair_losses(policy, frozen, noised, preference, setup)
     scalars["loss"] = losses.mean()
     seen = (policy, frozen, noised.target, preference, noised.timesteps, losses)
     return scalars["loss"], (scalars, health.by_pair(*jax.lax.stop_gradient(seen)))
 
 
-def pair_losses(policy, reference, noised: Noised, preference: PerPair, setup: Setup) -> PerPair:
-    """Returns the objective of each pair, weighted by its timestep."""
-    losses = setup.objective(policy, reference, noised.target, preference)
-    if setup.anchor is not None:
-        losses += setup.anchor(policy, reference, noised.target, preference)
-    return losses if noised.weights is None else losses * noised.weights
+def pair_losses(
+    policy, reference, noised: Noised, preference: PerPair, setup: Setup
+) -> tuple[PerPair, dict[str, jax.Array]]:
+    """Returns (the objective of each pair, weighted by its timestep; scalars).
+
+    The safeguard's lambda is one of the scalars, the mean over the groups.
+    """
+
+    def of_group(policy, reference, target, preference):
+        scalars, judged = {}, policy
+        if setup.safeguard is not None:
+            judged, scalars["safeguard"] = winner_preserving(policy, target, mu=setup.safeguard)
+        losses = setup.objective(judged, reference, target, preference)
+        if setup.anchor is not None:
+            losses += setup.anchor(judged, reference, target, preference)
+        return losses, scalars
+
+    rows = (policy, reference, noised.target, preference)
+    if setup.group is None:
+        losses, scalars = of_group(*rows)
+    else:
+        grouped = jax.tree.map(lambda x: x.reshape(-1, setup.group, *x.shape[1:]), rows)
+        losses, scalars = jax.vmap(of_group)(*grouped)
+        losses, scalars = losses.reshape(-1), jax.tree.map(jnp.mean, scalars)
+    return losses if noised.weights is None else losses * noised.weights, scalars
 
 
 def predict_both(params, reference, noised, condition, setup: Setup, dropout_key=None):
@@ -246,13 +263,18 @@ def predict_pairs(predict, params, noised: Noised, condition: Condition):
     return prediction.reshape(b, n, *prediction.shape[1:])
 
 
-def microbatches(tree: Any, count: int) -> Any:
+def microbatches(tree: Any, count: int, group: int = 1) -> Any:
     """Reshapes [B, ...] to [A, B/A, ...] such that each device keeps its rows.
 
-    Row b goes to microbatch b % A: the reshape to (B/A, A) splits no device's block,
-    whereas (A, B/A) would gather the batch.
+    Groups of consecutive rows stay together. Group g goes to microbatch g % A: the reshape to
+    (groups/A, A, group) splits no device's block, whereas (A, B/A) would gather the batch.
     """
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), tree)
+
+    def cut(x: jax.Array) -> jax.Array:
+        groups = jnp.moveaxis(x.reshape(-1, count, group, *x.shape[1:]), 1, 0)
+        return groups.reshape(count, -1, *x.shape[1:])
+
+    return jax.tree.map(cut, tree)
 
 
 def accumulate(gradient: Callable, parts: Any, count: int) -> tuple[Any, Any]:
@@ -298,11 +320,12 @@ def validate_batch(
 
     weights: 0 for padding. numbers: of the pairs in the split, which their noise depends on.
     """
-    setup = setup._replace(needs_rejected=True)  # accuracy compares the two images
+    # Accuracy compares the two images; the safeguard changes gradients only.
+    setup = setup._replace(needs_rejected=True, safeguard=None)
     noised = noise_each(key, numbers, batch, setup)
     predictions = predict_both(params, reference, noised, batch.condition, setup)
     preference = jnp.where(weights > 0, batch.preference.astype(jnp.float32), jnp.nan)
-    losses = pair_losses(*predictions, noised, preference, setup)
+    losses, _ = pair_losses(*predictions, noised, preference, setup)
     seen = (*predictions, noised.target, batch.preference, noised.timesteps, losses)
     right = health.correct(health.by_pair(*seen))
     return {

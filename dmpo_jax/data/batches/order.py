@@ -18,13 +18,14 @@ BLOCK = 1024  # elements of a mixture that are shuffled together
 
 
 class Element(NamedTuple):
-    """A record (number `record` of data set `source`), with its dropout and flip."""
+    """A record (number `record` of data set `source`), with its dropout and its images' flips."""
 
     source: int
     record: int
     drops_prompt: bool = False
     drops_image: bool = False
-    flips: bool = False
+    flips_chosen: bool = False
+    flips_rejected: bool = False
 
 
 class Order:
@@ -102,30 +103,41 @@ def whole_parts(weights: Sequence[float | int]) -> tuple[int, ...]:
 
 
 class Draws:
-    """Random draws of an element: `draws(i)` -> (drops_prompt, drops_image, flips).
+    """Random draws of an element: `draws(i)` -> the last four fields of its `Element`.
 
     Args:
         prompt_dropout: the share of elements that lose their prompt.
         drops_images: drops images too. With p = prompt_dropout / 2, p of the elements lose the
             prompt alone, p the image alone and p both.
-        flip: flips half of the elements.
+        flip: flips half of the elements, both images alike. flip_each: each image by itself.
     """
 
-    def __init__(self, *, seed: int, prompt_dropout: float, drops_images: bool, flip: bool):
+    def __init__(
+        self,
+        *,
+        seed: int,
+        prompt_dropout: float,
+        drops_images: bool,
+        flip: bool,
+        flip_each: bool = False,
+    ):
         self._seed, self._dropout = seed, prompt_dropout
-        self._drops_images, self._flip = drops_images, flip
+        self._drops_images, self._flip, self._each = drops_images, flip, flip_each
 
-    def __call__(self, element: int) -> tuple[bool, bool, bool]:
+    def __call__(self, element: int) -> tuple[bool, bool, bool, bool]:
         stream = _stream(self._seed, element)
         drawn = stream.random()
         # One draw for both: prompt alone below p, both below 2p, image alone below 3p.
         p = self._dropout / 2
-        # Drawn second, and even if unused, so that `flip` does not change the first draw.
-        flips = stream.random() < 0.5
+        # Drawn last, so that flips do not change the other draws.
+        chosen = rejected = self._flip and bool(stream.random() < 0.5)
+        if self._flip and self._each:
+            rejected = bool(stream.random() < 0.5)
         return (
             drawn < self._dropout,
             self._drops_images and p <= drawn < 3 * p,
-            bool(self._flip and flips),
+            chosen,
+            rejected,
         )
 
 

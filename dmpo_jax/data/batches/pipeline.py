@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.batches.order import Draws, Element, Order
+from dmpo_jax.data.encoded.pair import OWN, uncropped_sizes
 from dmpo_jax.data.encoded.records import EncodedPairs
 from dmpo_jax.errors import UserError
 from dmpo_jax.types import PairBatch
@@ -40,6 +41,8 @@ class Batches:
             and p both, as in InstructPix2Pix with p = 0.05 (arXiv 2211.09800). A dropped image is
             zeros. Images to inpaint are never dropped.
         flip: half of the elements are the pair flipped horizontally, both images or neither.
+        flip_each: then half of the images are, each by itself; not for pairs with given images.
+        sizes: one of `pair.SIZES`, for `Condition.sizes`.
         num_threads: threads that read rows; 0 reads in the caller's thread.
 
     Raises:
@@ -58,6 +61,8 @@ class Batches:
         seed: int,
         prompt_dropout: float = 0.0,
         flip: bool = False,
+        flip_each: bool = False,
+        sizes: str = OWN,
         num_threads: int = 0,
     ):
         if not 0 <= prompt_dropout <= 1:
@@ -75,11 +80,15 @@ class Batches:
             _check_flipped(sets)
         self._rows = _checked_rows(rows, global_batch)
         self._global_batch = global_batch
-        self._reader = _Reader(sets, split, num_threads)
+        self._reader = _Reader(sets, split, num_threads, sizes)
         weights = pairs.weights if isinstance(pairs, Mixture) else [1]
         self._order = Order(self._reader.lengths, weights, seed=seed)
         self._draws = Draws(
-            seed=seed, prompt_dropout=prompt_dropout, drops_images=drops_images, flip=flip
+            seed=seed,
+            prompt_dropout=prompt_dropout,
+            drops_images=drops_images,
+            flip=flip,
+            flip_each=flip_each,
         )
 
     def __getitem__(self, step: int) -> PairBatch:
@@ -122,6 +131,7 @@ def make_epoch(
     *,
     global_batch: int,
     rows: Sequence[int] | np.ndarray,
+    sizes: str = OWN,
 ) -> Iterator[tuple[PairBatch, Float[np.ndarray, " B"]]]:
     """Returns one pass in stored order, each pair once, for validation.
 
@@ -136,7 +146,7 @@ def make_epoch(
     sets = _sets(pairs)
     if isinstance(pairs, Mixture):
         sets = [one for one in sets if split in one.meta.counts]
-    reader = _Reader(sets, split)
+    reader = _Reader(sets, split, sizes=sizes)
     places = [Element(s, i) for s, length in enumerate(reader.lengths) for i in range(length)]
 
     def batches() -> Iterator[tuple[PairBatch, np.ndarray]]:
@@ -152,13 +162,16 @@ def make_epoch(
 class _Reader:
     """Fills batches with the pairs and prompts of data sets of equal shapes."""
 
-    def __init__(self, sets: Sequence[EncodedPairs], split: str, num_threads: int = 0):
+    def __init__(
+        self, sets: Sequence[EncodedPairs], split: str, num_threads: int = 0, sizes: str = OWN
+    ):
         self._sources = [pairs.split(split) for pairs in sets]
         self.lengths = [len(source) for source in self._sources]
         # Prompts recur, the empty one most of all: a bounded cache, shared by the threads.
         cached = functools.lru_cache(maxsize=max(CACHED_PROMPTS // len(sets), 1))
         self._prompts = [cached(pairs.prompts.__getitem__) for pairs in sets]
         self._empty = sets[0].meta.empty
+        self._own_sizes = sizes == OWN
         self._num_threads = num_threads
         self._pool = concurrent.futures.ThreadPoolExecutor(num_threads) if num_threads else None
 
@@ -182,8 +195,8 @@ class _Reader:
         # Each record is copied and freed before the next is read. Its memory is then reused while
         # still in the CPU cache; the kernel would have to clear memory for a batch of records.
         pair = self._sources[element.source][element.record]
-        if element.flips:
-            pair = pair.flip()
+        if element.flips_chosen or element.flips_rejected:
+            pair = pair.flip((element.flips_chosen, element.flips_rejected))
         prompt = self._prompts[element.source](0 if element.drops_prompt else pair.prompt)
         arrays: Any = batch
         arrays.moments[row] = pair.moments
@@ -195,7 +208,7 @@ class _Reader:
         if told.lengths is not None:
             told.lengths[row] = prompt.length
         if told.sizes is not None:
-            told.sizes[row] = pair.sizes
+            told.sizes[row] = pair.sizes if self._own_sizes else uncropped_sizes(pair.sizes)
         if told.image is not None:
             told.image[row] = 0 if element.drops_image else pair.image
 

@@ -13,6 +13,8 @@ from dmpo_jax.data.encoded.prompt_store import check_floats, described
 from dmpo_jax.errors import UserError
 
 ARRAYS = ("moments", "image", "flipped", "flipped_image")
+OWN = "own"
+SIZES = (OWN, "resolution")  # what a model that is told images' sizes is told
 
 
 class EncodedPair(NamedTuple):
@@ -36,16 +38,24 @@ class EncodedPair(NamedTuple):
     flipped: Float[np.ndarray, "2 h w M"] | None = None
     flipped_image: Float[np.ndarray, "h w E"] | None = None
 
-    def flip(self) -> "EncodedPair":
-        """Returns the mirrored pair: both images, the given image, and SDXL's crop.
+    def flip(self, which: tuple[bool, bool] = (True, True)) -> "EncodedPair":
+        """Returns the mirrored pair: its images, the given image, and SDXL's crop.
+
+        Args:
+            which: of the two images; one alone only where there is no given image.
 
         Raises:
-            ValueError: the mirrored variant was not stored.
+            ValueError: the mirrored variant was not stored, or the given image would be that of
+                one image and the mirrored one that of the other.
         """
+        if not any(which):
+            return self
         if self.flipped is None:
             raise UserError(
                 f"pair {self.id!r} has no flipped variant: encode with flip, or train without"
             )
+        if not all(which):
+            return self._flip_one(which.index(True))
         return self._replace(
             moments=self.flipped,
             flipped=self.moments,
@@ -53,6 +63,16 @@ class EncodedPair(NamedTuple):
             image=self.flipped_image,
             flipped_image=self.image,
         )
+
+    def _flip_one(self, image: int) -> "EncodedPair":
+        if self.image is not None:
+            raise UserError(
+                f"pair {self.id!r} has a given image, which both of its images share: flip both"
+            )
+        moments, flipped, sizes = (np.array(x) for x in (self.moments, self.flipped, self.sizes))
+        moments[image], flipped[image] = flipped[image], self.moments[image]
+        sizes[image] = flip_sizes(sizes[image])
+        return self._replace(moments=moments, flipped=flipped, sizes=sizes)
 
 
 def chosen_first(pair: EncodedPair) -> EncodedPair:
@@ -87,6 +107,12 @@ def flip_sizes(sizes: Int[np.ndarray, "*n 6"]) -> Int[np.ndarray, "*n 6"]:
     _, width = np.moveaxis(resized_size(sizes[..., :2], sizes[..., 4:]), -1, 0)
     sizes[..., 3] = width - sizes[..., 5] - sizes[..., 3]
     return sizes
+
+
+def uncropped_sizes(sizes: Int[np.ndarray, "*n 6"]) -> Int[np.ndarray, "*n 6"]:
+    """Returns SDXL's sizes, in pixels, of an image that had the target's size from the start."""
+    target = sizes[..., 4:]
+    return np.concatenate([target, np.zeros_like(target), target], axis=-1)
 
 
 def resized_size(
