@@ -7,9 +7,9 @@ page are derived.
 from typing import TYPE_CHECKING, Any
 
 from dmpo_jax.config.declare import ITSELF, Check, OneOf, Root, Section, leaf
+from dmpo_jax.data.encoded.pair import SIZES
 from dmpo_jax.diffusion.samplers import SAMPLERS
 from dmpo_jax.diffusion.timesteps import DENSITIES, WEIGHTINGS
-from dmpo_jax.data.encoded.pair import SIZES
 from dmpo_jax.encoding.plan import CHOICES
 from dmpo_jax.evaluation.protocol import ESTIMANDS, PROTOCOLS
 from dmpo_jax.families import FAMILIES

@@ -186,6 +186,15 @@ def test_valid_is_valid():
         ),
         ({"safeguard__mu": 1.5}, r"safeguard.mu must be in \[0, 1\], but got 1.5"),
         ({"safeguard__mu": 0.5, "objective": "sft"}, "rejected images, which 'sft' does not use"),
+        (
+            {"train__group": 8, "objective": "dspo_sdxl", "train__batch_size": 24}
+            | {"train__accumulation": 2},
+            "multiple of train.accumulation x train.group, but got 24, 2 and 8: change one",
+        ),
+        ({"train__group": 8}, "objective=dmpo without safeguard.mu has none: unset it"),
+        ({"train__group": 0, "safeguard__mu": 0.9}, "train.group must be at least 1, but got 0"),
+        ({"data__flip_each": True}, "how data.flip flips, which is not set"),
+        ({"data__sizes": "whole"}, "data.sizes must be one of own, resolution, but got 'whole'"),
         ({"timesteps__weighting": "snr"}, "timesteps.weighting must be one of uniform, min_snr"),
         ({"timesteps__low": 0.7, "timesteps__high": 0.6}, "but got 0.7 and 0.6"),
         ({"timesteps__gamma": 0.0}, "timesteps.gamma must be above 0 and finite, but got 0.0"),
@@ -259,6 +268,16 @@ def test_identity_is_what_changes_the_run_and_nothing_else():
     }
     for leaf, value in other.items():
         assert configs.identity(valid(**{leaf: value})) != base, leaf
+    # Means over a microbatch depend on its size, those over a group do not.
+    for group, differs in ((None, True), (8, False)):
+        runs = [
+            configs.identity(valid(safeguard__mu=0.9, train__accumulation=a, train__group=group))
+            for a in (1, 2)
+        ]
+        assert (runs[0] != runs[1]) == differs
+    dropout = {"lora__rank": 4, "lora__dropout": 0.1, "safeguard__mu": 0.9, "train__group": 8}
+    runs = [configs.identity(valid(**dropout, train__accumulation=a)) for a in (1, 2)]
+    assert runs[0] != runs[1]
     cosine = [configs.identity(valid(optimizer__schedule="cosine", train__steps=s)) for s in (6, 7)]
     assert cosine[0] != cosine[1]  # there the rate is a function of train.steps
 

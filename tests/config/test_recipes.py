@@ -38,6 +38,10 @@ def test_rates_are_those_of_a_whole_update():
     assert recipes.scaled(1e-8, 64) == pytest.approx(6.4e-7)
 
 
+# Whatever the launcher says, their train.py drops Pick-a-Pic's ties and flips each image by itself
+# (--no_hflip is in none of them); its SDXL branch tells the UNet (h, w, 0, 0, h, w).
+SWITCHES = {"data.ties": "drop", "data.flip": True, "data.flip_each": True}
+OF_SDXL = {"data.sizes": "resolution", "optimizer.name": "adafactor"}
 # beta, alpha, rate of --scale_lr, mu, optimizer in effect: read in AIDC-AI/Diffusion-SDPO's
 # scripts/train/*.sh and train.py, which takes Adafactor for every SDXL run.
 LAUNCHERS = {
@@ -63,6 +67,27 @@ def test_recipes_are_what_their_launchers_do(name):
     assert (config.optimizer.warmup_steps, config.optimizer.schedule) == (500, "constant")
     assert (config.optimizer.weight_decay, config.optimizer.clip_norm) == (0.01, 1.0)
     assert config.data.prompt_dropout == 0.2
+    flat = configs.flatten(config)
+    switches = SWITCHES | (OF_SDXL if name.startswith("sdxl") else {"data.sizes": "own"})
+    assert {path: flat[path] for path in switches} == switches
+    assert config.train.group == 8  # --train_batch_size: lambda is one over a device's pairs
+
+
+@pytest.mark.parametrize(
+    ("name", "warmup", "of_model"),
+    [
+        ("sd15_diffusion_dpo", 500, {"data.sizes": "own", "optimizer.name": "adamw"}),
+        ("sdxl_diffusion_dpo", 200, OF_SDXL),
+    ],
+)
+def test_the_first_launchers_have_the_same_switches(name, warmup, of_model):
+    """SalesforceAIResearch/DiffusionDPO, launchers/sd15.sh and sdxl.sh."""
+    flat = configs.flatten(published().get_config(name))
+    switches = SWITCHES | of_model | {"train.group": None, "safeguard.mu": None}
+    assert {path: flat[path] for path in switches} == switches
+    assert (flat["objectives.diffusion_dpo.beta"], flat["optimizer.warmup_steps"]) == (5000, warmup)
+    assert flat["optimizer.learning_rate"] == pytest.approx(2.048e-5)
+    assert flat["data.prompt_dropout"] == 0.2
 
 
 def test_what_is_unknown_is_refused():

@@ -9,7 +9,7 @@ import pytest
 from dmpo_jax.data.batches import pipeline
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import records
-from dmpo_jax.data.encoded.pair import EncodedPair
+from dmpo_jax.data.encoded.pair import EncodedPair, flip_sizes
 from dmpo_jax.data.encoded.prompt_store import PromptEmbedding
 from dmpo_jax.parallel import meshes
 from tests.support.encoded import write_pairs
@@ -23,7 +23,7 @@ def write(folder, first, count):
 
     def pair(i):
         moments = np.full((2, 2, 2, 4), first + i, np.float16)
-        sizes = np.full((2, 6), 8, np.int32)
+        sizes = np.array([[16, 8, 5, 0, 8, 8], [8, 24, 0, 3 + i % 4, 8, 8]], np.int32)
         return EncodedPair(f"{first + i}", 1 + i % 4, 0.75, moments, sizes, flipped=-moments)
 
     prompts = [
@@ -131,6 +131,51 @@ def test_both_images_are_flipped_or_neither_and_half_of_the_pairs(sets):
     np.testing.assert_array_equal(np.abs(moments), unflipped)  # nothing else is drawn anew
     by_pair = [set(flips[unflipped[:, 0, 0] == i]) for i in range(1, 38)]
     assert {True, False} in by_pair  # drawn for the element, not the pair
+
+
+def test_each_image_is_flipped_with_its_own_crop(sets):
+    drawn = [next(reader) for reader in [make(sets[0], range(BATCH), flip_each=True)] * 40]
+    plain = make(sets[0], range(BATCH), flip=False)
+    seen = set()
+    for batch, own in [(batch, next(plain)) for batch in drawn]:
+        np.testing.assert_array_equal(np.abs(batch.moments), own.moments)
+        flips = (batch.moments < 0).reshape(BATCH, 2, -1)
+        assert (flips.all(-1) == flips.any(-1)).all()  # an image as a whole
+        flips = flips.all(-1)
+        mirrored = flip_sizes(own.condition.sizes.astype(np.int64))
+        want = np.where(flips[..., None], mirrored, own.condition.sizes)
+        np.testing.assert_array_equal(batch.condition.sizes, want)
+        seen |= set(map(tuple, flips.tolist()))
+    assert len(seen) == 4
+    rows = shares(permuted_mesh(), 4)
+    readers = [make(sets[0], held, flip_each=True) for held in rows]
+    for want in drawn[:STEPS]:
+        assert_same(join([next(reader) for reader in readers], rows), want)
+
+
+def test_a_given_image_is_never_apart_from_one_of_its_pair(sets):
+    pair = sets[0].split("train")[0]
+    image = np.zeros((2, 2, 3), np.float16)
+    shared = pair._replace(image=image, flipped_image=image + 1)
+    assert shared.flip().image.max() == 1
+    assert shared.flip((False, False)).image.max() == 0
+    with pytest.raises(ValueError, match="which both of its images share: flip both"):
+        shared.flip((True, False))
+
+
+def test_sizes_are_the_images_own_or_the_resolution(sets):
+    options = {"flip": False, "sizes": "resolution"}
+    own, told = (
+        next(make(sets[0], range(BATCH), flip=False)),
+        next(make(sets[0], range(BATCH), **options)),
+    )
+    assert own.condition.sizes[0, 0].tolist() == [16, 8, 5, 0, 8, 8]
+    assert (told.condition.sizes == [8, 8, 0, 0, 8, 8]).all()
+    np.testing.assert_array_equal(told.moments, own.moments)
+    epoch = pipeline.make_epoch(
+        sets[0], "train", global_batch=BATCH, rows=range(BATCH), sizes="resolution"
+    )
+    assert all((batch.condition.sizes == [8, 8, 0, 0, 8, 8]).all() for batch, _ in epoch)
 
 
 def test_flips_must_have_been_stored(tmp_path, sets):

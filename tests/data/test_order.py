@@ -41,6 +41,20 @@ def test_half_are_flipped_whatever_is_dropped():
     assert not any(unasked(i)[2] for i in range(100))
     other = Draws(seed=2, prompt_dropout=0.5, drops_images=False, flip=True)
     assert [other(i)[2] for i in range(100)] != drawn[:100, 2].tolist()
+    assert (drawn[:, 2] == drawn[:, 3]).all()
+
+
+def test_each_image_is_flipped_by_itself():
+    options = {"seed": 1, "prompt_dropout": 0.5, "drops_images": False}
+    each, both = Draws(flip=True, flip_each=True, **options), Draws(flip=True, **options)
+    drawn = np.array([each(i) for i in range(4000)])
+    assert (drawn[:, :3] == [both(i)[:3] for i in range(4000)]).all()  # nothing else is drawn anew
+    tolerance = 4 * np.sqrt(0.25 / 4000)
+    for chosen in (False, True):
+        share = drawn[drawn[:, 2] == chosen, 3].mean()
+        assert abs(share - 0.5) < tolerance * np.sqrt(2)
+    without = Draws(flip=False, flip_each=True, **options)
+    assert not any(without(i)[2] or without(i)[3] for i in range(100))
 
 
 @pytest.mark.parametrize("parts", [(1,), (1, 1), (4, 2, 1), (1, 1000), (7, 3, 5, 2)])

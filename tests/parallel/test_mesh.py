@@ -159,6 +159,9 @@ def test_shard_batch_refuses_wrong_rows(leaf):
 def test_check_batch():
     mesh = meshes.make_mesh()
     meshes.check_batch(32, 4, mesh)
+    meshes.check_batch(64, 4, mesh, 2)
+    with pytest.raises(ValueError, match=r"of 64 .* x groups of train.group=2 pairs\), .* got 32"):
+        meshes.check_batch(32, 4, mesh, 2)
     with pytest.raises(ValueError, match=r"multiple of 32 .*got 40; nearest: 32 or 64"):
         meshes.check_batch(40, 4, mesh)
     with pytest.raises(ValueError, match=r"nearest: 32$"):

@@ -274,6 +274,8 @@ def test_accumulation_means_gradients_and_stacks_the_rest():
     np.testing.assert_array_equal(beside["loss"], np.arange(4.0))
     cut = step.microbatches(jnp.arange(8), 4)
     np.testing.assert_array_equal(cut, np.arange(8).reshape(2, 4).T)
+    cut = step.microbatches(jnp.arange(8), 2, 2)
+    np.testing.assert_array_equal(cut, [[0, 1, 4, 5], [2, 3, 6, 7]])
 
 
 def test_means_alone_are_noised_as_moments_without_variance_are():
@@ -321,6 +323,59 @@ def test_means_over_the_batch_span_devices_and_end_at_microbatches(monkeypatch):
     ]
     for name in ("loss", "safeguard"):
         assert others[name] == pytest.approx(np.mean([a[name] for a in alone]), rel=1e-4)
+
+
+def test_means_over_groups_are_the_same_on_any_layout():
+    """Of 4 consecutive rows of the global batch, on 8 devices and in 2 microbatches too."""
+    objective = functools.partial(
+        OBJECTIVES["diffusion_kto"], beta=100.0, chosen_weight=1.0, rejected_weight=0.5
+    )
+    far, group, pairs = 100 * MOVED, 4, 64
+    changes = {"objective": objective, "safeguard": 0.1, "group": group}
+    # Predictions larger than the noise that a pair shares: errors that differ, and lambdas.
+    reference, found = {path: 3 * x for path, x in small().items()}, {}
+    for layout in ((1, 1), (8, 1), (8, 2)):
+        setup = make_small_setup(layout[1], KEEP_GRADIENT)._replace(**changes)
+        args, shardings = on_mesh(make_mesh(layout[0]), setup, pairs, far, reference)
+        state, metrics = step.jit_train_step(setup, shardings)(*args, run_key())
+        found[layout] = jax.device_get((state.opt_state, metrics))
+    # By hand, each group as a batch of its own.
+    setup = make_small_setup(1)._replace(objective=objective, safeguard=0.1)
+    batch = jax.tree.map(jnp.asarray, make_batch(pairs))
+    noised = step.noise_batch(jax.random.fold_in(run_key(), 0), batch, setup)
+    whole = (noised, batch.preference, batch.condition)
+    loss = functools.partial(step.pair_loss, setup=setup)
+    alone = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    cuts = [jax.tree.map(lambda x, i=i: x[i : i + group], whole) for i in range(0, pairs, group)]
+    parts = [alone(perturbed(reference, far), reference, part) for part in cuts]
+    want = {k: np.mean([np.asarray(g[k]) for _, g in parts], 0) for k in reference}
+    lambdas = [float(aux[0]["safeguard"]) for (_, aux), _ in parts]
+    assert np.std(lambdas) > 0.01
+    _, plain = alone(perturbed(reference, far), reference, whole)
+    assert relative_error(plain, want) > 5e-3  # what one mean over the batch would give
+    for layout, (gradient, metrics) in found.items():
+        assert relative_error(gradient, want) <= 1e-3, layout
+        assert metrics["safeguard"] == pytest.approx(np.mean(lambdas), rel=1e-4)
+        assert metrics["loss"] == pytest.approx(np.mean([float(x[0]) for x, _ in parts]), rel=1e-4)
+
+
+def test_groups_need_no_collective():
+    """A group lies on one device: only the mean of the lambdas, for the log, is over devices."""
+    counts = {}
+    for name, changes in {
+        "none": {},
+        "groups": {"safeguard": 0.9, "group": 2},
+        "batch": {"safeguard": 0.9},
+    }.items():
+        setup = make_small_setup(2, KEEP_GRADIENT)._replace(**changes)
+        args, shardings = on_mesh(make_mesh(8), setup, 32, reference=small())
+        compiled = step.jit_train_step(setup, shardings).lower(*args, run_key()).compile()
+        found = hlo.collectives(compiled.as_text())
+        assert {c.kind for c in found} == {"all-reduce", "all-gather"}
+        gathered = sum(c.trips * c.payload for c in found if c.kind == "all-gather")
+        assert gathered <= len(health.FIELDS) * 32 * 4
+        counts[name] = sum(c.trips * c.payload for c in found if c.kind == "all-reduce")
+    assert counts["none"] <= counts["groups"] < counts["batch"]
 
 
 def test_weights_by_timestep_scale_each_pairs_loss():

@@ -19,7 +19,7 @@ from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs
 SIDE, WIDTH, PROMPTS = 8, 16, 3
 
 
-def write(folder, *, moments="sample", channels=4, flipped=False, value=0.0):
+def write(folder, *, moments="sample", channels=4, flipped=False, value=0.0, **more):
     """Twelve pairs for the model of `tiny`, four of them for validation."""
     shape = (2, SIDE, SIDE, channels * (2 if moments == "sample" else 1))
 
@@ -28,7 +28,7 @@ def write(folder, *, moments="sample", channels=4, flipped=False, value=0.0):
         return EncodedPair(str(i), 1 + i % 2, 0.75, x, sizes, flipped=-x if flipped else None)
 
     prompts = [PromptEmbedding("p" * j, np.full((4, WIDTH), j, np.float16)) for j in range(PROMPTS)]
-    meta = {"model": "tiny", "scaling_factor": 1.0, "shift_factor": 0.0, "moments": moments}
+    meta = {"model": "tiny", "scaling_factor": 1.0, "shift_factor": 0.0, "moments": moments, **more}
     splits = {"train": map(pair, range(8)), "validation": map(pair, range(8, 12))}
     write_pairs(folder, splits, prompts, meta)
     return str(folder)
@@ -91,6 +91,27 @@ def test_flips_are_drawn_where_asked_for(model, tmp_path):
         prepare(plain, tmp_path).batches()
 
 
+def test_ties_that_were_to_be_dropped_are_refused(model, tmp_path):
+    kept = write(tmp_path / "kept", ties="keep", tied_pairs=3)
+    refused = tiny.make_config(model, kept, data__ties="drop")
+    match = "data.ties=drop, and .*kept holds 3 pairs that nobody prefers: encode with --ties=drop"
+    for check in (train.check, prepare):  # before the jobs ahead of it, and by itself
+        with pytest.raises(ValueError, match=match):
+            check(refused, epath.Path(tmp_path / "run"))
+    mix = (f"{write(tmp_path / 'none', ties='keep', tied_pairs=0)}=1", f"{kept}=1")
+    with pytest.raises(ValueError, match=match):
+        prepare(tiny.make_config(model, "", data__mix=mix, data__ties="drop"), tmp_path)
+    dropped = write(tmp_path / "dropped", ties="drop", tied_pairs=0)
+    for encoded, ties in ((kept, "keep"), (dropped, "drop"), (dropped, "keep")):
+        prepare(tiny.make_config(model, encoded, data__ties=ties), tmp_path)
+
+
+def test_only_a_model_that_is_told_sizes_is_told_others(model, tmp_path):
+    config = tiny.make_config(model, write(tmp_path / "a"), data__sizes="resolution")
+    with pytest.raises(ValueError, match=r"data.sizes=resolution .* told nothing of them: unset"):
+        prepare(config, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("leaves", "match"),
     [
@@ -110,8 +131,9 @@ def test_refuses_wrong_mixtures(leaves, match):
 
 def test_identity_knows_mixtures_and_flips_and_stays_where_there_are_none():
     base = configs.identity(tiny.make_config("model", ""))
-    assert not {"mix", "flip"} & set(base["data"])
-    for leaf, value in (("data__mix", ("a=1", "b=2")), ("data__flip", True)):
+    assert not {"mix", "flip", "flip_each", "sizes"} & set(base["data"])
+    given = {"data__mix": ("a=1", "b=2"), "data__flip": True, "data__flip_each": True}
+    for leaf, value in {**given, "data__sizes": "resolution"}.items():
         found = configs.identity(tiny.make_config("model", "", **{leaf: value}))
         assert found != base
         assert json.loads(json.dumps(found)) == found
