@@ -1,15 +1,16 @@
 """Published settings by name, as in their launchers.
 
     python launch/train.py --config=configs/published.py:sd15_diffusion_dpo --workdir=DIR \\
-        --config.data.encoded=ENCODED   # made by launch/encode.py
+        --config.data.encoded=ENCODED   # made by launch/encode.py --ties=drop --flip
 
 `dmpo_jax/config/recipes.py` lists them with their sources: sd15_dmpo, sd15_diffusion_dpo,
 sd15_diffusion_dpo_safeguarded, sd15_dspo, sdxl_dmpo, sdxl_diffusion_dpo,
 sdxl_diffusion_dpo_safeguarded, sdxl_dspo, all 2,000 updates of 2,048 pairs of Pick-a-Pic v2, SDXL's
-by Adafactor; sd35_medium_diffusion_dpo (adapters), sd3_medium_diffusion_dpo; and sd35_medium_dmpo,
-which is nobody's but ours. Take these to reproduce what was published. `configs/sd15_dmpo.py` and
-`configs/sdxl_dmpo.py` are plain DMPO by AdamW, without the safeguard that its launchers add: their
-settings are ours, and no published run supports them.
+by Adafactor, encoded with --ties=drop --flip (docs/recipes.md); sd35_medium_diffusion_dpo
+(adapters), sd3_medium_diffusion_dpo; and sd35_medium_dmpo, which is nobody's but ours. Take these
+to reproduce what was published. `configs/sd15_dmpo.py` and `configs/sdxl_dmpo.py` are plain DMPO by
+AdamW, without the safeguard that its launchers add: their settings are ours, and no published run
+supports them.
 """
 
 from dmpo_jax import config as base

@@ -1,6 +1,8 @@
 """dmpo_jax.jobs.train by its data's config: mixtures, flips, means alone."""
 
+import dataclasses
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded import records
 from dmpo_jax.jobs import train
 from dmpo_jax.toy import debug
-from dmpo_jax.training import hooks
+from dmpo_jax.training import build, hooks
 from tests.support import tiny
 from tests.support.encoded import EncodedPair, PromptEmbedding, write_pairs
 
@@ -24,7 +26,10 @@ def write(folder, *, moments="sample", channels=4, flipped=False, value=0.0, **m
     shape = (2, SIDE, SIDE, channels * (2 if moments == "sample" else 1))
 
     def pair(i):
-        x, sizes = np.full(shape, value, np.float16), np.full((2, 6), 64, np.int32)
+        x, sizes = (
+            np.full(shape, value, np.float16),
+            np.array([[64, 78, 0, 7, 64, 64]] * 2, np.int32),
+        )
         return EncodedPair(str(i), 1 + i % 2, 0.75, x, sizes, flipped=-x if flipped else None)
 
     prompts = [PromptEmbedding("p" * j, np.full((4, WIDTH), j, np.float16)) for j in range(PROMPTS)]
@@ -110,6 +115,23 @@ def test_only_a_model_that_is_told_sizes_is_told_others(model, tmp_path):
     config = tiny.make_config(model, write(tmp_path / "a"), data__sizes="resolution")
     with pytest.raises(ValueError, match=r"data.sizes=resolution .* told nothing of them: unset"):
         prepare(config, tmp_path)
+
+
+def test_training_and_validation_tell_the_model_the_same_sizes(model, tmp_path):
+    run = prepare(tiny.make_config(model, write(tmp_path / "a", told_sizes=True)), tmp_path)
+    settings = dataclasses.replace(run.step.settings, sizes="resolution")
+    told = []
+
+    def validate(params, reference, batch, weights, *rest):
+        told.append(batch.condition.sizes)
+        return {"weight": weights.sum()}
+
+    for step, crop in ((run.step, 7), (run.step._replace(settings=settings), 0)):
+        told.append(next(build.make_batches(step, run.pairs, seed=0)).condition.sizes)
+        with mock.patch.object(build.TrainingStep, "make_validate", return_value=validate):
+            hooks.Validate(step, run.pairs, run.key, batch_size=8, every=1).measure({})
+        assert [sorted(set(np.asarray(x)[..., 3].ravel())) for x in told] == [[crop]] * 2
+        told.clear()
 
 
 @pytest.mark.parametrize(
