@@ -46,8 +46,8 @@ LEARNT = 0.02
 CLIPPED = 1000.0
 CLIPPED_SHARE = 0.95  # of the rows
 CHANCE = 0.52  # accuracy among decided pairs: two standard errors above what is measured are below
-# Decided ones, at least: of fewer, two standard errors are above 0.05. Labels by lot are found in 12 %
-# of runs at 400, 50 % at 2,500, 98 % at 10,000.
+# Decided ones, at least: of fewer, two standard errors are above 0.05. Labels by lot are found in
+# 12 % of runs at 400, 50 % at 2,500, 98 % at 10,000.
 CHANCE_PAIRS = 400
 CHANCE_UPDATES = 500  # after the warmup
 VALIDATIONS = 3
