@@ -35,7 +35,6 @@ from dmpo_jax.jobs import train
 from dmpo_jax.jobs.run import run as run_jobs
 from dmpo_jax.objectives import OBJECTIVES, Anchor
 from dmpo_jax.objectives.anchor import ANCHORS
-from dmpo_jax.parallel import meshes
 from dmpo_jax.sampling.sampler import Sampler, load_params, open_sampler
 from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
@@ -414,10 +413,7 @@ def validation_health(params, reference, batch, number, *, setup: step.Setup):
     policy, base = step.predict_both(params, reference, noised, batch.condition, setup)
     # Losses differ in meaning between objectives and are ignored.
     none = jnp.zeros_like(batch.preference)
-    by_pair = health.by_pair(
-        policy, base, noised.target, batch.preference, noised.timesteps, none
-    )
+    by_pair = health.by_pair(policy, base, noised.target, batch.preference, noised.timesteps, none)
     found = health.summary(by_pair)
     distance = jnp.square(policy - base).mean() / jnp.square(base - noised.target).mean()
     return {**{name: found[name] for name in HEALTH}, "distance": distance}
-

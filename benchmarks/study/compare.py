@@ -70,14 +70,16 @@ def train(args: argparse.Namespace, budget: Budget, results: Results) -> None:
     # A separate console: sampling's output is suppressed by redirecting sys.stderr.
     console = rich.console.Console(file=sys.stderr)
     every = jobs()
-    with Workers(args.workers, budget, work, JUDGE) as workers:
-        with Progress(len(every), 0, "jobs", console=console) as bar:
-            done = 0
-            for name, _ in workers.run(every, results.runs):
-                results.save()
-                now = sum(missing(job, results.runs, JUDGE) == [] for job in every)
-                bar.advance(now - done, last=name)
-                done = now
+    with (
+        Workers(args.workers, budget, work, JUDGE) as workers,
+        Progress(len(every), 0, "jobs", console=console) as bar,
+    ):
+        done = 0
+        for name, _ in workers.run(every, results.runs):
+            results.save()
+            now = sum(missing(job, results.runs, JUDGE) == [] for job in every)
+            bar.advance(now - done, last=name)
+            done = now
 
 
 if __name__ == "__main__":

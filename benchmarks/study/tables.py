@@ -1,5 +1,6 @@
 """Numbers and Markdown tables of the comparison, from its results alone."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def at_distance(run: dict[str, Any], base: dict[str, Any], judge: str, distance:
     points = [(0.0, base["scores"][judge])]
     points += [(p["health"]["distance"], p["scores"][judge]) for p in run.get("path", ())]
     points += [(run["health"]["distance"], run["scores"][judge])]
-    for (near, low), (far, high) in zip(points, points[1:], strict=False):
+    for (near, low), (far, high) in itertools.pairwise(points):
         if near <= distance <= far:
             share = (math.sqrt(distance) - math.sqrt(near)) / (math.sqrt(far) - math.sqrt(near))
             return low + share * (high - low)

@@ -267,7 +267,9 @@ def chosen(
     return _pick(_best(task, objective, runs, judge), runs, judge).setting
 
 
-def at_an_edge(task: str, objective: str, setting: tuple[tuple[str, float], ...], runs: Runs) -> list[str]:
+def at_an_edge(
+    task: str, objective: str, setting: tuple[tuple[str, float], ...], runs: Runs
+) -> list[str]:
     """Returns the axes along which nothing was tried on one side of a setting.
 
     A label smoothing of 0 is no edge: there is nothing below.

@@ -35,9 +35,7 @@ class FakeBench:
     def run(self, trial):
         self.asked.append(trial.name)
         own = dict(trial.setting)
-        far = sum(
-            abs(math.log10(own[name] / at)) for name, at in self.peak.items() if name in own
-        )
+        far = sum(abs(math.log10(own[name] / at)) for name, at in self.peak.items() if name in own)
         rng = np.random.default_rng(len(self.asked))
         level = 0.9 - far / 10 - trial.flipped / 2 + 0.01 * trial.seed % 0.05
         level += self.noise * rng.normal()
