@@ -325,7 +325,7 @@ class Bench:
         count = config.train.steps
         alarm = alarms.Alarms(alarms.Run(count, budget.batch_size, **about(trial, config)))
         rows: list[dict[str, float]] = []
-        shares = () if trial.tuning or trial.variant else budget.path
+        shares = budget.path if trial.along and not (trial.tuning or trial.variant) else ()
         stops = {round(share * count): share for share in shares}
         for i in range(count):
             state, metrics = program(trial, state, run.step.reference, next(data), key)

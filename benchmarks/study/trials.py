@@ -18,6 +18,7 @@ SEEDS, SEARCH_SEED, SECOND_SEED, FINALISTS = 5, 100, 101, 2
 TUNING_IMAGES, HELD_OUT_IMAGES = 1, 2
 RELABELLED = ("dmpo", "diffusion_dpo")  # trained with other labels too
 GUARDED = ("dmpo",)
+BETAS = (0.3, 1.0, 3.0, 10.0)  # in units of the task's: RELABELLED are compared at each of them
 LABELS: tuple[dict[str, Any], ...] = (
     {"labels": "probability"},
     {"labels": "votes5"},
@@ -164,6 +165,7 @@ class Trial:
     anchor: tuple[str, float] | None = None
     moving: tuple[float, int] | None = None
     tuning: bool = False
+    along: bool = True  # judged along the way too
 
     @property
     def hyperparameters(self) -> dict[str, float]:
@@ -207,7 +209,7 @@ class Job:
     """What one worker does at a time.
 
     stage: "objective" is search, choice and final runs; "labels" and "guards" are the variants of
-    the chosen setting.
+    the chosen setting; "betas" are the runs of `same_betas`.
     """
 
     task: str
@@ -230,11 +232,15 @@ def jobs() -> list[Job]:
     main = [Job(first, name) for name in SPACES]
     labels = [Job(first, name, "labels") for name in RELABELLED]
     guards = [Job(first, name, "guards") for name in GUARDED]
-    return [*main[:10], *labels, *guards, *main[10:], *(Job(second, name) for name in SPACES)]
+    betas = [Job(first, name, "betas") for name in RELABELLED]
+    others = [Job(second, name) for name in SPACES]
+    return [*main[:8], *betas, *labels, *main[8:10], *guards, *main[10:], *others]
 
 
 def missing(job: Job, runs: Runs, judge: str) -> list[Trial] | None:
     """Returns the trials to run next, none if the job is done; None if another must end first."""
+    if job.stage == "betas":
+        return _left([t for each in same_betas(job.task, job.objective) for t in each], runs)
     setting = chosen(job.task, job.objective, runs, judge)
     if job.stage == "objective":
         if setting is None:
@@ -251,6 +257,13 @@ def finals(
 ) -> list[Trial]:
     """Returns the final runs of a setting, or of a variant of it."""
     return [Trial(task, objective, setting, seed, **variant) for seed in range(SEEDS)]
+
+
+def same_betas(task: str, objective: str) -> list[list[Trial]]:
+    """Returns the final runs at each of BETAS, otherwise at the search's first values."""
+    middle, start = TASKS[task].beta, SPACES[objective].start(TASKS[task])
+    settings = [_trial(task, objective, {**start, "beta": short(f * middle)}) for f in BETAS]
+    return [finals(task, objective, trial.setting, along=False) for trial in settings]
 
 
 def searched(task: str, objective: str, runs: Runs) -> list[Trial]:
