@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks.study.results import Interval, Results
-from benchmarks.study.tables import Row, rows_of, variants_of
-from benchmarks.study.trials import GUARDS, LABELS, TASKS, searched
+from benchmarks.study.tables import Row, at_betas, rows_of, variants_of
+from benchmarks.study.trials import GUARDS, LABELS, TASKS
 
 matplotlib.use("Agg")
 
@@ -29,7 +29,7 @@ GREY, PALE = "#888888", "#dddddd"
 
 
 def plot(out: pathlib.Path, results: Results, judge: str) -> None:
-    """Writes compare.png, compare_frontier.png and compare_variants.png, of what is done."""
+    """Writes compare.png, and beside it _frontier, _betas and _variants, of what is done."""
     runs = results.runs
     rows = {task: found for task in TASKS if (found := rows_of(runs, task, judge))}
     if not rows:
@@ -37,6 +37,7 @@ def plot(out: pathlib.Path, results: Results, judge: str) -> None:
     other = next(j for j in next(iter(rows.values()))[0].runs[0]["scores"] if j != judge)
     _scores(out / "compare.png", runs, rows, (judge, other))
     _frontier(out / "compare_frontier.png", runs, rows, other)
+    _same_betas(out / "compare_betas.png", runs, (judge, other))
     _variants(out / "compare_variants.png", runs, judge, other)
 
 
@@ -72,12 +73,6 @@ def _frontier(path: pathlib.Path, runs: Any, rows: dict[str, list[Row]], judge: 
     axes = np.reshape(axes, (len(rows), 2))
     for (task, each), pair in zip(rows.items(), axes, strict=True):
         base = runs[f"base {task}"]
-        for row in each:
-            for point in searched(task, row.objective, runs):
-                run = runs[point.name]
-                shown = (run["health"]["distance"], run["diversity"])
-                for axis, x in zip(pair, shown, strict=True):
-                    axis.plot(x, run["scores"][judge], ".", color=PALE, markersize=4, zorder=0)
         for row in sorted(each, key=lambda row: row.objective in NAMED):
             points = [[(p["health"]["distance"], p["diversity"], p["scores"][judge]) for p in
                        (*run["path"], run)] for run in row.runs]  # fmt: skip
@@ -89,11 +84,8 @@ def _frontier(path: pathlib.Path, runs: Any, rows: dict[str, list[Row]], judge: 
                 x, y = [*means[:, i]], [*means[:, 2]]
                 if i == 1:
                     x, y = [first[0], *x], [first[1], *y]
-                axis.plot(x, y, "-o", color=colour, linewidth=wide, markersize=3)
-                axis.annotate(
-                    row.objective, (x[-1], y[-1]), xytext=(4, 0), textcoords="offset points",
-                    fontsize=7, color=colour, va="center",
-                )  # fmt: skip
+                label = row.objective if row.objective in NAMED else "others"
+                axis.plot(x, y, "-o", color=colour, linewidth=wide, markersize=3, label=label)
         for axis, label in zip(pair, ("distance from the base", "diversity"), strict=True):
             axis.axhline(base["scores"][judge], color=GREY, linestyle=":", linewidth=1)
             axis.set_xlabel(label)
@@ -103,9 +95,34 @@ def _frontier(path: pathlib.Path, runs: Any, rows: dict[str, list[Row]], judge: 
             axis.set_axisbelow(True)
         pair[0].set_xscale("log")
         pair[1].invert_xaxis()
-    figure.tight_layout()
+    named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
+    figure.legend(named.values(), named, loc="center right", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 0.87, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _same_betas(path: pathlib.Path, runs: Any, judges: Sequence[str]) -> None:
+    """Plots scores of both judges against beta."""
+    task = next(iter(TASKS))
+    found = at_betas(runs, task)
+    if not found:
+        return
+    figure, axes = _axes(1, len(judges), figsize=(5 * len(judges), 3.6))
+    for axis, judge in zip(axes, judges, strict=True):
+        for i, name in enumerate(found[0]):
+            betas = [dict(rows[name].setting)["beta"] * (0.97 + 0.06 * i) for rows in found]
+            scores = [rows[name].score(judge) for rows in found]
+            axis.plot(betas, [x.mean for x in scores], "-o", color=NAMED[name], label=name)
+            for beta, x in zip(betas, scores, strict=True):
+                axis.plot([beta, beta], [x.low, x.high], color=NAMED[name], linewidth=1.2)
+        axis.axhline(runs[f"base {task}"]["scores"][judge], color=GREY, linestyle=":")
+        axis.set_xscale("log")
+        axis.set_xlabel("beta")
+        axis.set_ylabel(f"score, {judge}")
+        axis.grid(color=PALE, linewidth=0.5)
+        axis.set_axisbelow(True)
+    _finish(figure, axes[0], path)
 
 
 def _variants(path: pathlib.Path, runs: Any, judge: str, other: str) -> None:

@@ -13,6 +13,7 @@ from benchmarks.study.trials import (
     FINALISTS,
     GUARDS,
     LABELS,
+    RELABELLED,
     SEEDS,
     SPACES,
     TASKS,
@@ -20,6 +21,7 @@ from benchmarks.study.trials import (
     at_an_edge,
     chosen,
     finals,
+    same_betas,
     searched,
     words,
 )
@@ -114,7 +116,8 @@ def report(results: Results, judge: str) -> str:
         rows = rows_of(results.runs, task, judge)
         if rows:
             lines += _task(results.runs, task, rows, judge)
-    return "\n".join([*lines, *_variants(results.runs, judge)]).rstrip() + "\n"
+    lines += [*_same_betas(results.runs, judge), *_variants(results.runs, judge)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _task(runs: Runs, task: str, rows: list[Row], judge: str) -> list[str]:
@@ -188,6 +191,45 @@ def _equal(runs: Runs, task: str, rows: Sequence[Row], judge: str, other: str) -
         if name != BASELINE and BASELINE in found:
             less = np.subtract(at[other], found[BASELINE][other])
             cells[-1][-1] = marked(interval(less))
+    return [*lines, *table(head, cells)]
+
+
+def at_betas(runs: Runs, task: str) -> list[dict[str, Row]]:
+    """Returns the rows of RELABELLED at each beta that all of them were trained with."""
+    found = []
+    for each in zip(*(same_betas(task, name) for name in RELABELLED), strict=True):
+        if all(trial.name in runs for trials in each for trial in trials):
+            rows = [Row(t[0].objective, t[0].setting, [runs[x.name] for x in t]) for t in each]
+            found.append({row.objective: row for row in rows})
+    return found
+
+
+def _same_betas(runs: Runs, judge: str) -> list[str]:
+    task = next(iter(TASKS))
+    found = at_betas(runs, task)
+    if not found:
+        return []
+    other = next(name for name in found[0][BASELINE].runs[0]["scores"] if name != judge)
+    rest = [f"`{name}` with {words(row.setting)}" for name, row in found[0].items()]
+    lines = ["## At the same beta", "", f"{TASKS[task].title}: {'; '.join(rest)} and so on.", ""]
+    head = [
+        "beta",
+        "objective",
+        f"score, {other}",
+        f"score, {judge}",
+        f"less {BASELINE}'s, {other}",
+    ]
+    head += [f"less {BASELINE}'s, {judge}", "distance", "alarms"]
+    cells = []
+    for rows in found:
+        for name, row in rows.items():
+            less = [""] * 2
+            if name != BASELINE:
+                less = [marked(difference(row, rows[BASELINE], j)) for j in (other, judge)]
+            beta = f"{dict(row.setting)['beta']:g}"
+            scores = [number(row.score(j)) for j in (other, judge)]
+            shown = [f"{row.health('distance'):.3f}", alarms(row.runs)]
+            cells.append([beta, f"`{name}`", *scores, *less, *shown])
     return [*lines, *table(head, cells)]
 
 

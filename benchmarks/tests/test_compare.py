@@ -193,7 +193,10 @@ def test_a_score_at_a_distance_is_read_off_the_path():
 
 def test_tables_and_plots_say_what_was_measured(tmp_path):
     results = Results(tmp_path / "compare.json", Budget())
-    for job in (Job(TASK, "dmpo"), Job(TASK, "diffusion_dpo"), Job(TASK, "dmpo", "labels")):
+    jobs = [
+        Job(TASK, name, stage) for name in trials.RELABELLED for stage in ("objective", "betas")
+    ]
+    for job in (*jobs, Job(TASK, "dmpo", "labels")):
         do(job, results.runs, FakeBench({"beta": 30.0, "alpha": 0.01}))
     text = tables.report(results, JUDGES[0])
     assert "`dmpo` | 0.920 [0.900, 0.940]" in text
@@ -201,10 +204,11 @@ def test_tables_and_plots_say_what_was_measured(tmp_path):
     assert "clipped 5" in text
     assert "flipped=0.2 |" in text
     assert "**-0.100 [-0.100, -0.100]**" in text
+    assert "| 300 | `dmpo` | 0.820 [0.800, 0.840] |" in text
     # 0.1 lies halfway in the root of the distance from 0.02 (0.2 / 10) to 0.1 (1 / 10).
     assert "at a distance of 0.1 from the base" in text
     plots.plot(tmp_path, results, JUDGES[0])
-    for name in ("compare", "compare_frontier", "compare_variants"):
+    for name in ("compare", "compare_frontier", "compare_betas", "compare_variants"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
