@@ -113,7 +113,9 @@ def relabelled(pairs: PairBatch, swap: np.ndarray, preference: np.ndarray) -> Pa
         if (x := getattr(pairs.condition, name)) is not None
     }
     condition = pairs.condition._replace(**images)
-    return PairBatch(turn(pairs.moments), preference, condition)
+    moments: Any = turn(pairs.moments)
+    label: Any = preference
+    return PairBatch(moments, label, condition)
 
 
 def batches(pairs: PairBatch, size: int, seed: int) -> Iterator[PairBatch]:
@@ -411,6 +413,7 @@ def validation_health(params, reference, batch, number, *, setup: step.Setup):
     """Computes HEALTH and the distance of a validation batch under noise `number`."""
     noised = step.noise_batch(jax.random.key(number), batch, setup)
     policy, base = step.predict_both(params, reference, noised, batch.condition, setup)
+    assert base is not None
     # Losses differ in meaning between objectives and are ignored.
     none = jnp.zeros_like(batch.preference)
     by_pair = health.by_pair(policy, base, noised.target, batch.preference, noised.timesteps, none)

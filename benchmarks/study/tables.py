@@ -140,8 +140,8 @@ def _task(runs: Runs, task: str, rows: list[Row], judge: str) -> list[str]:
         cells.append([f"`{row.objective}`", *(number(row.score(j)) for j in (other, judge))])
         cells[-1].append(number(row.wins(other), scale=100, digits=1))
         for j in (other, judge):
-            same = baseline is None or row is baseline
-            cells[-1].append("" if same else marked(difference(row, baseline, j)))
+            less = baseline and row is not baseline and marked(difference(row, baseline, j))
+            cells[-1].append(less or "")
     lines += table(head, cells)
     lines += ["Bold: an interval that excludes 0. The others are not told apart.", ""]
     return [*lines, *_details(runs, task, rows), *_equal(runs, task, rows, judge, other)]

@@ -113,8 +113,8 @@ class Space:
         return {**beta, **self.first, "rate": short(self.rate * task.rate)}
 
 
-def short(value: float) -> float:
-    return float(f"{value:.6g}")
+def short(value: Any) -> float:
+    return float(f"{float(value):.6g}")
 
 
 _LADDER = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 from etils import epath
 
 from benchmarks.study.bench import Bench
-from benchmarks.study.trials import Budget, Job, Runs, missing
+from benchmarks.study.trials import Budget, Job, missing
 from dmpo_jax.parallel.compilation import cache_compilations
 
 Result = tuple[str, dict[str, Any]]  # name of the trial, or "base TASK"
@@ -107,7 +107,7 @@ def serve(connection: Any, index: int, count: int, budget: Budget, work: str, ju
         connection.send(traceback.format_exc())
 
 
-def results(bench: Any, job: Job, runs: Runs, judge: str) -> Iterator[Result]:
+def results(bench: Any, job: Job, runs: Mapping[str, Any], judge: str) -> Iterator[Result]:
     """Runs a job's trials until none is missing; the base's images first, if they are."""
     runs = dict(runs)
     base = f"base {job.task}"
