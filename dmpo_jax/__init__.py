@@ -17,7 +17,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_COMMANDS = ("collect", "convert", "encode", "evaluate", "plan", "sample", "verify")
+_COMMANDS = ("calibrate", "collect", "convert", "encode", "evaluate", "plan", "sample", "verify")
 _OTHERS = {
     "defaults": ("dmpo_jax.config.configs", "defaults"),
     "load_config": ("dmpo_jax.config.files", "load_config"),

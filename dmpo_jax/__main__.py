@@ -10,6 +10,7 @@ from dmpo_jax.errors import in_words
 
 NAMES = (
     "train",
+    "calibrate",
     "encode",
     "collect",
     "sample",

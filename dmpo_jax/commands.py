@@ -88,6 +88,26 @@ def _check_train(config: Config, options: dict[str, Any]) -> None:
         checks.validate(config)
 
 
+def _calibrate(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.jobs.calibrate import FILE
+    from dmpo_jax.jobs.run import run
+
+    rest = {name: options[name] for name in ("updates", "rates")}
+    workdir = run(config, options["workdir"], calibration=rest)
+    found = storage.read_json(workdir / FILE)
+    print((workdir / FILE).with_suffix(".md").read_text())
+    _next(f"train --config=CONFIG {found['paste']}")
+    return found
+
+
+def _check_calibrate(config: Config, options: dict[str, Any]) -> None:
+    from dmpo_jax.jobs.calibrate import find, parse_rates
+
+    checks.validate(config)
+    find(config)
+    parse_rates(options["rates"])
+
+
 def _encode(config: Config, options: dict[str, Any]) -> Any:
     if options["inspect"]:
         from dmpo_jax.jobs.inspect import inspect
@@ -227,6 +247,29 @@ from 0, the optimizer's moments too unless optimizer.name differs.""",
         _train,
         _check_train,
         resumes=True,
+    ),
+    "calibrate": Command(
+        """Suggests a beta that fits, and says if the learning rate does: by probes of a few updates.
+
+    {me} --config=digits_dmpo [--workdir=DIR]
+    {me} --config=sdxl_dmpo --config.model.folder=FOLDER --config.data.encoded=DIR ...
+
+Takes what train takes, and the jobs before training run first if their results are not there yet.
+Each probe makes the run's first updates at one beta and one rate; there are about six, and the
+step compiles once. Writes WORKDIR/calibration.json and calibration.md, and nothing else: a later
+train in WORKDIR is as without. Prints what would come out at other betas and rates, and the line
+to paste.""",
+        Interface(
+            {},
+            {
+                "workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG", FOLDER),
+                "updates": Leaf(40, "updates of a probe", "[4, inf)"),
+                "rates": Leaf(("0.33", "1", "3"), "factors on the learning rate to probe"),
+            },
+            config=None,
+        ),
+        _calibrate,
+        _check_calibrate,
     ),
     "encode": Command(
         """Encodes raw preference pairs: VAE latents of the images, embeddings of each prompt once.

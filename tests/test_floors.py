@@ -21,7 +21,7 @@ FLOORS = [
     {"diffusers_io", "data"},
     {"toy"},
     {"encoding", "sampling", "scoring", "training", "export", "inspection"},
-    {"collecting", "evaluation", "planning"},
+    {"calibration", "collecting", "evaluation", "planning"},
     {"config"},
     {"jobs"},
     {"commands"},

@@ -1,8 +1,8 @@
-"""The command `train`: runs the jobs that a config names, in order."""
+"""The commands `train` and `calibrate`: run the jobs that a config names, in order."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from dmpo_jax.config import arguments, checks, step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.export.run import write_cards
-from dmpo_jax.jobs import collect, encode, evaluate, plan, train
+from dmpo_jax.jobs import calibrate, collect, encode, evaluate, plan, train
 from dmpo_jax.jobs import dry_run as said
 from dmpo_jax.parallel import processes
 from dmpo_jax.parallel.compilation import cache_compilations
@@ -29,6 +29,7 @@ def run(
     hooks: Sequence[Any] = (),
     fork: epath.PathLike = "",
     dry_run: bool = False,
+    calibration: Mapping[str, Any] | None = None,
 ) -> epath.Path:
     """Runs `config.jobs` in order in `workdir`; completed work is not repeated.
 
@@ -38,6 +39,8 @@ def run(
         hooks: `training.hooks.HookLike`, called by training after the run's own.
         fork: another folder, to run in instead, from the newest checkpoint of `workdir`.
         dry_run: only print what would be done, needed and refused; exits with 1 if anything is.
+        calibration: keywords of `calibrate.calibrate`, which then runs in place of train and of
+            what comes after it.
 
     Returns:
         The folder of the run.
@@ -75,8 +78,10 @@ def run(
         "encode": lambda: encode.check(config, source=collected),
         "train": lambda: train.check(config, workdir, source),
         "evaluate": lambda: evaluate.check(config),
+        "calibrate": lambda: calibrate.check(config, workdir),
     }
-    train_it = memory_advice(step_settings.read_step(config))(train.train)
+    within = memory_advice(step_settings.read_step(config))
+    train_it, calibrate_it = within(train.train), within(calibrate.calibrate)
     jobs = {
         "collect": lambda: collect.collect(config, out=workdir),
         "encode": lambda: encode.encode(
@@ -87,15 +92,19 @@ def run(
             evaluate.evaluate(config, a=config.model.folder, b=workdir / "export", out=workdir),
             write_cards(arguments.card(config, workdir)),
         ),
+        "calibrate": lambda: calibrate_it(config, workdir, train.prepare, **(calibration or {})),
     }
     if dry_run:  # nothing of a debug run is there to be checked
         each = {} if config.debug.family else ready
         if said.dry_run(config, workdir, each, plan.load_model):
             raise SystemExit(1)
         return workdir
-    with processes.writing(workdir, "train"):
-        found = {job: ready[job]() for job in config.jobs}
-        for job in config.jobs:
+    names = config.jobs
+    if calibration is not None:
+        names = (*(job for job in names if job in ("collect", "encode")), "calibrate")
+    with processes.writing(workdir, "train" if calibration is None else "calibrate"):
+        found = {job: ready[job]() for job in names}
+        for job in names:
             LOG.info("%s ...", job)
             began = time.monotonic()
             jobs[job]()

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 # The flags that each script has had since the first release.
 FLAGS = {
     "train": "workdir",
+    "calibrate": "workdir updates rates",
     "encode": "source model out inspect vae variant resolution crop moments moments_dtype flip "
     "ties validation_fraction max_bad batch_size num_threads dtype distributed",
     "collect": "model prompts scorer out pairs seed temperature tie_margin variant steps "
