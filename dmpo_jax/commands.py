@@ -263,7 +263,7 @@ to paste.""",
             {},
             {
                 "workdir": Leaf("", "the run's folder; '' is runs/NAME-OF-CONFIG", FOLDER),
-                "updates": Leaf(40, "updates of a probe", "[4, inf)"),
+                "updates": Leaf(30, "updates of a probe", "[4, inf)"),
                 "rates": Leaf(("0.33", "1", "3"), "factors on the learning rate to probe"),
             },
             config=None,

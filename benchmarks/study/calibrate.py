@@ -19,8 +19,8 @@ from typing import Any
 ROOT = pathlib.Path(__file__).parents[2]
 LAST = 20  # updates at the end of a run
 OBJECTIVES = ("dmpo", "diffusion_dpo", "jensen_shannon")
-# Beta that a calibration starts from: as published, and as low.
-STARTS = {"digits": (2000.0, 3.0), "sdxl": (6000.0, 3.0)}
+# Betas that calibrations start from: as published, and as far off on the other side.
+STARTS = {"digits": (2000.0, 3.0), "sdxl": (6000.0,)}
 ENDS = ("logit_p05", "logit_p50", "logit_p95", "saturation", "past_optimum", "implicit_accuracy")
 SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"train.batch_size": 32, "mesh.cpu_devices": 1, "log.validate_every": 0},
@@ -65,7 +65,9 @@ def measure(model: str, objective: str, start: float, work: pathlib.Path) -> dic
     folder = work / model / f"{objective}_from_{start:g}"
     beta = f"objectives.{objective}.beta"
     if not (folder / "calibration.json").exists():
-        call(model, "calibrate", work, folder, {"objective": objective, beta: start})
+        first = start == STARTS[model][0]
+        rates = "--rates=0.33,1,3" if first else "--rates=1"  # once for each objective
+        call(model, "calibrate", work, folder, {"objective": objective, beta: start}, rates)
     said = json.loads((folder / "calibration.json").read_text())
     suggested = said["suggested_beta"]
     run = work / model / f"{objective}_{suggested:g}"
@@ -92,14 +94,19 @@ def make_data(model: str, work: pathlib.Path) -> None:
 
 
 def call(
-    model: str, command: str, work: pathlib.Path, folder: pathlib.Path, leaves: dict[str, Any]
+    model: str,
+    command: str,
+    work: pathlib.Path,
+    folder: pathlib.Path,
+    leaves: dict[str, Any],
+    *more: str,
 ) -> None:
     if model == "digits":
         data = {"jobs": "('train',)", "data.encoded": work / model / "pairs" / "encoded"}
         leaves = {**data, **leaves}
     flags = [f"--config.{k}={v}" for k, v in {**SETTINGS[model], **leaves}.items()]
     line = [sys.executable, "-m", "dmpo_jax", command, f"--config={CONFIGS[model]}"]
-    subprocess.run([*line, f"--workdir={folder}", *flags], cwd=ROOT, check=True)
+    subprocess.run([*line, f"--workdir={folder}", *flags, *more], cwd=ROOT, check=True)
 
 
 def end_of(run: pathlib.Path) -> dict[str, float]:

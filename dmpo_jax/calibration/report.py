@@ -73,8 +73,8 @@ def page(report: dict[str, Any]) -> str:
 HEADS = {
     "beta": "beta",
     "rate": "rate x",
-    "half": "50 %",
-    "most": "95 %",
+    "half": "level, 50 %",
+    "most": "level, 95 %",
     "saturation": "saturation",
     "past_optimum": "past",
     "drift": "drift",
@@ -85,6 +85,8 @@ HEADS = {
 
 def _table(rows: Sequence[dict[str, Any]], marked: float | None) -> list[str]:
     heads = [key for key in HEADS if any(row.get(key) is not None for row in rows)]
+    if marked is not None:
+        heads.remove("rate")  # the config's
     lines = ["| " + " | ".join(HEADS[key] for key in heads) + " |", "|" + "---:|" * len(heads)]
     for row in rows:
         cells = [_cell(key, row.get(key)) for key in heads]
@@ -97,4 +99,6 @@ def _table(rows: Sequence[dict[str, Any]], marked: float | None) -> list[str]:
 def _cell(key: str, value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.2f}" if key in ("saturation", "past_optimum") else f"{value:.3g}"
+    if key in ("saturation", "past_optimum"):
+        return f"{value:.2f}"
+    return f"{float(f'{value:.3g}'):g}"  # 2000, not 2e+03

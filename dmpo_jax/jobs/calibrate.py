@@ -26,7 +26,7 @@ def calibrate(
     workdir: epath.Path,
     prepare: Callable[[Config, epath.Path], Any],
     *,
-    updates: int = 40,
+    updates: int = 30,
     rates: Sequence[str] = ("0.33", "1", "3"),
 ) -> dict[str, Any]:
     """Probes the config's run and writes `workdir/calibration.json` and `calibration.md`.
