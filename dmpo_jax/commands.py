@@ -249,7 +249,7 @@ from 0, the optimizer's moments too unless optimizer.name differs.""",
         resumes=True,
     ),
     "calibrate": Command(
-        """Suggests a beta that fits, and says if the learning rate does: by probes of a few updates.
+        """Suggests a beta that fits, and says if the learning rate does, by short probes.
 
     {me} --config=digits_dmpo [--workdir=DIR]
     {me} --config=sdxl_dmpo --config.model.folder=FOLDER --config.data.encoded=DIR ...

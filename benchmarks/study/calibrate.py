@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"train.batch_size": 32, "mesh.cpu_devices": 1, "log.validate_every": 0},
     # Of the debug run: more updates, and a rate at which noise can be learnt in them.
     "sdxl": {
-        "train.steps": 150,
+        "train.steps": 100,
         "optimizer.learning_rate": 1e-4,
         "optimizer.warmup_steps": 10,
         "log.validate_every": 0,

@@ -84,13 +84,13 @@ def make_prober(
     summed = np.cumsum(_rates(schedule, updates)) / settings.rate.peak
     placed = jax.device_put(params, meshes.parameter_sharding(built.mesh, params))
     params.clear()
-    kept = {path: _Kept(x) for path, x in placed.items()}
+    restore = keep(placed)
     del placed
     update: Any = None
 
     def probe(beta: float, rate: float) -> Probe:
         nonlocal update
-        state = built.make_state({path: x.restore() for path, x in kept.items()})
+        state = built.make_state(restore())
         update = update or make_update(built, state, schedule)
         found, given = [], (np.float32(beta), np.float32(rate))
         rows = batches()
@@ -142,21 +142,25 @@ def make_update(
     )
 
 
-class _Kept:
-    """A copy in host memory of this process's shards of an array, each once."""
-
-    def __init__(self, x: jax.Array):
-        self._shape, self._sharding = x.shape, x.sharding
-        self._shards: dict[str, np.ndarray] = {}
+def keep(params: Params) -> Callable[[], Params]:
+    """Copies arrays to host memory, this process's shards alone; returns what makes them again."""
+    kept: dict[str, dict[str, np.ndarray]] = {path: {} for path in params}
+    for path, x in params.items():
         for shard in x.addressable_shards:
-            if str(shard.index) not in self._shards:
-                # A copy: on a CPU it may be the array's own memory, which is donated.
-                self._shards[str(shard.index)] = np.array(shard.data)
+            if str(shard.index) not in kept[path]:  # replicas are kept once
+                kept[path][str(shard.index)] = np.array(shard.data)
+    placed = {path: (x.shape, x.sharding) for path, x in params.items()}
 
-    def restore(self) -> jax.Array:
-        return jax.make_array_from_callback(
-            self._shape, self._sharding, lambda index: self._shards[str(index)]
-        )
+    def restore() -> Params:
+        # Copies again: an array may use the memory that it is made from, and a state is donated.
+        return {
+            path: jax.make_array_from_callback(
+                *placed[path], lambda index, shards=shards: shards[str(index)].copy()
+            )
+            for path, shards in kept.items()
+        }
+
+    return restore
 
 
 def _rates(schedule: Callable[[Any], jax.Array], updates: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Searches the beta with which a full run ends near an objective's target level."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -113,7 +114,7 @@ def nearest(found: Sequence[Reading], pull: Pull) -> Reading:
 def solve(found: Sequence[Reading], pull: Pull) -> float:
     """Returns the beta at which the predicted level is the target, from the readings so far."""
     by_beta = sorted(found, key=lambda x: x.probe.beta)
-    for low, high in zip(by_beta, by_beta[1:], strict=False):
+    for low, high in itertools.pairwise(by_beta):
         if low.level <= pull.target < high.level:
             share = math.log(pull.target / low.level) / math.log(high.level / low.level)
             beta = low.probe.beta * (high.probe.beta / low.probe.beta) ** share
@@ -128,7 +129,7 @@ def solve(found: Sequence[Reading], pull: Pull) -> float:
 def level_at(beta: float, found: Sequence[Reading], pull: Pull) -> float:
     """Returns the level predicted for the end of a run with `beta`, from the readings."""
     by_beta = sorted(found, key=lambda x: x.probe.beta)
-    for low, high in zip(by_beta, by_beta[1:], strict=False):
+    for low, high in itertools.pairwise(by_beta):
         if low.probe.beta <= beta <= high.probe.beta:
             share = math.log(beta / low.probe.beta) / math.log(high.probe.beta / low.probe.beta)
             return low.level * (high.level / low.level) ** share

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.objectives.margins import apart, decided, errors, gains, implied_logit, margin
-from dmpo_jax.objectives.registry import Hyperparameter, Images, objective
+from dmpo_jax.objectives.registry import Beta, Hyperparameter, Images, objective
 from dmpo_jax.types import Pair, PerPair
 
 
@@ -29,9 +29,7 @@ def sft(policy: Images, reference: Images | None, target: Images, preference: Pe
     needs_rejected=True,
     beta=Hyperparameter(2000.0, "the margin is drawn to 1 / (2 beta)", "(0, inf)"),
 )
-def ipo(
-    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
-) -> PerPair:
+def ipo(policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: Beta) -> PerPair:
     """Identity preference optimisation: `(z - 1/(2 beta))^2`, z the margin.
 
     Pulls the margin to 1/(2 beta), in squared prediction units, from both sides. A tie has
@@ -52,7 +50,7 @@ def ipo(
     beta=Hyperparameter(2000.0, "a margin of 1 / beta is wide enough", "(0, inf)"),
 )
 def hinge(
-    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
+    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: Beta
 ) -> PerPair:
     """`max(0, 1 - beta z)`, z the margin: a constant pull up to a margin of 1/beta, then none.
 
@@ -74,7 +72,7 @@ def hinge(
     beta=Hyperparameter(0.001, "of logit and discount; as published for SD1.5", "(0, inf)"),
 )
 def dspo(
-    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
+    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: Beta
 ) -> PerPair:
     """Direct score preference optimisation, SD1.5's form: mean of `(e - beta (1 - p) d)^2`.
 
@@ -103,7 +101,7 @@ def dspo(
     beta=Hyperparameter(5000.0, "of the implied logit, as published for SDXL", "(0, inf)"),
 )
 def dspo_sdxl(
-    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: float | int
+    policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: Beta
 ) -> PerPair:
     """Direct score preference optimisation, SDXL's form: mean of `(1 - p)^2 d^2`.
 
@@ -139,7 +137,7 @@ def linear_dpo(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     eta: float | int,
 ) -> PerPair:
     """The difference of the two errors, by a weight that falls as the policy separates them.
@@ -178,7 +176,7 @@ def diffusion_kto(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     chosen_weight: float | int = 1.0,
     rejected_weight: float | int = 1.0,
 ) -> PerPair:
@@ -226,7 +224,7 @@ def mapo(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
 ) -> PerPair:
     """Margin-aware, without a reference: `l_c - beta log sigmoid(1000 [f(l_c) - f(l_x)])`.
 

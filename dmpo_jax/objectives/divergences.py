@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dmpo_jax.objectives.margins import implied_logit
-from dmpo_jax.objectives.registry import Hyperparameter, objective
+from dmpo_jax.objectives.registry import Beta, Hyperparameter, objective
 from dmpo_jax.types import Pair, PerPair
 
 # alpha is the complement of a label of 1 - alpha.
@@ -91,7 +91,7 @@ def dmpo(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     alpha: float | int,
 ) -> PerPair:
     """Divergence minimisation: KL from the policy's preference to a softened label.
@@ -128,7 +128,7 @@ def diffusion_dpo(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     label_smoothing: float | int = 0.0,
 ) -> PerPair:
     """Direct preference optimisation: cross entropy of the label against the policy.
@@ -166,7 +166,7 @@ def poly_dpo(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     a: float | int,
 ) -> PerPair:
     """DPO with one more term of its series: `-log p + a (1 - p)`.
@@ -204,7 +204,7 @@ def alpha_divergence(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     alpha: float | int,
     order: float | int,
 ) -> PerPair:
@@ -263,7 +263,7 @@ def jensen_shannon(
     target: Pair,
     preference: PerPair,
     *,
-    beta: float | int,
+    beta: Beta,
     alpha: float | int,
 ) -> PerPair:
     """`KL(p||m)/2 + KL(q||m)/2` with m = (p + q)/2: symmetric, and at most log 2.

@@ -7,7 +7,7 @@ beta is in the thousands, and would multiply the rounding error.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmpo_jax.objectives.registry import Images
+from dmpo_jax.objectives.registry import Beta, Images
 from dmpo_jax.types import Pair, PerPair
 
 PerImage = Float[Array, "B n"]
@@ -37,7 +37,7 @@ def margin(policy: Pair, reference: Pair, target: Pair) -> PerPair:
     return gain[:, 0] - gain[:, 1]
 
 
-def implied_logit(policy: Pair, reference: Pair, target: Pair, beta: float | int) -> PerPair:
+def implied_logit(policy: Pair, reference: Pair, target: Pair, beta: Beta) -> PerPair:
     """`u = beta/2 * margin`, the logit of the preference that the policy implies."""
     return 0.5 * beta * margin(policy, reference, target)
 

@@ -18,6 +18,8 @@ from dmpo_jax.objectives.interval import Interval
 from dmpo_jax.types import PerPair
 
 Images = Float[Array, "B n H W C"]
+# Of a function itself, which only computes with it; `Objective` takes Python numbers.
+Beta = float | int | Float[Array, ""]
 # Sizes of a hyperparameter for which every loss and its gradient stay inside float32.
 SMALLEST, LARGEST = 1e-15, 1e15
 

@@ -37,7 +37,9 @@ def pairs():
 
 
 def loss_of(name: str, pairs, **given) -> np.ndarray:
-    return np.asarray(OBJECTIVES[name](*pairs.images, jnp.asarray(pairs.label), **given), np.float64)
+    return np.asarray(
+        OBJECTIVES[name](*pairs.images, jnp.asarray(pairs.label), **given), np.float64
+    )
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -47,7 +49,10 @@ def test_a_divergence_is_a_function_of_the_level(name, pairs):
     pull = find_pull(OBJECTIVES[name], given)
     levels = BETA * pull.per_beta(pairs.rows)
     assert levels.shape == (64,)
-    near = {sign: loss_of(name, pairs, **{**given, "beta": BETA * (1 + sign * 1e-2)}) for sign in (-1, 1)}
+    near = {
+        sign: loss_of(name, pairs, **{**given, "beta": BETA * (1 + sign * 1e-2)})
+        for sign in (-1, 1)
+    }
     rising = (near[1] - near[-1]) * np.sign(levels) > 0
     if pull.optimum is not None:
         clear = np.abs(near[1] - near[-1]) > 1e-4
@@ -125,6 +130,6 @@ def test_a_beta_without_effect_is_refused():
 def test_an_objective_of_ones_own_needs_an_implied_logit():
     declared = {"beta": Hyperparameter(1.0)}
     own = Objective(lambda *a, **k: a[0], "own", True, True, False, declared)
-    with pytest.raises(ValueError, match="'own' cannot be calibrated: .*implied_logit=True"):
+    with pytest.raises(ValueError, match=r"'own' cannot be calibrated: .*implied_logit=True"):
         find_pull(own, {"beta": 1.0})
     find_pull(Objective(own.fn, "own", True, True, True, declared), {"beta": 1.0})
