@@ -45,9 +45,6 @@ class Probe(NamedTuple):
         return dict(zip(health.FIELDS, np.moveaxis(self.pairs.astype(np.float64), 1, 0)))  # noqa: B905
 
 
-Prober = Callable[[float, float], Probe]  # (beta, rate) -> Probe
-
-
 def summed_rate(built: TrainingStep, steps: int) -> float:
     """Returns the sum of a run's learning rates, in units of the peak.
 
@@ -56,66 +53,75 @@ def summed_rate(built: TrainingStep, steps: int) -> float:
     moving = built.settings.moving
     if moving is not None and moving.decay < 1:
         steps = min(steps, round(moving.every / (1 - moving.decay)))
-    return float(_rates(built.learning_rate, steps).sum() / built.settings.rate.peak)
+    return float(run_rates(built, steps).sum() / built.settings.rate.peak)
 
 
-def make_prober(
-    built: TrainingStep,
-    params: Params,
-    batches: Callable[[], Iterator[PairBatch]],
-    key: jax.Array,
-    updates: int,
-) -> Prober:
-    """Returns a function that runs probes; every one begins with `params`, on the same batches.
+def run_rates(built: TrainingStep, steps: int) -> Float[np.ndarray, " N"]:
+    """Returns the learning rate of each update of a run."""
+    return np.asarray(built.learning_rate(np.arange(steps)), np.float64)
 
-    The step is the run's, but for three things: beta and rate are arguments, so that it compiles
-    once; the warmup takes at most a quarter of the updates, and the rate then stays at its peak;
-    and no moving average is kept. A copy of `params` waits in host memory, this process's shards of
-    them; nothing is written.
+
+class Prober:
+    """Runs probes; every one begins with the same parameters, on the same batches.
+
+    The step is the run's, but for two things: beta and the learning rate are arguments, so that it
+    compiles once, and no moving average is kept. A copy of the parameters waits in host memory;
+    nothing is written.
 
     Args:
         built: of an objective with a beta. params: those to train, from `build`; emptied.
         batches: makes an iterator over this process's rows from the first update on.
-        key: the run's.
+        key: the run's. updates: of a probe.
     """
-    settings, size = built.settings, built.settings.batch_size
-    built = built._replace(setup=built.setup._replace(ema_decay=0.0))
-    schedule = probe_schedule(settings, updates)
-    summed = np.cumsum(_rates(schedule, updates)) / settings.rate.peak
-    placed = jax.device_put(params, meshes.parameter_sharding(built.mesh, params))
-    params.clear()
-    restore = keep(placed)
-    del placed
-    update: Any = None
 
-    def probe(beta: float, rate: float) -> Probe:
-        nonlocal update
-        state = built.make_state(restore())
-        update = update or make_update(built, state, schedule)
-        found, given = [], (np.float32(beta), np.float32(rate))
-        rows = batches()
-        for _ in range(updates):
-            batch = meshes.shard_batch(next(rows), built.batch_sharding(), size)
-            state, metrics = update(state, built.reference, batch, key, *given)
+    def __init__(
+        self,
+        built: TrainingStep,
+        params: Params,
+        batches: Callable[[], Iterator[PairBatch]],
+        key: jax.Array,
+        updates: int,
+    ):
+        self._built = built._replace(setup=built.setup._replace(ema_decay=0.0))
+        self._batches, self._key = batches, key
+        self._rates = probe_rates(built.settings, updates)
+        placed = jax.device_put(params, meshes.parameter_sharding(built.mesh, params))
+        params.clear()
+        self._restore = keep(placed)
+        self._update: Any = None
+
+    def __call__(self, beta: float, rate: float) -> Probe:
+        """Probes a beta at `rate` times the config's learning rate.
+
+        The warmup takes at most a quarter of the updates, and the rate then stays at its peak.
+        """
+        return self.run(beta, rate * self._rates)._replace(rate=rate)
+
+    def run(self, beta: float, rates: Float[np.ndarray, " N"]) -> Probe:
+        """Makes an update at each of the learning rates. Of a run's own rates, it is that run."""
+        built, found = self._built, []
+        state = built.make_state(self._restore())
+        self._update = self._update or make_update(built, state)
+        rows = self._batches()
+        for rate in np.float32(rates):
+            batch = next(rows)
+            batch = meshes.shard_batch(batch, built.batch_sharding(), built.settings.batch_size)
+            given = batch, self._key, np.float32(beta), rate
+            state, metrics = self._update(state, built.reference, *given)
             found.append(metrics["pairs"])
         if (close := getattr(rows, "close", None)) is not None:
             close()
-        return Probe(beta, rate, summed * rate, np.stack(jax.device_get(found)))
+        summed = np.cumsum(rates) / built.settings.rate.peak
+        return Probe(beta, 1.0, summed, np.stack(jax.device_get(found)))
 
-    return probe
 
-
-def probe_schedule(settings: StepSettings, updates: int) -> Callable[[Any], jax.Array]:
-    """Returns the learning rate of a probe by update: a short warmup, then the run's peak."""
+def probe_rates(settings: StepSettings, updates: int) -> Float[np.ndarray, " N"]:
+    """Returns the learning rates of a probe: a short warmup, then the run's peak."""
     warmup = min(settings.rate.warmup_steps, updates // 4)
-    return optim.make_learning_rate(
-        peak=settings.rate.peak, warmup_steps=warmup, total_steps=updates, schedule="constant"
-    )
+    return settings.rate.peak * np.minimum((np.arange(updates) + 1) / max(warmup, 1), 1.0)
 
 
-def make_update(
-    built: TrainingStep, state: step.TrainState, schedule: Callable[[Any], jax.Array]
-) -> Any:
+def make_update(built: TrainingStep, state: step.TrainState) -> Any:
     """Returns the jitted update, (state, reference, batch, key, beta, rate) -> (state, metrics).
 
     It is jitted for this state's shardings; the state is donated.
@@ -129,7 +135,7 @@ def make_update(
         return fn(policy, reference, target, preference.astype(jnp.float32), beta=beta, **others)
 
     def probe_step(state, reference, batch, key, beta, rate):
-        tx = optim.make_optimizer(lambda count: rate * schedule(count), **settings.optimizer)
+        tx = optim.make_optimizer(lambda count: rate, **settings.optimizer)
         asked = setup._replace(objective=functools.partial(objective, beta=beta), tx=tx)
         return step.train_step(state, reference, batch, key, setup=asked)
 
@@ -161,10 +167,6 @@ def keep(params: Params) -> Callable[[], Params]:
         }
 
     return restore
-
-
-def _rates(schedule: Callable[[Any], jax.Array], updates: int) -> np.ndarray:
-    return np.asarray(schedule(np.arange(updates)), np.float64)
 
 
 def check_finite(probe: Probe) -> Probe:

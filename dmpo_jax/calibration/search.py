@@ -2,13 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dmpo_jax.calibration import growth
-from dmpo_jax.calibration.probe import Probe, Prober, check_finite
+from dmpo_jax.calibration.probe import Probe, check_finite
 from dmpo_jax.calibration.pull import Pull, saturated
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives.registry import LARGEST, SMALLEST
@@ -83,8 +83,12 @@ def read(probe: Probe, pull: Pull, total: float) -> Reading:
     )
 
 
-def search(probe: Prober, first: float, pull: Pull, total: float) -> list[Reading]:
+def search(
+    probe: Callable[[float, float], Probe], first: float, pull: Pull, total: float
+) -> list[Reading]:
     """Probes one beta after another, from `first` on, until one is near the target.
+
+    probe: as `probe.Prober`, (beta, factor on the rate) -> what was measured.
 
     Returns:
         What the probes said, in the order of probing.

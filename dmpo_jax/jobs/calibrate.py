@@ -10,7 +10,7 @@ from etils import epath
 
 from dmpo_jax import storage
 from dmpo_jax.calibration import report, search, suggestion
-from dmpo_jax.calibration.probe import make_prober, summed_rate
+from dmpo_jax.calibration.probe import Prober, summed_rate
 from dmpo_jax.calibration.pull import find_pull
 from dmpo_jax.config import step_settings
 from dmpo_jax.config.configs import Config
@@ -52,7 +52,7 @@ def calibrate(
     settings, leaf = run.step.settings, f"objectives.{config.objective}.beta"
     updates, first = min(updates, config.train.steps), float(settings.hyperparameters["beta"])
     total = summed_rate(run.step, config.train.steps)
-    probe = make_prober(run.step, params, run.batches, run.key, updates)
+    probe = Prober(run.step, params, run.batches, run.key, updates)
 
     def reported(beta: float, rate: float) -> Any:
         LOG.info("probing beta %g at %g times the rate, %d updates ...", beta, rate, updates)
