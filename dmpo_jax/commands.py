@@ -89,13 +89,14 @@ def _check_train(config: Config, options: dict[str, Any]) -> None:
 
 
 def _calibrate(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.calibration.report import page
     from dmpo_jax.jobs.calibrate import FILE
     from dmpo_jax.jobs.run import run
 
     rest = {name: options[name] for name in ("updates", "rates")}
     workdir = run(config, options["workdir"], calibration=rest)
     found = storage.read_json(workdir / FILE)
-    print((workdir / FILE).with_suffix(".md").read_text())
+    print(page(found))
     _next(f"train --config=CONFIG {found['paste']}")
     return found
 

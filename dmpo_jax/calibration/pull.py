@@ -30,12 +30,14 @@ class Pull(NamedTuple):
     optimum: (rows, levels) -> for each level whether it is past the loss's minimum or flat
         end; None if the loss has neither.
     logit: True if p = sigmoid(level) is a probability, so that pairs saturate.
+    what: |level|, in words.
     """
 
     per_beta: Callable[[Rows], np.ndarray]
     target: float = TARGET
     optimum: Callable[[Rows, np.ndarray], np.ndarray] | None = None
     logit: bool = True
+    what: str = "|u|"
 
     @property
     def bend(self) -> float:
@@ -80,7 +82,7 @@ def find_pull(objective: Objective, hyperparameters: Mapping[str, float | int]) 
     if name in REFUSED:
         raise UserError(f"objective {name!r} cannot be calibrated: {REFUSED[name]}")
     if name == "diffusion_kto":
-        return Pull(_gains_over_mean)
+        return Pull(_gains_over_mean, what="|beta (g - z0)| of its images")
     if name == "ipo":
         return _margin_of(0.5)
     if name == "hinge":
@@ -128,7 +130,13 @@ def _margin_of(aim: float) -> Pull:
     def per_beta(rows: Rows) -> np.ndarray:
         return _decided(rows, rows["margin"]) / aim
 
-    return Pull(per_beta, target=1.0, optimum=lambda rows, levels: levels > 1, logit=False)
+    return Pull(
+        per_beta,
+        target=1.0,
+        optimum=lambda rows, levels: levels > 1,
+        logit=False,
+        what="|margin| over what the loss asks for",
+    )
 
 
 def _decided(rows: Rows, values: np.ndarray) -> np.ndarray:

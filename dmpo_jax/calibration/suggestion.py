@@ -67,9 +67,10 @@ def suggest(
     beta = search.nice(search.solve(found, pull))
     predicted = search.level_at(beta, found, pull)
     before = search.level_at(first, found, pull)
-    what = "|u|" if pull.logit else "the margin, in units of what the loss asks for,"
     if beta == search.nice(first):
-        reasons = [f"{leaf}={first:g} fits: 95 % of the pairs end with {what} below {before:.2g}"]
+        reasons = [
+            f"{leaf}={first:g} fits: 95 % of the pairs end with {pull.what} below {before:.2g}"
+        ]
     else:
         why = (
             "most pairs would be saturated, or past what the loss asks for"
@@ -77,8 +78,8 @@ def suggest(
             else "little would pull margins back to the reference"
         )
         reasons = [
-            f"with {leaf}={first:g}, 95 % of the pairs are predicted to end with {what} below "
-            f"{before:.2g}: {why}. With {beta:g} it is {predicted:.2g}, near the aim of "
+            f"with {leaf}={first:g}, 95 % of the pairs are predicted to end with {pull.what} "
+            f"below {before:.2g}: {why}. With {beta:g} it is {predicted:.2g}, near the aim of "
             f"{pull.target:g}"
         ]
     if search.distance(search.nearest(found, pull), pull) > math.log(2):

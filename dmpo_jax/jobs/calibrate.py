@@ -16,6 +16,7 @@ from dmpo_jax.config import step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.data.encoded.records import load_meta
 from dmpo_jax.errors import UserError
+from dmpo_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 FILE = "calibration.json"
@@ -80,6 +81,7 @@ def calibrate(
     if jax.process_index() == 0:
         storage.write_json(workdir / FILE, made)
         storage.write_bytes((workdir / FILE).with_suffix(".md"), report.page(made).encode())
+    processes.barrier("the calibration is written")
     return made
 
 
