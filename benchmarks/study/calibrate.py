@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"train.batch_size": 32, "mesh.cpu_devices": 1},
     # The debug run, with more updates, and a rate at which noise can be learnt in them.
     "sdxl": {
-        "train.steps": 100,
+        "train.steps": 80,
         "optimizer.learning_rate": 1e-4,
         "optimizer.warmup_steps": 10,
     },
@@ -67,20 +67,25 @@ def main() -> None:
     found = json.loads(file.read_text()) if file.exists() else {}
     for objective in RULE if args.rule else ():
         measure_rule(objective, epath.Path(args.work) / "digits", found, file)
-    for model in [] if args.table or args.rule else args.models.split(","):
-        for objective in OBJECTIVES:
-            measure(model, objective, epath.Path(args.work) / model, found, file)
+    for which in () if args.table or args.rule else (0, 1):  # so that a part is of everything
+        for model in args.models.split(","):
+            for objective in OBJECTIVES:
+                start = STARTS[model][which]
+                measure(model, objective, start, epath.Path(args.work) / model, found, file)
     print(tables(found))
 
 
 def measure(
-    model: str, objective: str, work: epath.Path, found: dict[str, Any], file: pathlib.Path
+    model: str,
+    objective: str,
+    start: float,
+    work: epath.Path,
+    found: dict[str, Any],
+    file: pathlib.Path,
 ) -> None:
-    """Adds to `found`, and to the file, the searches and full runs that are not there yet."""
-    searches = {start: f"{model}, {objective}, from {start:g}" for start in STARTS[model]}
-    if all(
-        key in found and run_key(model, objective, found[key]) in found for key in searches.values()
-    ):
+    """Adds to `found`, and to the file, a search and its full run, if they are not there yet."""
+    key = f"{model}, {objective}, from {start:g}"
+    if key in found and run_key(model, objective, found[key]) in found:
         return
     run, params = prepare(model, objective, work)
     settings = run.step.settings
@@ -93,13 +98,11 @@ def measure(
         file.write_text(json.dumps(found, indent=1) + "\n")
         print(key, value, flush=True)
 
-    for start, key in searches.items():
-        if key not in found:
-            keep(key, search_from(start, prober, pull, total, UPDATES[model]))
-        full = run_key(model, objective, found[key])
-        if full not in found:
-            rates = run_rates(run.step, run.config.train.steps)
-            keep(full, end_of(prober.run(found[key]["suggested_beta"], rates), pull))
+    if key not in found:
+        keep(key, search_from(start, prober, pull, total, UPDATES[model]))
+    if (full := run_key(model, objective, found[key])) not in found:
+        rates = run_rates(run.step, run.config.train.steps)
+        keep(full, end_of(prober.run(found[key]["suggested_beta"], rates), pull))
 
 
 def measure_rule(
