@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "digits": {"train.batch_size": 32, "mesh.cpu_devices": 1},
     # The debug run, with more updates, and a rate at which noise can be learnt in them.
     "sdxl": {
-        "train.steps": 80,
+        "train.steps": 60,
         "optimizer.learning_rate": 1e-4,
         "optimizer.warmup_steps": 10,
     },

@@ -123,7 +123,7 @@ def test_numbers_that_are_not_finite_are_refused(pull):
 
 @pytest.mark.parametrize(
     ("value", "rounded"),
-    [(137.0, 150.0), (1.7, 1.5), (0.0088, 0.01), (860.0, 1000.0), (260.0, 300.0)],
+    [(137.0, 150.0), (1.7, 1.5), (0.0088, 0.01), (860.0, 1000.0), (260.0, 300.0), (5.95, 7.0)],
 )
 def test_suggestions_are_round(value, rounded):
     assert search.nice(value) == rounded
