@@ -1,6 +1,7 @@
 """Searches the beta with which a full run ends near an objective's target level."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from dmpo_jax.calibration.pull import Pull, saturated
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives.registry import LARGEST, SMALLEST
 
+LOG = logging.getLogger(__name__)
 PROBES = 5  # of a search, at most
 NEAR = 1.5  # a probe whose predicted level is the target up to this factor ends the search
 NICE = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)  # suggested digits: a finer grid would promise too much
@@ -102,6 +104,29 @@ def search(
         beta = solve(found, pull)
         if any(abs(math.log(beta / x.probe.beta)) < math.log(1.05) for x in found):
             break  # it would be the same probe again
+    return found
+
+
+def read_rates(
+    probe: Callable[[float, float], Probe],
+    beta: float,
+    rates: Sequence[float],
+    pull: Pull,
+    total: float,
+) -> list[Reading]:
+    """Probes a beta at other rates; a rate at which numbers are not finite is left out, and said.
+
+    rates: factors on the config's rate; 1 is left out, which the search has probed.
+    """
+    found = []
+    for rate in rates:
+        if rate == 1:
+            continue
+        probed = probe(beta, rate)
+        if probed.finite:
+            found.append(read(probed, pull, total))
+        else:
+            LOG.warning("at %g times the learning rate, numbers are not finite", rate)
     return found
 
 

@@ -61,7 +61,7 @@ def calibrate(
 
     found = search.search(reported, first, pull, total)
     beta, own = search.nice(search.solve(found, pull)), search.nearest(found, pull)
-    others = [search.read(reported(beta, rate), pull, total) for rate in factors if rate != 1]
+    others = search.read_rates(reported, beta, factors, pull, total)
     by_rate = suggestion.by_rate([own, *others], beta, pull)
     said = suggestion.suggest(found, by_rate, first, pull, leaf)
     about = {

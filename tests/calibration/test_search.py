@@ -121,6 +121,17 @@ def test_numbers_that_are_not_finite_are_refused(pull):
         search.read(broken, pull, TOTAL)
 
 
+def test_a_rate_at_which_numbers_are_not_finite_is_left_out(pull, caplog):
+    def probe(beta: float, rate: float) -> Probe:
+        found = probe_of(beta, rate)
+        found.pairs[-1] = np.nan if rate > 2 else found.pairs[-1]
+        return found
+
+    found = search.read_rates(probe, 300.0, [0.33, 1.0, 3.0], pull, TOTAL)
+    assert [x.probe.rate for x in found] == [0.33]
+    assert "at 3 times the learning rate, numbers are not finite" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("value", "rounded"),
     [(137.0, 150.0), (1.7, 1.5), (0.0088, 0.01), (860.0, 1000.0), (260.0, 300.0), (5.95, 7.0)],
