@@ -1,6 +1,6 @@
 """Does the beta that `dmpo-jax calibrate` suggests fit the full run?
 
-    python benchmarks/study/calibrate.py           # about 20 minutes on 2 cores
+    python benchmarks/study/calibrate.py           # about 15 minutes of CPU time
     python benchmarks/study/calibrate.py --rule    # the runs that the rule was taken from
     python benchmarks/study/calibrate.py --table   # prints the tables again, trains nothing
 
