@@ -88,8 +88,8 @@ def takes_cudnn(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
     """True if cuDNN's flash attention runs: half precision, no mask, H a multiple of 8.
 
     H up to 128, which cuDNN differentiates from Ampere on. Hopper goes to 256, but wider heads
-    (SD1.5's 160) occur with few tokens. T and S may differ and be odd. The 77 tokens of a
-    prompt are included: plain would write their scores in float32.
+    (SD1.5's 160) occur with few tokens. T and S may differ; odd ones are padded by a token. The
+    77 tokens of a prompt are included: plain would write their scores in float32.
     """
     half = query.dtype in (jnp.bfloat16, jnp.float16) and query.dtype == key.dtype
     return mask is None and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 128
@@ -125,9 +125,23 @@ def _plain(query, key, value, mask, lengths):
 
 def _cudnn(platform, query, key, value, lengths=None):
     del platform
-    return jax.nn.dot_product_attention(
+    # JAX 0.10 to 0.12 differentiates even token counts only: its check, meant for biases, takes
+    # the empty array that stands for none as one. A prompt has 77.
+    tokens, keys = query.shape[1], key.shape[1]
+    if keys % 2:
+        lengths = jnp.full(key.shape[:1], keys, jnp.int32) if lengths is None else lengths
+        key, value = _one_more(key), _one_more(value)
+    if tokens % 2:
+        query = _one_more(query)
+    out = jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=lengths, implementation="cudnn"
     )
+    return out[:, :tokens]
+
+
+def _one_more(x: Array) -> Array:
+    """Pads with a token of zeros."""
+    return jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0)))
 
 
 def _splash(platform, query, key, value, lengths=None):

@@ -16,6 +16,7 @@ from dmpo_jax.models.attention import (
     takes_cudnn,
     takes_splash,
 )
+from dmpo_jax.parallel import jax_internals
 
 
 @pytest.fixture
@@ -147,10 +148,47 @@ def test_each_device_has_its_rows_and_heads(short_splash, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     monkeypatch.setattr(module.placement, "platform", lambda: "gpu")
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    query, key, value, _ = tokens(batch=4, keys=77)
+    query, key, value, _ = tokens(batch=4, keys=78)
     with jax.set_mesh(mesh):
         jax.eval_shape(functools.partial(attention, kernel="cudnn"), query, key, value)
-    assert seen == [((1, 256, 1, 40), (1, 77, 1, 40), "cudnn")]
+    assert seen == [((1, 256, 1, 40), (1, 78, 1, 40), "cudnn")]
+
+
+@pytest.mark.parametrize(("length", "keys"), [(256, 77), (77, 77), (77, 256), (256, 256)])
+def test_jax_differentiates_what_cudnn_is_given(length, keys, monkeypatch):
+    """JAX's own checks of shapes, which run without a GPU: it refuses odd token counts."""
+    monkeypatch.setattr(module.placement, "platform", lambda: "gpu")
+    inputs = tokens(length=length, keys=keys)
+    assert takes_cudnn(*inputs[:2])
+    attend = functools.partial(attention, kernel="cudnn")
+    with jax_internals.assumed_cudnn(91200):
+        made = jax.eval_shape(lambda *x: jax.vjp(attend, *x[:3])[1](x[3]), *inputs)
+    assert [x.shape for x in made] == [x.shape for x in inputs[:3]]
+
+
+@pytest.mark.parametrize("lengths", [None, (77, 30)])
+def test_a_token_of_padding_for_cudnn_changes_nothing(lengths, monkeypatch):
+    """XLA's implementation stands in for cuDNN's, with the same arguments."""
+    function = jax.nn.dot_product_attention
+
+    def kernel(*args, implementation, **rest):
+        assert args[0].shape[1] % 2 == args[1].shape[1] % 2 == 0
+        return function(*args, implementation="xla", **rest)
+
+    given = None if lengths is None else jnp.array(lengths)
+    inputs = tokens(batch=2, length=33, keys=77)
+
+    def run(kernel, inputs):
+        attend = functools.partial(attention, lengths=given, kernel=kernel)
+        out, backward = jax.vjp(attend, *inputs[:3])
+        return [x.astype(jnp.float32) for x in (out, *backward(inputs[3]))]
+
+    want = run("plain", [x.astype(jnp.float32) for x in inputs])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    monkeypatch.setattr(module.placement, "platform", lambda: "gpu")
+    got = run("cudnn", inputs)
+    assert [x.shape for x in got] == [x.shape for x in want]
+    assert max(relative_errors(got, want)) <= 2**-7
 
 
 @pytest.mark.parametrize(
