@@ -69,7 +69,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["dmpo_jax", "dmpo_jax.*"]),
-    # The embedded digits pipelines, and the templates of pages.
+    # The embedded digits pipelines, the descriptions of GPUs, and the templates of pages.
     package_data={
         "dmpo_jax": [
             *(
@@ -77,6 +77,7 @@ setup(
                 for folder in ("pipeline", "flow_pipeline")
                 for kind in ("json", "txt", "safetensors", "parquet")
             ),
+            "planning/cards/*.toml",
             *(f"*/*.{kind}" for kind in ("j2", "css", "js")),
         ]
     },
@@ -88,6 +89,8 @@ setup(
         "cuda": ["jax[cuda13]>=0.10,<0.13"],  # for drivers of CUDA 12 install jax[cuda12]
         # launch/plan.py: the TPU's compiler, for machines without a TPU; [tpu] has it too.
         "plan": ["libtpu"],
+        # XLA's compiler for GPUs, for machines without a GPU (0.4 GB); [cuda] has it too.
+        "plan_gpu": ["jax[cuda13-local]>=0.10,<0.13"],  # tested with jax-cuda13-plugin 0.10.2
         "gcs": ["gcsfs>=2025.5"],  # tested with 2026.10.1; workdir, pairs and models on gs://
         "s3": ["s3fs>=2025.5"],  # pairs and models on s3://, not the workdir
         # What exists in PyTorch only: opening an export beside ours, single-file checkpoints.

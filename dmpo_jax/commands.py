@@ -443,14 +443,16 @@ Exit status 1 if a part is damaged or incomplete.""",
         """Compiles a config's training step for chips that may be absent: does it fit, how fast.
 
     {me} --config=sdxl_dmpo --model=sdxl --topology=v5e:4x4,v5p:2x2x1
-    {me} --config=... --topology=v5p:4x4x4 --out=plan.json
+    {me} --config=... --topology=h100:8,l40s:1 --out=plan.json
 
-TPU slices need their compiler alone (pip install libtpu); gpu:N and cpu:N are this machine's.
+TPU slices (v4, v5e, v5p, v6e) need their compiler alone (pip install libtpu), GPUs by name and
+count (a100, a100-40gb, h100, h200, l40s) theirs (pip install 'jax[cuda13-local]'): neither needs
+the chip. gpu:N and cpu:N are this machine's own, which tune kernels as training does.
 Full-size models compile for minutes. Plans are remembered: the same one again is instant.""",
         Interface(
             {},
             {
-                "topology": Leaf(None, "v5p:4x4x4,v5e:4x4,gpu:8,...", kind=tuple),
+                "topology": Leaf(None, "v5p:4x4x4,h100:8,gpu:8,...", kind=tuple),
                 "model": Leaf("", "shapes of this, not of model.folder", OneOf(("", *PUBLISHED))),
                 "out": Leaf("", "file for the plans, as JSON"),
                 "cache": Leaf("", "folder of plans made before; '' is the user's cache"),

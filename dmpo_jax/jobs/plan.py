@@ -15,6 +15,7 @@ from dmpo_jax.config.configs import Config
 from dmpo_jax.families import PUBLISHED, family_named
 from dmpo_jax.planning import plan as planning
 from dmpo_jax.planning import step
+from dmpo_jax.planning.topologies import is_slice
 from dmpo_jax.toy import debug
 from dmpo_jax.toy import make as toy
 
@@ -73,7 +74,7 @@ def prepare_process(topologies: Sequence[str]) -> None:
     for topology in topologies:
         platform, _, count = topology.partition(":")
         counts[platform] = count
-    if set(counts) & set(planning.TPUS):
+    if any(map(is_slice, topologies)):
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     if "gpu" not in counts and not jax.config.values["jax_platforms"]:

@@ -6,13 +6,16 @@ ones (TPUs) a chip has up to 7 % more, of which the runtime reserves some.
 
 from typing import NamedTuple
 
+from dmpo_jax.planning.cards import load_cards
+
 
 class Chip(NamedTuple):
     """Specification of a chip.
 
     memory: bytes. flops: per second, dense bfloat16 with float32 sums. bandwidth: of the memory,
     bytes per second. interconnect: bytes per second that a chip sends to the others of its slice
-    or host, over all its links in one direction.
+    or host, over all its links in one direction. network: the same to other hosts, all chips of
+    a host together; None if the links join hosts too (a TPU slice), or it is not known.
     """
 
     name: str
@@ -20,23 +23,30 @@ class Chip(NamedTuple):
     flops: float
     bandwidth: float
     interconnect: float
+    network: float | None = None
 
 
 # TPUs: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, where the interconnect is stated in both
-# directions together (v5p 1200 GB/s) or in Gbit/s of one (v5p 4800). GPUs: NVIDIA's data
-# sheets of the SXM cards, without sparsity; NVLink is stated in both directions (H100 900).
-CHIPS = {
+# directions together (v5p 1200 GB/s) or in Gbit/s of one (v5p 4800). GPUs: cards/.
+TPUS = {
     chip.name: chip
     for chip in (
         Chip("v4", 32e9, 275e12, 1228e9, 300e9),
         Chip("v5e", 16e9, 197e12, 819e9, 200e9),
         Chip("v5p", 95e9, 459e12, 2765e9, 600e9),
         Chip("v6e", 32e9, 918e12, 1640e9, 400e9),
-        Chip("A100", 80e9, 312e12, 2039e9, 300e9),
-        Chip("A100 40GB", 40e9, 312e12, 1555e9, 300e9),
-        Chip("H100", 80e9, 989e12, 3350e9, 450e9),
-        Chip("H200", 141e9, 989e12, 4800e9, 450e9),
     )
+}
+CHIPS = TPUS | {
+    card.name: Chip(
+        card.name,
+        card.memory,
+        card.flops,
+        card.bandwidth,
+        card.interconnect,
+        card.network and card.network * card.host,
+    )
+    for card in load_cards().values()
 }
 # Part of a lower-case `jax.Device.device_kind` -> name in CHIPS; the first match wins.
 _KINDS = (
@@ -53,6 +63,7 @@ _KINDS = (
     ("h100", "H100"),
     ("h200 nvl", None),
     ("h200", "H200"),
+    ("l40s", "L40S"),
 )
 
 
@@ -64,3 +75,14 @@ def lookup(device_kind: str) -> Chip | None:
     kind = device_kind.lower()
     name = next((name for part, name in _KINDS if part in kind), None)
     return None if name is None else CHIPS[name]
+
+
+def over_hosts(chip: Chip, hosts: int) -> Chip:
+    """Returns the chip with its interconnect as a ring over several hosts meets it.
+
+    The rings of a host's cards leave it over all its network cards at once (NCCL), so a card
+    sends at the rate of its links or of the host's network, whichever is less.
+    """
+    if hosts == 1 or chip.network is None:
+        return chip
+    return chip._replace(interconnect=min(chip.interconnect, chip.network))

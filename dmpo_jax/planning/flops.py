@@ -7,6 +7,7 @@ not used: it counts a loop's body once, whatever its trips.
 import collections
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from dmpo_jax.types import Condition
 COUNTED = Execution(attention="plain", remat="none", scan=True)
 # Origin of a value.
 FROZEN, ADAPTER, DATA = "weights", "adapters", "attention"
+_CUDNN = re.compile(r"dot_product_attention_(fwd|bwd)(?:_wrapper)?")  # JAX's primitives
 
 
 class Forward(NamedTuple):
@@ -138,8 +140,9 @@ def jaxpr_flops(jaxpr: Any) -> int:
         jaxpr: of `jax.make_jaxpr(f)(...)`, or `jax.jit(f).trace(...).jaxpr`.
 
     A scan counts its length, a Pallas kernel its grid, a shard_map its devices, a branch its
-    most expensive side. A while loop, whose trips are unknown, counts once. Kernels from outside
-    XLA (cuDNN) are not counted.
+    most expensive side. A while loop, whose trips are unknown, counts once. Of cuDNN's attention
+    two products count, in its backward five: the scores are made again. Other kernels from
+    outside XLA are not counted.
     """
     counts, _ = _count(getattr(jaxpr, "jaxpr", jaxpr), None)
     return sum(counts.values())
@@ -206,6 +209,10 @@ def _product(equation: Any) -> int:
         # The gradient of a strided one has zeros between its elements: no work.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * inner * math.prod(equation.outvars[0].aval.shape) // zeros
+    if found := _CUDNN.fullmatch(name):
+        query, key = (equation.invars[i].aval.shape for i in (0, 1))
+        tokens = 2 if params["layout"] else 1  # BNTH or BTNH
+        return (4 if found[1] == "fwd" else 10) * math.prod(query) * key[tokens]
     return 0
 
 

@@ -228,14 +228,15 @@ def collectives(
 def _collectives(
     program: Program, computation: str, line: Instruction, kind: str, trips: int, sizes: set[int]
 ) -> Iterator[Collective]:
-    """Yields one for each array: XLA joins small ones into one instruction."""
+    """Yields one for each array: XLA joins arrays into one instruction, or into one array."""
     group = _group_size(line, program.devices)
     scattered = (
         kind == "all-reduce"
         and computation in program.fused
         and _is_sliced(program, computation, line.name, group)
     )
-    for array in arrays(_result(line)):
+    results = arrays(_result(line))
+    for array in _joined(program, computation, line, results) or results:
         if array.dtype == "u32" and not array.dims:
             continue  # a start's semaphores
         payload, size = array.bytes, array.size
@@ -244,12 +245,33 @@ def _collectives(
         called = "reduce-scatter" if scattered else kind
         share = (group - 1) / group
         factor = {"all-reduce": 2 * share, "collective-permute": 1}.get(called, share)
-        moves = "parameters" if size in sizes else "activations"
         source = line.attribute(r'op_name="([^"]*)"') or ""
-        if size not in sizes and (payload < 4096 or "/health/" in source):
-            moves = "scalars"
+        # Small parameters are not sharded, so that of them only gradients travel, by all-reduce.
+        known = size in sizes and (payload >= 4096 or kind == "all-reduce")
+        small = payload < 4096 or "/health/" in source
+        moves = "parameters" if known else "scalars" if small else "activations"
         moved = round(payload * factor)
         yield Collective(called, payload, moved, group, trips, moves, array.dims, source)
+
+
+def _joined(
+    program: Program, computation: str, line: Instruction, results: list[Array]
+) -> list[Array]:
+    """Returns the arrays that an all-reduce takes laid end to end, as XLA's GPU compiler does.
+
+    [] if it takes its arrays as they are.
+    """
+    if not line.opcode.startswith("all-reduce") or len(results) != 1:
+        return []
+    lines = program.computations[computation]
+    made = lines.get(next(iter(operands(line)), ""))
+    if made is not None and made.opcode == "fusion":
+        lines = program.computations[next(iter(_calls(made)))]
+        made = next((inner for inner in lines.values() if inner.is_root), None)
+    if made is None or made.opcode != "concatenate":
+        return []
+    parts = [array for name in operands(made) for array in arrays(lines[name].shape)]
+    return parts if sum(part.size for part in parts) == results[0].size else []
 
 
 def _result(line: Instruction) -> str:

@@ -4,12 +4,10 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
 import pathlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,15 +16,21 @@ import jax
 from etils import epath
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.extras import install_hint
-from dmpo_jax.planning import chips, flops, hlo
+from dmpo_jax.planning import cards, chips, flops, hlo
 from dmpo_jax.planning import report as plan_report
 from dmpo_jax.planning.step import Model, Planned, make_planned
+from dmpo_jax.planning.topologies import (
+    EXAMPLES,
+    check_topology,
+    is_card,
+    open_devices,
+    tracing_for,
+)
 from dmpo_jax.progress import reported
 from dmpo_jax.training.build import StepSettings
 
 LOG = logging.getLogger(__name__)
-TPUS = tuple(name for name in chips.CHIPS if name.startswith("v"))
+PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
 
 
 def plan(
@@ -42,9 +46,10 @@ def plan(
 
     Args:
         model: shapes, from `step.of_published` or `step.of_folder`. axes: of the mesh.
-        topologies: "v5p:4x4x4" and the like, compiled by libtpu, which needs no TPU; "gpu:8" or
-            "cpu:8", that many of this machine's own. The caller sets the platforms that JAX may
-            search for (`jobs.plan.prepare_process`).
+        topologies: "v5p:4x4x4" and the like, compiled by libtpu, which needs no TPU; "h100:8" and
+            the like, compiled by JAX's CUDA plugin, which needs no GPU; "gpu:8" or "cpu:8", that
+            many of this machine's own. The caller sets the platforms that JAX may search for
+            (`jobs.plan.prepare_process`).
         steps: updates of the run.
         cache: a folder that keeps plans by settings, topology, versions and source; "" is the
             user's cache.
@@ -53,7 +58,7 @@ def plan(
         ValueError: a topology is not available here, or the settings do not fit it.
     """
     if not topologies:
-        raise UserError("--topology must name at least one: v5p:2x2x1, v5e:4x4, gpu:8, cpu:8")
+        raise UserError(f"--topology must name at least one: {EXAMPLES}")
     for topology in topologies:
         check_topology(topology)
     folder = epath.Path(cache) if cache else _cache_folder()
@@ -71,56 +76,13 @@ def plan(
     return plans
 
 
-def check_topology(topology: str) -> None:
-    """Raises ValueError if this is no topology, or its compiler is not installed."""
-    kind, _, shape = topology.partition(":")
-    if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        if importlib.util.find_spec("libtpu") is None:
-            raise UserError(f"{topology} needs the TPU compiler, not a TPU: {install_hint('plan')}")
-        return
-    if kind not in ("cpu", "gpu") or not shape.isdigit() or int(shape) < 1:
-        raise UserError(
-            f"a topology is one of {', '.join(TPUS)} with a slice's shape (v5e:4x4, v5p:2x2x1), or "
-            f"gpu:N, cpu:N of this machine, but got {topology!r}"
-        )
-
-
-def open_devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology, present or not.
-
-    Raises:
-        ValueError: the compiler does not know the slice, or this machine has too few devices.
-    """
-    kind, _, shape = topology.partition(":")
-    if kind in TPUS:
-        from jax.experimental import topologies as tpu_topologies
-
-        try:
-            found = tpu_topologies.get_topology_desc(platform="tpu", topology_name=topology)
-        except Exception as error:  # libtpu raises many types
-            raise UserError(f"the TPU compiler has no {topology}: {error}") from error
-        return list(found.devices)
-    count = int(shape)
-    try:
-        devices = jax.devices(kind)
-    except RuntimeError:
-        devices = []
-    if len(devices) < count:
-        raise UserError(
-            f"{topology} is compiled by the machine itself, and this one has {len(devices)} such "
-            f"devices where {count} are needed: plan there, or for a TPU slice, which need not be "
-            "there"
-        )
-    return devices[:count]
-
-
 def plan_one(
     model: Model, settings: StepSettings, axes: Mapping[str, int], topology: str, *, steps: int
 ) -> dict[str, Any]:
     """Compiles and returns the plan of one topology."""
     planned = make_planned(model, settings, axes, open_devices(topology))
     grid, began = planned.built.mesh, time.monotonic()
-    with jax.set_mesh(grid), reported(f"{topology}: tracing"):
+    with jax.set_mesh(grid), tracing_for(topology), reported(f"{topology}: tracing"):
         traced = planned.update.trace(*planned.arguments)
         lowered = traced.lower()
     executed = flops.jaxpr_flops(traced.jaxpr)
@@ -136,7 +98,7 @@ def plan_one(
     return {
         "topology": topology,
         "model": model.name,
-        **describe(planned, program, executed, needed, steps=steps),
+        **describe(planned, program, executed, needed, steps=steps, absent=is_card(topology)),
         "lower_seconds": lowering,
         "compile_seconds": time.monotonic() - began,
         "versions": versions(),
@@ -144,16 +106,25 @@ def plan_one(
 
 
 def describe(
-    planned: Planned, program: Any, executed: int, needed: int | None, *, steps: int
+    planned: Planned,
+    program: Any,
+    executed: int,
+    needed: int | None,
+    *,
+    steps: int,
+    absent: bool = False,
 ) -> dict[str, Any]:
     """Returns the numbers of a compiled program, or those known without it if it did not fit.
 
     executed: FLOPs of the traced step. needed: bytes per chip of a program that did not fit.
-    steps: updates of the run.
+    steps: updates of the run. absent: the devices are GPUs of a description.
     """
     settings, grid = planned.built.settings, planned.built.mesh
     first, count = grid.devices.flat[0], grid.size
     chip = chips.lookup(first.device_kind)
+    on_gpu = first.platform == "gpu"
+    if chip is not None and on_gpu:
+        chip = chips.over_hosts(chip, len({one.process_index for one in grid.devices.flat}))
     parts = plan_report.count_parts(planned.arguments)
     memory = plan_report.Memory(sum(parts[:5]), 0, 0, 0)
     if needed is not None:
@@ -191,9 +162,11 @@ def describe(
             "parts": parts._asdict(),
         },
         "advice": advice,
+        "notes": plan_report.note_gpu(memory, limit, absent=absent) if on_gpu else [],
         "flops": {"pair": planned.pair_flops, "chip": useful, "chip_executed": executed / count},
         "collectives": rows,
         "time": modelled,
+        "bound_by": plan_report.bound_by(modelled),
         "mfu": {end: useful / (t * chip.flops) for end, t in times.items()} if chip else {},
         "run": {
             "steps": steps,
@@ -241,7 +214,7 @@ def _hash(known: Mapping[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Returns the versions of the compiling packages, and a hash of this package's source."""
     found = {"source": source_hash()}
-    for name in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+    for name in ("jax", "jaxlib", "libtpu", *PLUGINS, "flax", "optax"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -250,9 +223,9 @@ def versions() -> dict[str, str]:
 
 
 def source_hash() -> str:
-    """Returns a hash of every Python file of the package: a plan is valid for one source."""
+    """Returns a hash of the package's Python and cards: a plan is valid for one source."""
     root, digest = pathlib.Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted([*root.rglob("*.py"), *cards.FOLDER.glob("*.toml")]):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

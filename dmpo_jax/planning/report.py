@@ -19,6 +19,11 @@ ASSUMPTIONS = (
     "collectives are rings over all of a chip's links. Lower end: all three overlap wholly. Upper "
     "end: collectives overlap with nothing. Real kernels reach less than the published rates."
 )
+ABSENT_GPU = (
+    "compiled for a GPU that is not there: nothing was tuned on it, so its kernels may be others, "
+    "and the workspaces of cuDNN and cuBLAS, chosen on the card, are not in the temporaries"
+)
+JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes unless it is told otherwise
 
 
 class Memory(NamedTuple):
@@ -39,7 +44,10 @@ class Memory(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Bytes per chip of a step's arguments."""
+    """Bytes per chip of a step's arguments, and of the gradients among its temporaries.
+
+    All gradients are held at once: their norm decides whether the update is made.
+    """
 
     params: int
     optimizer: int
@@ -47,6 +55,7 @@ class Parts(NamedTuple):
     reference: int
     batch: int
     sharded: int  # of all but the batch: a larger fsdp divides it
+    gradients: int = 0
 
 
 def measure_memory(compiled: Any) -> Memory:
@@ -78,6 +87,7 @@ def count_parts(arguments: tuple[Any, ...]) -> Parts:
         local_bytes((reference, state.moving)),
         local_bytes(batch),
         local_bytes(kept),
+        local_bytes(state.params),  # of the same shapes and dtype
     )
 
 
@@ -124,6 +134,24 @@ def model_time(
         "low": max(compute, memory, links),
         "high": max(compute, memory) + links,
     }
+
+
+def bound_by(time: Mapping[str, float] | None) -> str | None:
+    """Returns the limit that takes longest: "compute", "memory" or "interconnect"."""
+    if time is None:
+        return None
+    return max(("compute", "memory", "interconnect"), key=lambda limit: time[limit])
+
+
+def note_gpu(memory: Memory, limit: float | int | None, *, absent: bool) -> list[str]:
+    """Returns what to know of a plan for GPUs. absent: the cards are of a description."""
+    notes = [ABSENT_GPU] if absent else []
+    if limit is not None and JAX_SHARE * limit < memory.total <= limit:
+        notes.append(
+            f"JAX takes {JAX_SHARE:.0%} of a GPU's memory unless told otherwise, "
+            f"{JAX_SHARE * limit / GB:.0f} GB here: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
+        )
+    return notes
 
 
 def suggest(
@@ -177,7 +205,9 @@ def memory_advice(settings: StepSettings) -> Iterator[None]:
         if settings.lora is None:
             lines.append("  --config.lora.rank=64  (another run: adapters alone)")
         lines.append(f"  --config.train.batch_size below {batch}  (another run)")
-        lines.append("dmpo-jax plan --config=... --topology=gpu:N or v5p:2x2x1 says how much each.")
+        lines.append(
+            "dmpo-jax plan --config=... --topology=gpu:N, h100:N or v5p:2x2x1 says how much each."
+        )
         raise UserError("\n".join(lines)) from error
 
 
@@ -262,7 +292,8 @@ def printed(plans: list[dict[str, Any]]) -> str:
     lines += ["| " + " | ".join(_row(plan)) + " |" for plan in plans]
     for plan in plans:
         lines += ["", f"{plan['topology']}: compiled in {plan['compile_seconds']:.0f} s"]
-        lines += [f"  {line}" for line in plan["advice"]]
+        lines += [f"  {line}" for line in (*plan["advice"], *plan["notes"])]
+        lines += [f"  {_roofline(plan)}"] if plan["time"] else []
         for row in plan["collectives"] or []:
             lines.append(
                 f"  {row['kind']} of {row['moves']}, {row['group']} chips: "
@@ -274,6 +305,18 @@ def printed(plans: list[dict[str, Any]]) -> str:
         "XLA's s: the compiler's own estimate (optimal_seconds); it counts a loop's body once."
     )
     return "\n".join(lines)
+
+
+def _roofline(plan: Mapping[str, Any]) -> str:
+    """Says what a step takes by each limit, and which it is bound by."""
+    time, traffic = plan["time"], plan["xla"]["traffic_with_loops"]
+    executed = plan["flops"]["chip_executed"]
+    words = {"compute": "products", "memory": "memory traffic", "interconnect": "collectives"}
+    return (
+        f"bound by {words[plan['bound_by']]}: {executed / 1e12:.1f} TFLOP {time['compute']:.3f} s, "
+        f"{traffic / GB:.0f} GB of memory traffic {time['memory']:.3f} s, "
+        f"collectives {time['interconnect']:.3f} s"
+    )
 
 
 def _row(plan: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ import pytest
 
 from dmpo_jax.data.encoded.meta import EncodedMeta
 from dmpo_jax.families import KLEIN, PUBLISHED, SD, SD3, SDXL, SDXL_EDIT, Z_IMAGE
-from dmpo_jax.models import lora, parameters
+from dmpo_jax.models import attention, lora, parameters
+from dmpo_jax.parallel import jax_internals
 from dmpo_jax.planning import flops
 from dmpo_jax.toy import debug
 from dmpo_jax.types import Condition
@@ -184,6 +185,28 @@ def test_loops_and_branches():
     assert flops.jaxpr_flops(jax.make_jaxpr(looped)(square)) == 7 * product
     assert flops.jaxpr_flops(jax.make_jaxpr(jax.jit(branched))(square)) == 2 * product
     assert flops.jaxpr_flops(jax.make_jaxpr(jax.grad(again))(square)) == 3 * product
+
+
+@pytest.mark.parametrize("keys", [64, 77])
+def test_attention_by_cudnn_counts_its_products(keys, monkeypatch):
+    """Two in the forward as XLA's; five in the backward, four of them gradients'."""
+    monkeypatch.setattr(attention.placement, "platform", lambda: "gpu")
+    shapes = [jax.ShapeDtypeStruct((2, tokens, 4, 16), jnp.bfloat16) for tokens in (64, keys, keys)]
+
+    def counted(kernel, backward):
+        def run(*given):
+            out = attention.attention(*given, kernel=kernel)
+            return out.astype(jnp.float32).sum()
+
+        function = jax.grad(run, (0, 1, 2)) if backward else run
+        with jax_internals.assumed_cudnn(91200):
+            return flops.jaxpr_flops(jax.make_jaxpr(function)(*shapes))
+
+    product = 2 * 2 * 4 * 64 * (keys + keys % 2) * 16
+    assert counted("cudnn", False) == 2 * product
+    assert counted("cudnn", True) == 7 * product
+    plain = 2 * 2 * 4 * 64 * keys * 16
+    assert counted("plain", True) == 6 * plain
 
 
 def test_sharded_kernels_count_every_device():

@@ -128,6 +128,34 @@ def test_joined_arrays_count_each():
     assert [one.moves for one in found] == ["parameters", "activations"]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_arrays_laid_end_to_end_count_each(fused):
+    """As XLA's GPU compiler reduces gradients: one array, of which each has a part."""
+    joined = "f32[7300]{0} concatenate(%a, %b, %c), dimensions={0}"
+    inputs = ("a: f32[3200]", "b: f32[4096]", "c: f32[4]")
+    parts = [f"%{x[0]} = {x.split(': ')[1]}{{0}} parameter({i})" for i, x in enumerate(inputs)]
+    extra, made = "", f"%j = {joined}"
+    if fused:
+        body = "\n".join(f"  {line}" for line in (*parts, f"ROOT %j0 = {joined}"))
+        extra = f"%joined ({', '.join(inputs)}) -> f32[7300] {{\n{body}\n}}\n"
+        made = "%j = f32[7300]{0} fusion(%a, %b, %c), kind=kLoop, calls=%joined"
+    start = "%r = f32[7300]{0} all-reduce-start(%j), replica_groups={}, to_apply=%add"
+    done = "ROOT %done = f32[7300]{0} all-reduce-done(%r)"
+    found = hlo.collectives(module(*parts, made, start, done, extra=extra), [(32, 100)])
+    assert [one.moves for one in found] == ["parameters", "activations", "scalars"]
+    assert sum(one.payload for one in found) == 4 * 7300
+
+
+def test_small_arrays_that_are_gathered_are_no_parameters():
+    """These are never sharded: it is the pairs' metrics that has as many numbers as a bias."""
+    line = "ROOT %g = f32[8,16]{1,0} all-gather(%p), replica_groups={}, dimensions={1}"
+    (one,) = hlo.collectives(module("%p = f32[8]{0} parameter(0)", line), [(128,)])
+    assert one.moves == "scalars"
+    line = "ROOT %g = f32[128]{0} all-reduce(%p), replica_groups={}, to_apply=%add"
+    (one,) = hlo.collectives(module("%p = f32[8]{0} parameter(0)", line), [(128,)])
+    assert one.moves == "parameters"
+
+
 @pytest.mark.parametrize(("fused", "kind"), [(True, "reduce-scatter"), (False, "all-reduce")])
 def test_a_slice_of_an_all_reduce(fused, kind):
     """One kernel of both is a reduce-scatter; apart, the whole array travels."""

@@ -17,9 +17,9 @@ from dmpo_jax.jobs.plan import load_model, plan, prepare_process
 from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import chips
 from dmpo_jax.planning import report as plan_report
-from dmpo_jax.planning.plan import check_topology, open_devices
 from dmpo_jax.planning.report import Memory, Parts
 from dmpo_jax.planning.step import make_planned
+from dmpo_jax.planning.topologies import check_topology, open_devices
 from dmpo_jax.toy import debug
 from dmpo_jax.training.build import check_fits
 from tests.support import full_size, steps, tiny
@@ -102,6 +102,11 @@ def test_a_plan_and_its_cache(config, tmp_path, monkeypatch):
         ("v9:2x2", "one of v4, v5e"),
         ("v5p", "v5p:2x2x1"),
         ("cpu:none", "cpu:N of this machine"),
+        ("h300:8", "a100, a100-40gb, h100, h200, l40s with a count"),
+        ("h100", "h100:8"),
+        ("h100:0", "h100:8"),
+        ("h100:12", "a multiple of 8"),
+        ("l40s:16", "l40s:8 or fewer"),
     ],
 )
 def test_topologies_are_checked(topology, words):
@@ -113,6 +118,9 @@ def test_a_missing_compiler_and_missing_devices(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install 'libtpu'"):
         check_topology("v5e:4x4")
+    for topology in ("h100:1", "a100:16"):
+        with pytest.raises(ValueError, match=r"not a GPU: .*(cuda13-local|plan_gpu)"):
+            check_topology(topology)
     with pytest.raises(ValueError, match="this one has 8 such devices where 64"):
         open_devices("cpu:64")
     with pytest.raises(ValueError, match="0 such devices where 2"):
@@ -144,6 +152,24 @@ def test_published_models_need_no_folder():
     assert PUBLISHED["sdxl"].scaling_factor == 0.13025
 
 
+@pytest.mark.parametrize(("name", "component"), [("sd15", "sd15_unet"), ("sdxl", "sdxl_unet")])
+def test_memory_is_arithmetic_from_shapes(name, component):
+    """Float32 masters, two moments and gradients, a bfloat16 reference, of PyTorch's counts."""
+    config = configs.defaults()
+    config.mesh.fsdp, config.train.batch_size = 1, 4
+    planned = make_planned(
+        load_model(config, name),
+        step_settings.read_step(config),
+        step_settings.mesh_axes(config),
+        jax.devices()[:1],
+    )
+    parts = plan_report.count_parts(planned.arguments)
+    count = full_size.MODELS[component][2]
+    assert parts.params == parts.gradients == 4 * count
+    assert parts.optimizer == pytest.approx(8 * count, rel=1e-3)
+    assert parts.reference == pytest.approx(2 * count, rel=1e-3)
+
+
 def test_every_familys_tiny_model_is_planned_by_its_name():
     for family in FAMILIES.values():
         config = configs.debug(configs.defaults(), family.name)
@@ -160,6 +186,8 @@ def test_a_plan_leaves_the_process_as_it_is(config, tmp_path, monkeypatch):
     plan(config, ["cpu:8"], cache=tmp_path)
     assert (dict(os.environ), jax.config.values["jax_platforms"]) == before
     monkeypatch.setattr(os, "environ", environment := {})
+    prepare_process(["h100:1", "gpu:1"])
+    assert not environment
     prepare_process(["v5e:2x2", "gpu:1"])
     assert environment == {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     assert jax.config.values["jax_platforms"] == before[1]
@@ -194,7 +222,17 @@ def test_the_model_of_time():
     chip = chips.Chip("x", 1.0, flops=100.0, bandwidth=10.0, interconnect=5.0)
     time = plan_report.model_time(chip, flops=200, traffic=50, moved=5)
     assert time == {"compute": 2, "memory": 5, "interconnect": 1, "low": 5, "high": 6}
+    assert plan_report.bound_by(time) == "memory"
     assert plan_report.model_time(None, flops=1, traffic=1, moved=1) is None
+    assert plan_report.bound_by(None) is None
+
+
+def test_what_to_know_of_a_gpus_plan():
+    memory = Memory(50 * GB, 20 * GB, 0, 0)
+    assert "FRACTION" in "".join(plan_report.note_gpu(memory, 80e9, absent=False))
+    assert not plan_report.note_gpu(memory, 141e9, absent=False)  # within what JAX takes
+    assert not plan_report.note_gpu(memory, 60e9, absent=False)  # what to change is said apart
+    assert "workspaces" in "".join(plan_report.note_gpu(memory, None, absent=True))
 
 
 def test_a_tpu_step(config, tmp_path, monkeypatch):
