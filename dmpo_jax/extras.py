@@ -1,6 +1,7 @@
 """Installation hints for optional dependencies, used in error messages."""
 
 import importlib.metadata
+import re
 
 DISTRIBUTION = "dmpo_jax"
 
@@ -14,11 +15,12 @@ def install_hint(extra: str) -> str:
         required = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         required = []
-    marker = f"extra=={extra}"
+    # setuptools writes "plan-gpu" into the metadata for "plan_gpu".
+    marker = f"extra=={extra}".replace("_", "-")
     packages = [
         package.strip()
         for package, _, condition in (line.partition(";") for line in required)
-        if condition.replace(" ", "").replace('"', "").replace("'", "") == marker
+        if re.sub(r"[ '\"]", "", condition).replace("_", "-") == marker
     ]
     if not packages:  # not installed, but imported from a clone
         return f"in a clone of this package, pip install -e '.[{extra}]'"

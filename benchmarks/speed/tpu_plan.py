@@ -115,6 +115,14 @@ def command(name: str, tiny: bool) -> tuple[list[str], int]:
     chips = 1
     for side in re.findall(r"\d+", what["topology"].partition(":")[2]):
         chips *= int(side)
+    config = f"{CONFIGS[what['model']]}_dmpo.py"
+    return plan_line(what, overrides, config, chips, tiny), chips
+
+
+def plan_line(
+    what: dict[str, Any], overrides: dict[str, Any], config: str, chips: int, tiny: bool
+) -> list[str]:
+    """Returns the command line that plans a row. config: a file of configs/."""
     variant = ":debug" if tiny else f":{what['variant']}" if "variant" in what else ""
     leaves = {**overrides, "train.batch_size": what["pairs"] * chips}
     if tiny and what.get("variant") == "lora":
@@ -123,20 +131,25 @@ def command(name: str, tiny: bool) -> tuple[list[str], int]:
     if not tiny:
         flags.append(f"--model={what['model']}")
     program = [sys.executable, str(ROOT / "launch" / "plan.py")]
-    config = f"--config={ROOT / 'configs' / CONFIGS[what['model']]}_dmpo.py{variant}"
-    return [*program, config, f"--topology={what['topology']}", *flags], chips
+    path = f"--config={ROOT / 'configs' / config}{variant}"
+    return [*program, path, f"--topology={what['topology']}", *flags]
 
 
 def measure(name: str, tiny: bool) -> dict[str, Any]:
     """Measures one row in a separate process."""
-    line, _ = command(name, tiny)
+    return run_plan(name, command(name, tiny)[0], tiny, {})
+
+
+def run_plan(name: str, line: list[str], tiny: bool, environ: dict[str, str]) -> dict[str, Any]:
+    """Runs a command line that plans one topology; returns its plan, time and peak memory."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "plan.json"
-        line += [f"--out={out}", f"--cache={folder}/cache"]
+        line = [*line, f"--out={out}", f"--cache={folder}/cache"]
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            **environ,
         }
         began = time.monotonic()
         process = subprocess.Popen(line, env=environment)

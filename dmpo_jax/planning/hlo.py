@@ -17,6 +17,8 @@ _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch|true|false)_computations?=\{?([^,}]+(?:, ?%[^,}]+)*)")
+# Of cuBLAS and cuDNN: the last output is their workspace, whose use is not known.
+_WORKSPACE = re.compile(r'custom_call_target="__cu(?:blas|dnn)\$')
 # These move no data, or only data that is counted where it is produced.
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
@@ -373,6 +375,8 @@ def _traffic(program: Program, lines: dict[str, Instruction], line: Instruction)
     if line.opcode in _FREE or line.opcode.endswith("-done"):
         return 0
     out = arrays(line.shape)[:1] if line.opcode == "copy-start" else arrays(_result(line))
+    if _WORKSPACE.search(line.rest):
+        out = [array for array in out if array.dtype not in ("s8", "u8")]
     if line.opcode in ("dynamic-slice", "slice"):
         return 2 * sum(array.bytes for array in out if not array.on_chip)
     taken = operands(line)

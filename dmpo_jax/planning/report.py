@@ -21,7 +21,7 @@ ASSUMPTIONS = (
 )
 ABSENT_GPU = (
     "compiled for a GPU that is not there: nothing was tuned on it, so its kernels may be others, "
-    "and the workspaces of cuDNN and cuBLAS, chosen on the card, are not in the temporaries"
+    "and the workspaces of cuDNN, chosen on the card, are not in the temporaries"
 )
 JAX_SHARE = 0.75  # of a GPU's memory, which JAX takes unless it is told otherwise
 

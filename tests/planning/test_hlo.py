@@ -230,6 +230,16 @@ def test_traffic_of_a_slice():
     assert once < 30 * kernel
 
 
+def test_workspaces_are_no_traffic():
+    """Of cuBLAS: how much of one is used is not known."""
+    product = (
+        "%g = (f32[64,64]{1,0}, s8[4194304]{0}) custom-call(%p, %p), "
+        'custom_call_target="__cublas$lt$matmul"'
+    )
+    total, _ = hlo.memory_traffic(module("%p = f32[64,64]{1,0} parameter(0)", product))
+    assert total == 3 * 64 * 64 * 4
+
+
 def test_other_texts_are_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.Program("module @jit_f {}")
