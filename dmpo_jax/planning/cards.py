@@ -62,7 +62,8 @@ class Card(NamedTuple):
 @functools.cache
 def load_cards() -> dict[str, Card]:
     """Reads every description; keys are the names that a topology takes, such as "h100"."""
-    return {path.stem: parse_card(path.read_text()) for path in sorted(FOLDER.glob("*.toml"))}
+    paths = sorted(FOLDER.glob("*.toml"), key=lambda path: path.stem)
+    return {path.stem: parse_card(path.read_text()) for path in paths}
 
 
 def parse_card(text: str) -> Card:
