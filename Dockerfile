@@ -14,7 +14,7 @@ WORKDIR /dmpo_jax
 COPY launch/locks launch/locks/
 RUN pip install --no-cache-dir --require-hashes \
     -r launch/locks/cpu.txt -r "launch/locks/${EXTRA}.txt"
-COPY setup.py pyproject.toml LICENSE ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY configs configs/
 COPY launch launch/
 COPY dmpo_jax dmpo_jax/

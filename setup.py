@@ -64,7 +64,9 @@ PEFT = "peft>=0.17,<0.22"  # tested with 0.21.2; what diffusers reads LoRA files
 setup(
     name="dmpo_jax",
     version=read_version(),
-    description="Preference alignment for latent diffusion models in JAX",
+    description="Preference alignment for text-to-image models in JAX",
+    long_description=(HERE / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
@@ -102,6 +104,11 @@ setup(
         "beam": ["apache-beam>=2.77,<3"],  # tested with 2.77.0
         "report": [MATPLOTLIB],  # plots on the page of an evaluation, which has its tables anyway
         "wandb": ["wandb>=0.21,<1"],
+        # The site of docs/; it reads the package's sources and imports nothing.
+        "docs": [
+            "mkdocs-material>=9.7,<10",  # tested with 9.8.2
+            "mkdocstrings[python]>=1.0,<2",  # tested with 1.0.8
+        ],
         "test": [
             "accelerate>=1.10,<2",  # tested with 1.15.0; diffusers loads weights with it
             "beartype>=0.22,<0.24",  # tested with 0.23.1
