@@ -80,20 +80,21 @@ def _frontier(path: pathlib.Path, runs: Any, rows: dict[str, list[Row]], judge: 
             colour = NAMED.get(row.objective, GREY)
             wide = 1.8 if row.objective in NAMED else 0.8
             for axis, i in zip(pair, (0, 1), strict=True):
-                first = (means[0, 0] / 3 if i == 0 else base["diversity"], base["scores"][judge])
-                x, y = [*means[:, i]], [*means[:, 2]]
-                if i == 1:
-                    x, y = [first[0], *x], [first[1], *y]
+                at, values = (
+                    (0.0, np.sqrt(means[:, 0])) if i == 0 else (base["diversity"], means[:, 1])
+                )
+                x, y = [at, *values], [base["scores"][judge], *means[:, 2]]
                 label = row.objective if row.objective in NAMED else "others"
                 axis.plot(x, y, "-o", color=colour, linewidth=wide, markersize=3, label=label)
-        for axis, label in zip(pair, ("distance from the base", "diversity"), strict=True):
+        for axis, label in zip(
+            pair, ("root of the distance from the base", "diversity"), strict=True
+        ):
             axis.axhline(base["scores"][judge], color=GREY, linestyle=":", linewidth=1)
             axis.set_xlabel(label)
             axis.set_ylabel(f"score, {judge}")
             axis.set_title(TASKS[task].title, fontsize=9, loc="left")
             axis.grid(color=PALE, linewidth=0.5)
             axis.set_axisbelow(True)
-        pair[0].set_xscale("log")
         pair[1].invert_xaxis()
     named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
     figure.legend(named.values(), named, loc="center right", fontsize=8, frameon=False)
@@ -118,6 +119,8 @@ def _same_betas(path: pathlib.Path, runs: Any, judges: Sequence[str]) -> None:
                 axis.plot([beta, beta], [x.low, x.high], color=NAMED[name], linewidth=1.2)
         axis.axhline(runs[f"base {task}"]["scores"][judge], color=GREY, linestyle=":")
         axis.set_xscale("log")
+        axis.set_xticks(ticks := [dict(row["dmpo"].setting)["beta"] for row in found], ticks)
+        axis.minorticks_off()
         axis.set_xlabel("beta")
         axis.set_ylabel(f"score, {judge}")
         axis.grid(color=PALE, linewidth=0.5)
