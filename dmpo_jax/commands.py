@@ -178,7 +178,7 @@ def _convert(config: Config, options: dict[str, Any]) -> Any:
         out=options["out"],
         at=options["step"],
         shard_bytes=int(options["shard_gb"] * 10**9),
-        **{name: options[name] for name in ("weights", "merge", "dtype", "verify")},
+        **{name: options[name] for name in ("weights", "merge", "dtype", "verify", "lora_keys")},
     )
     if (out / "model_index.json").exists():
         _next(f"sample --model={out} --prompts=FILE --out=DIR")
@@ -395,6 +395,7 @@ with other judges it scores the same images.""",
         """Turns a training checkpoint into what PyTorch diffusers opens; or one file into a folder.
 
     {me} --checkpoint=WORKDIR [--step=N] --out=DIR
+    {me} --checkpoint=WORKDIR --lora_keys=kohya --out=DIR
     {me} --checkpoint=WORKDIR --merge --dtype=float16 --verify --out=DIR
     {me} --single_file=MODEL.safetensors --out=DIR
     {me} --scorer=hpsv2:HPS_v2_compressed.pt --like=CLIP_FOLDER --out=DIR
@@ -419,6 +420,11 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
                 "dtype": Leaf("float32", "of the model as written", OneOf((*DTYPES, "float16"))),
                 "shard_gb": Leaf(5.0, "largest weight file, in GB", "[0.001, inf)"),
                 "verify": Leaf(False, "compare with PyTorch diffusers, which must be installed"),
+                "lora_keys": Leaf(
+                    "diffusers",
+                    "names in a LoRA file; kohya: of UNets, for ComfyUI and kohya's scripts too",
+                    OneOf(("diffusers", "kohya")),
+                ),
                 "like": Leaf(
                     "", "a folder: --single_file takes its configs, --scorer its tokenizer"
                 ),

@@ -1,8 +1,9 @@
 """Reads and writes PyTorch diffusers folders.
 
 `pipeline` handles a complete folder, `parts` copies what is not trained, `components` handles
-one part by class, `weights` one model, `lora_file` adapters, `schedules` the scheduler's config;
-`digests` tells weights apart; `starts` finds weights that stand in place of a pipeline's own.
+one part by class, `weights` one model, `lora_file` adapters, `kohya` their other names, `schedules`
+the scheduler's config; `digests` tells weights apart; `starts` finds weights that stand in place of
+a pipeline's own.
 Below them: `folders` (which files, hub ids), `layout` (names and axes), `tensor_files`
 (safetensors, one tensor at a time) and `placement` (arrays between host and devices).
 """
@@ -22,6 +23,7 @@ from dmpo_jax.diffusers_io.digests import digest_encoders, digest_model, digest_
 from dmpo_jax.diffusers_io.folders import find_folder, hub_id, is_hub_id, pinned, read_json, resolve
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
+from dmpo_jax.diffusers_io.lora_file import KEYS as LORA_KEYS
 from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
@@ -40,6 +42,7 @@ from dmpo_jax.diffusers_io.weights import SHARD_BYTES, state_dict
 
 __all__ = [
     "LORA_FILE",
+    "LORA_KEYS",
     "SHARD_BYTES",
     "Pipeline",
     "Sampling",

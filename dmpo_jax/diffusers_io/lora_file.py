@@ -1,9 +1,12 @@
-"""Reads and writes adapters in the one file that diffusers' `load_lora_weights` takes."""
+"""Reads and writes adapters in the one file that diffusers' `load_lora_weights` takes.
+
+Its names are diffusers' or, of UNets, those of kohya's scripts (`kohya`), which ComfyUI reads too.
+"""
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,20 +15,28 @@ import numpy as np
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.diffusers_io import placement, tensor_files
+from dmpo_jax.diffusers_io import kohya, placement, tensor_files
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
 
 FILE = "pytorch_lora_weights.safetensors"
 
+KEYS = ("diffusers", "kohya")
 SUFFIX = ".safetensors"
 METADATA = "lora_adapter_metadata"  # key of the file's metadata: peft's config, as JSON
-_SIDES = {"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"}
+_SIDES = {
+    **{"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"},
+    **{"lora_down": "A", "lora_up": "B"},
+}
 _NAME = re.compile(
     r"(?P<component>[^.]+)\.(?P<layer>.+)\."
     r"((?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
 )
+_KOHYA_NAME = re.compile(
+    rf"(?P<key>{kohya.PREFIX}[^.]+)\.((?P<side>lora_down|lora_up)\.weight|(?P<alpha>alpha))"
+)
+_DORA = (".dora_scale", ".lora_magnitude_vector")
 
 
 def save_lora(
@@ -34,6 +45,7 @@ def save_lora(
     *,
     scale: float | int,
     component: str = "unet",
+    keys: Mapping[str, str] | None = None,
 ) -> None:
     """Writes `folder/pytorch_lora_weights.safetensors` atomically, in float32.
 
@@ -41,18 +53,23 @@ def save_lora(
 
     Args:
         adapters: by our paths, `....to_q.lora_A.kernel`.
-        scale: alpha / rank, multiplied into B. The file states no alpha, so every program
-            reads it with alpha = rank.
+        scale: alpha / rank, multiplied into B. Every program reads the file with alpha = rank:
+            diffusers' keys state no alpha, kohya's this one.
         component: of the pipeline, that the adapters belong to (`Family.component`).
+        keys: {layer: kohya's key}, of `kohya.written`; None writes diffusers' keys.
     """
     folder, writes = epath.Path(folder), jax.process_index() == 0
-    paths = {f"{component}.{torch_name(path)}": path for path in adapters}
+    paths = {_name(path, component, keys): path for path in adapters}
     specs = {
         name: jax.ShapeDtypeStruct(to_torch(path, _blank(adapters[path])).shape, jnp.float32)
         for name, path in paths.items()
     }
+    alphas = {} if keys is None else _alphas(adapters, keys)
+    specs |= {name: jax.ShapeDtypeStruct((), jnp.float32) for name in alphas}
 
     def produce(name: str) -> np.ndarray | None:
+        if name in alphas:
+            return np.asarray(alphas[name], np.float32)
         path = paths[name]
         if not writes and not placement.takes_all(adapters[path]):
             return None
@@ -68,13 +85,29 @@ def save_lora(
     processes.barrier(f"saved {folder}")
 
 
-def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, np.ndarray]:
+def _name(path: str, component: str, keys: Mapping[str, str] | None) -> str:
+    if keys is None:
+        return f"{component}.{torch_name(path)}"
+    layer, _, side = path.removesuffix(".kernel").partition(".lora_")
+    return f"{keys[layer]}.lora_{'down' if side == 'A' else 'up'}.weight"
+
+
+def _alphas(adapters: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, int]:
+    """Returns {name of a layer's alpha: its rank}."""
+    downs = {path: x for path, x in adapters.items() if ".lora_A." in path}
+    return {f"{keys[path.partition('.lora_')[0]]}.alpha": x.shape[-1] for path, x in downs.items()}
+
+
+def load_lora(
+    folder: epath.PathLike, *, component: str = "unet", model: Any = None
+) -> dict[str, np.ndarray]:
     """Reads adapters as {our path: float32 array}: the inverse of `save_lora`, the scale in B.
 
     Args:
-        folder: what a LoRA run wrote, or the file itself. Names may be peft's (`lora_A.weight`) or
-            those of diffusers' scripts (`lora.down.weight`); an alpha beside the weights, or in the
-            file's metadata, is honoured.
+        folder: what a LoRA run wrote, or the file itself. Names may be peft's (`lora_A.weight`),
+            those of diffusers' scripts (`lora.down.weight`) or of kohya's (`lora_unet_...`); an
+            alpha beside the weights, or in the file's metadata, is honoured.
+        model: that the file is for, or its shapes. Only kohya's names need it.
 
     Raises:
         ValueError: the file is missing, cannot be read, or holds tensors other than the
@@ -87,16 +120,14 @@ def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, n
     adapters, alphas = {}, {}
     with tensor_files.opened({file: frozenset()}) as holders:
         metadata = next((holder.metadata() for holder in holders.values()), {})
-        for name, holder in holders.items():
-            found = _NAME.fullmatch(name)
-            if found is None or found["component"] != component:
-                raise UserError(f"{file} holds {name!r}; only adapters of its {component} are read")
+        places = _places(file, list(holders), component, model)
+        for name, (layer, side) in places.items():
+            holder = holders[name]
             array = holder.read(name, tuple((0, n) for n in holder.names[name]))
-            if found["alpha"]:
-                alphas[found["layer"]] = float(array.reshape(-1)[0])
+            if side is None:
+                alphas[layer] = float(array.reshape(-1)[0])
                 continue
-            side = _SIDES[found["side"]]
-            path = f"{found['layer']}.lora_{side}.kernel"
+            path = f"{layer}.lora_{side}.kernel"
             adapters[path] = np.asarray(to_jax(path, array), np.float32)
     _check_pairs(file, adapters, alphas)
     about = _peft_config(file, metadata)
@@ -106,6 +137,64 @@ def load_lora(folder: epath.PathLike, *, component: str = "unet") -> dict[str, n
             scale = _scale(layer, rank, alphas, about, component)
             adapters[path] = array if scale == 1 else np.float32(scale) * array
     return adapters
+
+
+def _places(
+    file: epath.Path, names: Sequence[str], component: str, model: Any
+) -> dict[str, tuple[str, str | None]]:
+    """Returns {name of a tensor: (layer, side of its adapter)}; the side of an alpha is None.
+
+    Raises:
+        UserError: a name is none of the component's adapters; `load_lora`.
+    """
+    for name in names:
+        if name.endswith(_DORA):
+            raise UserError(
+                f"{file} holds {name!r}, of DoRA; only plain LoRA is read: merge the file into a "
+                "pipeline with the program that made it, and name that folder"
+            )
+        if name.startswith(kohya.TEXT_PREFIXES):
+            raise UserError(
+                f"{file} holds {name!r}, an adapter of a text encoder; only adapters of its "
+                f"{component} are read ({kohya.PREFIX}...): take a file without those of text "
+                "encoders, or merge it into a pipeline and name that folder"
+            )
+    layers = {}
+    if any(name.startswith(kohya.PREFIX) for name in names):
+        layers = _of_kohya(file, component, model)
+    places, taken = {}, set()
+    for name in names:
+        if found := _KOHYA_NAME.fullmatch(name):
+            if found["key"] not in layers:
+                raise UserError(
+                    f"{file} adapts {found['key']!r}, a layer that the model does not have: take "
+                    "a LoRA file of this model"
+                )
+            layer = layers[found["key"]]
+        elif (found := _NAME.fullmatch(name)) and found["component"] == component:
+            layer = found["layer"]
+        else:
+            raise UserError(f"{file} holds {name!r}; only adapters of its {component} are read")
+        place = (layer, None if found["alpha"] else _SIDES[found["side"]])
+        if place in taken:
+            raise UserError(f"{file} holds the adapter of {layer} twice, by two names")
+        taken.add(place)
+        places[name] = place
+    return places
+
+
+def _of_kohya(file: epath.Path, component: str, model: Any) -> dict[str, str]:
+    """Returns {kohya's key: layer} of a model."""
+    said = f"{file} has kohya's keys ({kohya.PREFIX}...), which"
+    if component != "unet":
+        kind = f", a {type(model).__name__}" if model is not None else ""
+        raise UserError(
+            f"{said} are read for UNets (SD 1, SD 2, SDXL), but the model is a {component}{kind}: "
+            "take a file in diffusers' keys"
+        )
+    if model is None:
+        raise UserError(f"{said} name the layers of a model: pass load_lora(..., model=...)")
+    return kohya.read(model)
 
 
 def _check_pairs(file: epath.Path, adapters: Any, alphas: Any) -> None:

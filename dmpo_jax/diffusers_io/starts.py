@@ -73,7 +73,7 @@ class Start(NamedTuple):
         if self.lora is None or not merge:
             return model
         structure, params = parameters.split(model)
-        adapters = self.adapters()
+        adapters = self.adapters(model)
         self.check_layers(adapters, parameters.shapes(model))
         if kw.get("abstract"):
             return model
@@ -82,11 +82,14 @@ class Start(NamedTuple):
         lora.fold_in(params, {path: _beside(params, path, x) for path, x in adapters.items()}, 1.0)
         return parameters.merge(structure, params)
 
-    def adapters(self) -> dict[str, np.ndarray]:
-        """Returns the adapters of the LoRA file by our paths, the scale in B; {} without a file."""
+    def adapters(self, model: Any) -> dict[str, np.ndarray]:
+        """Returns the adapters of the LoRA file by our paths, the scale in B; {} without a file.
+
+        model: that they are for, or its shapes.
+        """
         if self.lora is None:
             return {}
-        return lora_file.load_lora(self.lora, component=self.component)
+        return lora_file.load_lora(self.lora, component=self.component, model=model)
 
     def check_layers(
         self, adapters: dict[str, np.ndarray], shapes: dict[str, jax.ShapeDtypeStruct]

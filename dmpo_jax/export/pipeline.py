@@ -8,6 +8,7 @@ import jax
 from etils import epath
 
 from dmpo_jax import diffusers_io
+from dmpo_jax.diffusers_io import kohya
 from dmpo_jax.errors import UserError
 from dmpo_jax.models import lora, parameters
 from dmpo_jax.parallel import meshes
@@ -53,16 +54,33 @@ def abstract_params(trained: Trained) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def write_adapters(trained: Trained, params: Params, out: epath.Path) -> None:
+def write_adapters(
+    trained: Trained, params: Params, out: epath.Path, *, keys: str = "diffusers"
+) -> None:
     """Writes the adapters for PyTorch's `load_lora_weights`, always in float32.
 
+    keys: one of `LORA_KEYS`, the names in the file.
+
     Raises:
-        ValueError: the run trained every parameter.
+        ValueError: as `check_keys`; the run trained every parameter.
     """
     if trained.adapters is None:
         raise UserError(f"{trained.folder} was trained whole: there are no adapters to write")
+    check_keys(trained, keys)
     _, family = diffusers_io.load_family(trained.folder)
-    diffusers_io.save_lora(params, out, scale=trained.adapters.scale, component=family.component)
+    names = kohya.written(trained.load(abstract=True)) if keys == "kohya" else None
+    how = {"scale": trained.adapters.scale, "component": family.component}
+    diffusers_io.save_lora(params, out, **how, keys=names)
+
+
+def check_keys(trained: Trained, keys: str) -> None:
+    """Raises UserError if programs that read these keys do not know the model by them."""
+    _, family = diffusers_io.load_family(trained.folder)
+    if keys == "kohya" and family.component != "unet":
+        raise UserError(
+            f"--lora_keys=kohya is written for UNets (SD 1, SD 2, SDXL), but {trained.folder} is "
+            f"of the family {family.name} ({family.pipeline}): leave --lora_keys=diffusers"
+        )
 
 
 def write_pipeline(

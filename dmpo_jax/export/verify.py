@@ -66,7 +66,7 @@ def with_adapters(model: Any, folder: epath.Path, adapters: Adapters, component:
     """Returns the model with the adapters of `folder`, whose weights include the scale."""
     adapted = dataclasses.replace(adapters, alpha=adapters.rank).attach(model)
     structure, params = parameters.split(adapted)
-    found = diffusers_io.load_lora(folder, component=component)
+    found = diffusers_io.load_lora(folder, component=component, model=model)
     loaded = {path: jnp.asarray(x) for path, x in found.items()}
     return parameters.merge(structure, {**params, **loaded})
 
@@ -97,10 +97,20 @@ def predict_in_pytorch(
         )
     if adapters is not None:
         with storage.local_copy(adapters) as folder:
-            model.load_lora_adapter(
-                str(folder), weight_name=diffusers_io.LORA_FILE, prefix=family.component
-            )
+            load_adapters(diffusers, model, str(folder), family.component)
     told = jax.tree.map(torch.tensor, family.torch_inputs(*inputs))
     with torch.no_grad():
         predicted = model.eval()(**told).sample
     return family.torch_output(jax.tree.map(lambda x: x.numpy(), predicted), inputs[0].shape)
+
+
+def load_adapters(diffusers: Any, model: Any, folder: str, component: str) -> None:
+    """Loads a folder's adapters into PyTorch's model, as `load_lora_weights` does."""
+    file = {"weight_name": diffusers_io.LORA_FILE}
+    if component != "unet":
+        model.load_lora_adapter(folder, prefix=component, **file)
+        return
+    # Of UNets the keys may be kohya's, which only the pipelines' loaders read.
+    loader = diffusers.loaders.StableDiffusionLoraLoaderMixin
+    found, alphas = loader.lora_state_dict(folder, unet_config=model.config, **file)
+    loader.load_lora_into_unet(found, network_alphas=alphas, unet=model)

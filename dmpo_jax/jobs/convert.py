@@ -29,6 +29,7 @@ def convert(
     dtype: Any = "float32",
     shard_bytes: int = diffusers_io.SHARD_BYTES,
     verify: bool = False,
+    lora_keys: str = "diffusers",
 ) -> epath.Path:
     """Exports a checkpoint of `workdir`, with a model card.
 
@@ -42,13 +43,15 @@ def convert(
         dtype: of the exported model; adapters are always float32.
         shard_bytes: largest weight file.
         verify: also open the result in PyTorch and compare the predictions.
+        lora_keys: names in the adapters' file, one of `diffusers_io.LORA_KEYS`.
 
     Returns:
         `out`.
 
     Raises:
         ValueError: there is no such run or checkpoint (the message lists the steps), the run
-            lacks what `weights` or `merge` request, or verification found a difference.
+            lacks what `weights`, `merge` or `lora_keys` request, or verification found a
+            difference.
     """
     workdir, out = epath.Path(workdir), epath.Path(out)
     config = configs.from_flat(diffusers_io.read_json(workdir / "config.json"))
@@ -56,6 +59,12 @@ def convert(
     adapters = card.trained.adapters
     if merge and not adapters:
         raise UserError(f"{workdir} trained every parameter: there is no LoRA to merge")
+    if lora_keys != "diffusers" and (merge or not adapters):
+        raise UserError(
+            f"--lora_keys={lora_keys} names what a LoRA file holds, but a pipeline is to be "
+            "written: leave it, or give a LoRA run without --merge"
+        )
+    pipeline.check_keys(card.trained, lora_keys)
     if weights == "ema" and not card.ema_decay:
         raise UserError(f"{workdir} kept no moving average (train.ema_decay is 0)")
     if merge or not adapters:
@@ -70,7 +79,7 @@ def convert(
         wanted = {field: pipeline.abstract_params(card.trained)}
         at, restored = checkpoints.restore_part(wanted, step=at)
     if adapters and not merge:
-        pipeline.write_adapters(card.trained, restored[field], out)
+        pipeline.write_adapters(card.trained, restored[field], out, keys=lora_keys)
     else:
         kw = {"dtype": dtype, "shard_bytes": shard_bytes}
         pipeline.write_pipeline(card.trained, restored[field], out, **kw)

@@ -90,7 +90,7 @@ def _fitted(start: Start, adapters: Adapters, model: Any) -> dict[str, np.ndarra
     Raises:
         UserError: their rank or their layers are others than those that are trained.
     """
-    found = start.adapters()
+    found = start.adapters(model)
     shapes = parameters.shapes(model)
     start.check_layers(found, shapes)
     named = f"--config.{start.option}={start.name}"
