@@ -1,32 +1,35 @@
 """LoRA files in kohya's keys, against diffusers' own reading of them."""
 
+import types
+
 import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.diffusers_io import kohya
-from dmpo_jax.errors import UserError
+from dmpo_jax.families import PUBLISHED
 from dmpo_jax.models import lora, parameters
 from tests.support import torch_pipelines
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
-NAMES = ("sd15", "sdxl")
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Every layer that may be adapted, by the end of its path.
 EVERY = (
-    *(*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"),
-    *("time_emb_proj", "conv_shortcut", "conv", "conv_in", "conv_out", "linear_1", "linear_2"),
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut", "conv", "conv_in", "conv_out"),
+    *("time_emb_proj", "linear_1", "linear_2"),
 )
+SCALE = 1.5
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def made(request, tmp_path_factory):
-    """(name, pipeline folder, our UNet, adapters of every layer) of one architecture."""
+    """(name, pipeline folder, our UNet, folder): of adapters of every layer, in both keys."""
     folder = tmp_path_factory.mktemp(request.param)
     source = torch_pipelines.write(request.param, folder / "model")
     unet = diffusers_io.load_unet(source)
@@ -37,20 +40,12 @@ def made(request, tmp_path_factory):
         path: jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32)
         for path, x in adapters.items()
     }
-    return request.param, source, unet, adapters
+    diffusers_io.save_lora(adapters, folder / "own", scale=SCALE)
+    diffusers_io.save_lora(adapters, folder / "kohya", scale=SCALE, keys=kohya.written(unet))
+    return request.param, source, unet, folder
 
 
-def save(made, folder, *, scale=1.5):
-    """The file in kohya's keys."""
-    diffusers_io.save_lora(made[3], folder, scale=scale, keys=kohya.written(made[2]))
-    return folder / diffusers_io.LORA_FILE
-
-
-def predict(name: str, source: str, file=None) -> np.ndarray:
-    """The prediction of diffusers' pipeline, after `load_lora_weights`."""
-    pipeline = getattr(diffusers, torch_pipelines.PIPELINES[name][0]).from_pretrained(source)
-    if file:
-        pipeline.load_lora_weights(str(file))
+def predict(pipeline, name: str) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     unet, more = pipeline.unet, {}
     latents = torch.randn(2, 4, 8, 8, generator=generator)
@@ -66,36 +61,111 @@ def relative(a, b) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-def test_diffusers_predicts_the_same_by_both_keys(made, tmp_path):
-    name, source, _, adapters = made
-    file = save(made, tmp_path / "kohya")
-    diffusers_io.save_lora(adapters, tmp_path / "own", scale=1.5)
-    theirs = predict(name, source, tmp_path / "own" / diffusers_io.LORA_FILE)
-    assert relative(predict(name, source, file), theirs) <= 1e-6
-    assert relative(predict(name, source), theirs) > 0.05  # the adapters do something
-
-
-def test_our_reader_gives_the_same_arrays(made, tmp_path):
-    _, _, unet, adapters = made
-    save(made, tmp_path / "kohya")
-    diffusers_io.save_lora(adapters, tmp_path / "own", scale=1.5)
-    got = diffusers_io.load_lora(tmp_path / "kohya", model=unet)
-    want = diffusers_io.load_lora(tmp_path / "own")
-    assert got.keys() == want.keys() == adapters.keys()
+def assert_equal(got, want):
+    assert got.keys() == want.keys()
     for path, x in want.items():
         np.testing.assert_array_equal(got[path], x, err_msg=path)
 
 
-def test_every_key_is_one_that_diffusers_maps_to_the_layer(made, tmp_path):
-    """No key is dropped or mistaken for another's, in either spelling."""
-    name, source, unet, _ = made
-    config = diffusers.UNet2DConditionModel.load_config(source, subfolder="unet")
-    config = diffusers.UNet2DConditionModel.from_config(config).config
-    spellings = [kohya.written(unet)]
-    if name == "sdxl":
-        assert all("_blocks" in key or "lora_unet_" in key for key in spellings[0].values())
-        spellings.append({layer: key for key, layer in kohya.read(unet).items()})
-    file = save(made, tmp_path)
-    tensors = load_file(file)
-    found, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(tensors, unet_config=config)
-    assert len(found) == len(made[3])
+def rewrite(made, file, change, **more):
+    """A file like that in kohya's keys: `change` of each (name, tensor), and tensors besides."""
+    tensors = load_file(made[3] / "kohya" / diffusers_io.LORA_FILE)
+    save_file(dict(change(*pair) for pair in tensors.items()) | more, file)
+    return file
+
+
+def test_diffusers_predicts_the_same_by_both_keys(made):
+    name, source, _, folder = made
+    pipeline = getattr(diffusers, torch_pipelines.PIPELINES[name][0]).from_pretrained(source)
+    found = {"base": predict(pipeline, name)}
+    for keys in ("own", "kohya"):
+        pipeline.load_lora_weights(str(folder / keys))
+        found[keys] = predict(pipeline, name)
+        pipeline.unload_lora_weights()
+    assert relative(found["kohya"], found["own"]) <= 1e-6
+    assert relative(found["base"], found["own"]) > 0.05
+
+
+def test_our_reader_gives_the_same_arrays(made):
+    _, _, unet, folder = made
+    want = diffusers_io.load_lora(folder / "own")
+    assert_equal(diffusers_io.load_lora(folder / "kohya", model=unet), want)
+    shapes = parameters.without_arrays(unet)
+    assert_equal(diffusers_io.load_lora(folder / "kohya", model=shapes), want)
+
+
+def test_alpha_and_both_spellings_are_read(made, tmp_path):
+    """As kohya's scripts write: float16, an alpha of their own; of SDXL diffusers' paths too."""
+    _, _, unet, folder = made
+    respelt = {
+        key: kohya.PREFIX + layer.replace(".", "_") for layer, key in kohya.written(unet).items()
+    }
+
+    def change(name, x):
+        key, _, end = name.partition(".")
+        x = torch.tensor(1.0) if end == "alpha" else x
+        return f"{respelt[key]}.{end}", x.half()
+
+    file = rewrite(made, tmp_path / "x.safetensors", change)
+    got = diffusers_io.load_lora(file, model=unet)
+    want = diffusers_io.load_lora(folder / "own")
+    for path, x in want.items():
+        half = x.astype(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(got[path], half / (2 if ".lora_B." in path else 1))
+
+
+@pytest.mark.parametrize("option", ["model.start", "model.reference"])
+def test_a_start_in_kohya_keys_is_the_same_model(option, made):
+    _, source, _, folder = made
+    loaded = [
+        diffusers_io.find_start(source, str(folder / keys), option=option).load()
+        for keys in ("own", "kohya")
+    ]
+    assert_equal(*(parameters.split(model)[1] for model in loaded))
+
+
+def test_diffusers_maps_every_key_of_sdxl_to_its_layer():
+    """At full size: kohya's scripts say that they adapt 722 layers of its attention."""
+    published = PUBLISHED["sdxl"]
+    keys = kohya.written(parameters.abstract(published.family.model, published.model))
+    assert len([layer for layer in keys if ".attentions." in layer]) == 722
+    layers = list(keys)
+    tensors = {}
+    for i, key in enumerate(keys.values()):
+        number = torch.full((1, 1), float(i))  # tells which layer a tensor was of
+        tensors |= {f"{key}.lora_down.weight": number, f"{key}.lora_up.weight": number}
+    found, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(
+        tensors, unet_config=types.SimpleNamespace(layers_per_block=2)
+    )
+    found = convert_unet_state_dict_to_peft(found)
+    assert len(found) == 2 * len(layers)
+    for name, x in found.items():
+        layer = name.removeprefix("unet.").replace(".processor", "").partition(".lora_")[0]
+        assert layer == layers[int(x)]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"lora_te_text_model_x.lora_down.weight": 2}, "'lora_te_text_.*an adapter of a text enco"),
+        ({"lora_te2_text_model_x.alpha": 1}, "'lora_te2_text_model_x.alpha', an adapter of a text"),
+        ({"lora_unet_x.dora_scale": 2}, "dora_scale', of DoRA; only plain LoRA is read"),
+        ({"unet.x.lora_magnitude_vector": 2}, "magnitude_vector', of DoRA; only plain LoRA"),
+        ({"lora_unet_x.lora_down.weight": 2}, "'lora_unet_x', a layer that the model does not h"),
+        ({"lora_unet_x.hada_w1_a": 2}, "'lora_unet_x.hada_w1_a'; only adapters of its unet"),
+        ({"unet.conv_in.lora_A.weight": 2}, "the adapter of conv_in twice, by two names"),
+    ],
+)
+def test_what_else_such_files_hold_is_refused(change, words, made, tmp_path):
+    more = {name: torch.zeros(n) for name, n in change.items()}
+    file = rewrite(made, tmp_path / "x.safetensors", lambda *pair: pair, **more)
+    with pytest.raises(ValueError, match=words):
+        diffusers_io.load_lora(file, model=made[2])
+
+
+def test_other_models_have_no_such_keys(made):
+    file = made[3] / "kohya"
+    with pytest.raises(ValueError, match=r"read for UNets .SD 1, SD 2, SDXL., but .*a transformer"):
+        diffusers_io.load_lora(file, component="transformer")
+    with pytest.raises(ValueError, match="name the layers of a model: pass"):
+        diffusers_io.load_lora(file)

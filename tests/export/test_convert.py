@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.encoded.records import open_pairs
+from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
 from tests.support import tiny
@@ -87,6 +88,21 @@ def test_adapters_and_merged_are_the_same_model_in_pytorch(lora_run, tmp_path):
     assert relative(unet(tmp_path / "merged"), unet(workdir / "export")) == 0
     with pytest.raises(ValueError, match=r"holds \[2, 4\]|there are \[2, 4\]"):
         convert(workdir=workdir, out=tmp_path / "five", at=5)
+
+
+def test_kohya_keys_are_the_same_adapters(made, lora_run, tmp_path):
+    workdir, _ = lora_run
+    convert(workdir=workdir, out=tmp_path / "lora", lora_keys="kohya", verify=True)
+    names = load_file(tmp_path / "lora" / diffusers_io.LORA_FILE)
+    assert all(name.startswith("lora_unet_") for name in names)
+    got = diffusers_io.load_lora(tmp_path / "lora", model=diffusers_io.load_unet(made[0]))
+    assert relative(got, diffusers_io.load_lora(workdir / "lora")) == 0
+    config = tiny.make_config(*made, **LORA, model__start=str(tmp_path / "lora"))
+    _, params = train.prepare(config, tmp_path / "nowhere")  # trained on from this file
+    scale = {path: 2 if ".lora_B." in path else 1 for path in got}  # lora.alpha / lora.rank
+    assert relative({path: scale[path] * np.asarray(x) for path, x in params.items()}, got) == 0
+    with pytest.raises(ValueError, match="names what a LoRA file holds, but a pipeline is"):
+        convert(workdir=workdir, out=tmp_path / "x", lora_keys="kohya", merge=True)
 
 
 def test_policy_and_average_are_both_at_hand(lora_run, tmp_path):
