@@ -341,6 +341,7 @@ Writes DIR/pairs.parquet in Pick-a-Pic's schema, for encode --source=pickapic:DI
         """Draws images from a diffusers pipeline folder, in JAX.
 
     {me} --model=FOLDER --prompts=FILE --out=DIR
+    {me} --model=FOLDER --lora=FILE:0.8,FILE --prompts=FILE --out=DIR
 
 Writes one PNG an image with its settings inside, and DIR/grid.png, a row a prompt.
 
@@ -349,7 +350,11 @@ be, `negative_prompt`, `seed`, `image` and `mask` of each; images are for models
 inpaint, and their paths relative to FILE.""",
         Interface(
             {**PIPELINE, **SAMPLING, "images_per_prompt": "sample.images_per_prompt"},
-            {"prompts": PROMPTS, "out": OUT},
+            {
+                "prompts": PROMPTS,
+                "out": OUT,
+                "lora": Leaf((), "LoRA files to merge in, FILE or FILE:SCALE,...", kind=tuple),
+            },
             required=("model", "prompts", "out"),
         ),
         _sample,

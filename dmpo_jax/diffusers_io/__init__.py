@@ -1,9 +1,9 @@
 """Reads and writes PyTorch diffusers folders.
 
 `pipeline` handles a complete folder, `parts` copies what is not trained, `components` handles
-one part by class, `weights` one model, `lora_file` adapters, `kohya` their other names, `schedules`
-the scheduler's config; `digests` tells weights apart; `starts` finds weights that stand in place of
-a pipeline's own.
+one part by class, `weights` one model, `lora_file` adapters, `kohya` their other names, `loras`
+merges them; `schedules` the scheduler's config; `digests` tells weights apart; `starts` finds
+weights that stand in place of a pipeline's own.
 Below them: `folders` (which files, hub ids), `layout` (names and axes), `tensor_files`
 (safetensors, one tensor at a time) and `placement` (arrays between host and devices).
 """
@@ -25,6 +25,7 @@ from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.diffusers_io.lora_file import FILE as LORA_FILE
 from dmpo_jax.diffusers_io.lora_file import KEYS as LORA_KEYS
 from dmpo_jax.diffusers_io.lora_file import load_lora, save_lora
+from dmpo_jax.diffusers_io.loras import Lora, check_loras, merge_loras, parse_loras
 from dmpo_jax.diffusers_io.pipeline import (
     Pipeline,
     check_export,
@@ -44,11 +45,13 @@ __all__ = [
     "LORA_FILE",
     "LORA_KEYS",
     "SHARD_BYTES",
+    "Lora",
     "Pipeline",
     "Sampling",
     "Start",
     "check_export",
     "check_finite",
+    "check_loras",
     "check_text",
     "digest_encoders",
     "digest_model",
@@ -67,6 +70,8 @@ __all__ = [
     "load_unet",
     "load_vae",
     "make_index",
+    "merge_loras",
+    "parse_loras",
     "pinned",
     "read_json",
     "resolve",

@@ -113,8 +113,7 @@ def load_lora(
         ValueError: the file is missing, cannot be read, or holds tensors other than the
             component's adapters.
     """
-    path = epath.Path(folder)
-    file = path if path.suffix == SUFFIX else path / FILE
+    file = file_in(folder)
     if not file.exists():
         raise UserError(f"{file} is missing: is {folder} what a LoRA run wrote?")
     adapters, alphas = {}, {}
@@ -137,6 +136,40 @@ def load_lora(
             scale = _scale(layer, rank, alphas, about, component)
             adapters[path] = array if scale == 1 else np.float32(scale) * array
     return adapters
+
+
+def file_in(folder: epath.PathLike) -> epath.Path:
+    """Returns the LoRA file of a folder; a file is itself."""
+    path = epath.Path(folder)
+    return path if path.suffix == SUFFIX else path / FILE
+
+
+def check_layers(
+    adapters: Mapping[str, np.ndarray],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    named: str,
+    folder: epath.PathLike,
+) -> None:
+    """Raises UserError unless a model has each adapted layer, in the adapter's shape.
+
+    Args:
+        shapes: of the model's parameters.
+        named: the option and the file, for messages. folder: the model's.
+    """
+    for path, down in adapters.items():
+        if ".lora_A." not in path:
+            continue
+        layer = path.removesuffix(".lora_A.kernel")
+        kernel = shapes.get(f"{layer}.kernel")
+        up = adapters[f"{layer}.lora_B.kernel"]
+        made = (*down.shape[:-1], up.shape[-1])
+        if kernel is None or kernel.shape != made:
+            has = "has no such layer" if kernel is None else f"has {kernel.shape}"
+            raise UserError(
+                f"{named} adapts the layer {layer}, {made}, but the model in {folder} {has}: take "
+                "a LoRA file of this model"
+            )
 
 
 def _places(

@@ -98,19 +98,8 @@ class Start(NamedTuple):
 
         shapes: of the model's parameters.
         """
-        for path, down in adapters.items():
-            if ".lora_A." not in path:
-                continue
-            layer = path.removesuffix(".lora_A.kernel")
-            kernel = shapes.get(f"{layer}.kernel")
-            up = adapters[f"{layer}.lora_B.kernel"]
-            made = (*down.shape[:-1], up.shape[-1])
-            if kernel is None or kernel.shape != made:
-                has = "has no such layer" if kernel is None else f"has {kernel.shape}"
-                raise UserError(
-                    f"--config.{self.option}={self.name} adapts the layer {layer}, {made}, but the "
-                    f"model in {self.own} {has}: take a LoRA file of this model"
-                )
+        named = f"--config.{self.option}={self.name}"
+        lora_file.check_layers(adapters, shapes, named=named, folder=self.own)
 
     def digest(self) -> str:
         """Returns the digest of the weights in place of the pipeline's own, or of these."""

@@ -1,13 +1,14 @@
 """Samples images from a diffusers pipeline folder."""
 
 import logging
+from collections.abc import Sequence
 
 from etils import epath
 
 from dmpo_jax.config import arguments
 from dmpo_jax.config.configs import Config
 from dmpo_jax.data.prompt_files import Prompt, load_prompts
-from dmpo_jax.diffusers_io import load_family
+from dmpo_jax.diffusers_io import load_family, parse_loras
 from dmpo_jax.families import Family
 from dmpo_jax.parallel import processes
 from dmpo_jax.sampling.gallery import draw_gallery, write_grid
@@ -20,7 +21,13 @@ LOG = logging.getLogger(__name__)
 
 
 @processes.writes_out
-def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> epath.Path:
+def sample(
+    config: Config,
+    *,
+    prompts: epath.PathLike,
+    out: epath.PathLike,
+    lora: str | Sequence[str] = (),
+) -> epath.Path:
     """Writes one PNG per image, with embedded settings, and `out/grid.png`, one row per prompt.
 
     Also `out/images.jsonl`, a line an image. Seeds count up from the config's over all images, or
@@ -29,18 +36,20 @@ def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> e
 
     Args:
         prompts: a file of prompts, as `load_prompts` reads it.
+        lora: LoRA files that are merged into the model, FILE or FILE:SCALE.
 
     Returns:
         The folder.
 
     Raises:
         ValueError: a part of the model is missing, a prompt lacks the image that the model
-            needs, the sampler does not support a setting, or `out` holds other images; raised
-            before sampling.
+            needs, a LoRA file is of another model, the sampler does not support a setting, or
+            `out` holds other images; raised before sampling.
     """
     asked, family = check(config, prompts)
     how = arguments.drawing(config)
-    sampler, load = open_sampler(config.model.folder, **how)
+    loras = parse_loras(lora)
+    sampler, load = open_sampler(config.model.folder, **how, loras=loras)
     settings = {
         "model": str(config.model.folder),
         "steps": config.sample.steps,
@@ -50,6 +59,10 @@ def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> e
         settings["image_guidance_scale"] = config.sample.image_guidance_scale
     if config.model.vae:
         settings["vae"] = config.model.vae
+    about = describe(config.model.folder, sampler, how)
+    if loras:  # a folder drawn without any keeps its identity
+        settings["lora"] = [found.name for found in loras]
+        about["loras"] = [found.about() for found in loras]
     each = config.sample.images_per_prompt
     out = epath.Path(out)
     drawing = Drawing(
@@ -57,7 +70,7 @@ def sample(config: Config, *, prompts: epath.PathLike, out: epath.PathLike) -> e
         load,
         [prompt for prompt in asked for _ in range(each)],
         prompt_seeds(asked, each, config.seed),
-        describe(config.model.folder, sampler, how),
+        about,
     )
     names = draw_gallery(out, drawing, settings)
     grid = write_grid(out, names, [prompt.text for prompt in asked])

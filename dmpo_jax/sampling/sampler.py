@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext as nothing
 from typing import Any
@@ -128,6 +129,7 @@ def open_sampler(
     variant: str | None,
     dtype: Any,
     vae_dtype: Any = None,
+    loras: Sequence[diffusers_io.Lora] = (),
     **settings: Any,
 ) -> tuple[Sampler, Callable[[], parameters.Params]]:
     """Returns the sampler of a pipeline folder, and a function that loads its parameters.
@@ -138,22 +140,39 @@ def open_sampler(
         vae: another VAE's folder, in place of the pipeline's own; "" is its own.
         variant: of the weight files. dtype: of the computation; vae_dtype: of the VAE's, by
             default the same.
+        loras: files merged into the model.
         settings: of `make_sampler`.
     """
     pipeline = diffusers_io.load_pipeline(
         folder, vae=vae, variant=variant, dtype=dtype, vae_dtype=vae_dtype
     )
     model = diffusers_io.load_model(pipeline.folder, abstract=True, variant=variant, dtype=dtype)
+    diffusers_io.check_loras(loras, model, pipeline.folder)
     devices = meshes.make_mesh(devices=jax.local_devices())
-    load = functools.partial(load_params, pipeline.folder, variant=variant, dtype=dtype)
+    weights = {"variant": variant, "dtype": dtype, "loras": loras}
+    load = functools.partial(load_params, pipeline.folder, **weights)
     return make_sampler(pipeline, model, devices=devices, **settings), load
 
 
-def load_params(folder: epath.PathLike, *, variant: str | None, dtype: Any) -> parameters.Params:
-    """Loads the parameters of a pipeline folder's model on each of this process's devices."""
+def load_params(
+    folder: epath.PathLike,
+    *,
+    variant: str | None,
+    dtype: Any,
+    loras: Sequence[diffusers_io.Lora] = (),
+) -> parameters.Params:
+    """Loads the parameters of a pipeline folder's model on each of this process's devices.
+
+    loras: files merged into them.
+    """
     model = diffusers_io.load_model(folder, variant=variant, dtype=dtype)
     devices = meshes.make_mesh(devices=jax.local_devices())
-    return jax.device_put(parameters.split(model)[1], meshes.replicated(devices))
+    _, params = parameters.split(model)
+    if loras:
+        model = parameters.without_arrays(model)
+        gc.collect()  # modules form reference cycles that keep their arrays alive
+        diffusers_io.merge_loras(loras, params, model, folder)
+    return jax.device_put(params, meshes.replicated(devices))
 
 
 def make_sampler(

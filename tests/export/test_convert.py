@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from dmpo_jax import diffusers_io
@@ -98,7 +99,7 @@ def test_kohya_keys_are_the_same_adapters(made, lora_run, tmp_path):
     got = diffusers_io.load_lora(tmp_path / "lora", model=diffusers_io.load_unet(made[0]))
     assert relative(got, diffusers_io.load_lora(workdir / "lora")) == 0
     config = tiny.make_config(*made, **LORA, model__start=str(tmp_path / "lora"))
-    _, params = train.prepare(config, tmp_path / "nowhere")  # trained on from this file
+    _, params = train.prepare(config, epath.Path(tmp_path / "nowhere"))  # trained on from this file
     scale = {path: 2 if ".lora_B." in path else 1 for path in got}  # lora.alpha / lora.rank
     assert relative({path: scale[path] * np.asarray(x) for path, x in params.items()}, got) == 0
     with pytest.raises(ValueError, match="names what a LoRA file holds, but a pipeline is"):
