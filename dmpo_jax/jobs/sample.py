@@ -59,10 +59,11 @@ def sample(
         settings["image_guidance_scale"] = config.sample.image_guidance_scale
     if config.model.vae:
         settings["vae"] = config.model.vae
-    about = describe(config.model.folder, sampler, how)
-    if loras:  # a folder drawn without any keeps its identity
+    if loras:
         settings["lora"] = [found.name for found in loras]
-        about["loras"] = [found.about() for found in loras]
+    about = describe(config.model.folder, sampler, how)
+    # None without any: folders of earlier versions say nothing of them.
+    about["loras"] = [found.about() for found in loras] or None
     each = config.sample.images_per_prompt
     out = epath.Path(out)
     drawing = Drawing(

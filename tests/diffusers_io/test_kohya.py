@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
 
 from dmpo_jax import diffusers_io
@@ -134,7 +134,7 @@ def test_diffusers_maps_every_key_of_sdxl_to_its_layer():
     for i, key in enumerate(keys.values()):
         number = torch.full((1, 1), float(i))  # tells which layer a tensor was of
         tensors |= {f"{key}.lora_down.weight": number, f"{key}.lora_up.weight": number}
-    found, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(
+    found, *_ = StableDiffusionLoraLoaderMixin.lora_state_dict(
         tensors, unet_config=types.SimpleNamespace(layers_per_block=2)
     )
     found = convert_unet_state_dict_to_peft(found)
