@@ -20,6 +20,7 @@ from dmpo_jax.config.declare import Check, Leaf, OneOf
 from dmpo_jax.config.files import load_config
 from dmpo_jax.config.parsing import Interface
 from dmpo_jax.config.sections import DTYPES
+from dmpo_jax.diffusers_io import LORA_KEYS
 from dmpo_jax.errors import STOPPED, STOPPED_ANEW, UserError
 from dmpo_jax.families import PUBLISHED
 from dmpo_jax.scoring import KINDS, SCORERS, STATISTICS
@@ -428,7 +429,7 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
                 "lora_keys": Leaf(
                     "diffusers",
                     "names in a LoRA file; kohya: of UNets, for ComfyUI and kohya's scripts too",
-                    OneOf(("diffusers", "kohya")),
+                    OneOf(LORA_KEYS),
                 ),
                 "like": Leaf(
                     "", "a folder: --single_file takes its configs, --scorer its tokenizer"

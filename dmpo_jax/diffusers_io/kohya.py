@@ -3,8 +3,8 @@
 A key is `lora_unet_`, a path and `.lora_down.weight`, `.lora_up.weight` or `.alpha`. Paths have
 underscores for dots, so a key is looked up among the layers of the model that it is for.
 
-Paths of SD 1 and SD 2 are diffusers' own. SDXL's are those of Stability's repository, which
-kohya's scripts write and of all that read SDXL's files each reads; others know diffusers' too.
+Paths of SD 1 and SD 2 are diffusers' own. SDXL's are written as in Stability's repository: kohya's
+scripts write them so, and diffusers, ComfyUI and kohya's scripts all read them. Both are read.
 
 Source: kohya-ss/sd-scripts, networks/lora.py; huggingface/diffusers,
 loaders/lora_conversion_utils.py; Stability-AI/generative-models, openaimodel.py.

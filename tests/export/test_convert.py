@@ -11,9 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.encoded.records import open_pairs
+from dmpo_jax.export.pipeline import Trained, check_keys
 from dmpo_jax.jobs import train
 from dmpo_jax.jobs.convert import convert
 from dmpo_jax.jobs.run import run
+from dmpo_jax.toy import digits
 from tests.support import tiny
 
 pytestmark = [
@@ -104,6 +106,13 @@ def test_kohya_keys_are_the_same_adapters(made, lora_run, tmp_path):
     assert relative({path: scale[path] * np.asarray(x) for path, x in params.items()}, got) == 0
     with pytest.raises(ValueError, match="names what a LoRA file holds, but a pipeline is"):
         convert(workdir=workdir, out=tmp_path / "x", lora_keys="kohya", merge=True)
+
+
+def test_kohya_keys_are_of_unets():
+    trained = Trained(str(digits.FLOW_PIPELINE), None, None)
+    check_keys(trained, "diffusers")
+    with pytest.raises(ValueError, match=r"written for UNets .*of the family sd3 .StableDiff"):
+        check_keys(trained, "kohya")
 
 
 def test_policy_and_average_are_both_at_hand(lora_run, tmp_path):
