@@ -79,7 +79,7 @@ def test_a_notebooks_call_reaches_the_job_as_the_command_does(monkeypatch):
     assert made == "made"
     line = "x --model=m --prompts=p --out=o --steps=3".split()
     config, options = parsing.parse(line, commands.COMMANDS["sample"].interface)
-    assert options == {"prompts": "p", "out": "o"}
+    assert options == {"prompts": "p", "out": "o", "lora": ()}
     assert configs.flatten(seen[0][0]) == configs.flatten(config)
     assert seen[0][1] == options
     config = dj.load_config("sd15_dmpo:debug")

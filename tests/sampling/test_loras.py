@@ -56,7 +56,7 @@ def draw(tmp_path, monkeypatch):
         config = from_flat({**leaves, "model.compute_dtype": "float32"})
         jobs_sample(config, prompts=tmp_path / "prompts.txt", out=tmp_path / out, lora=lora)
         with Image.open(tmp_path / out / "00000.png") as image:
-            return json.loads(image.text["parameters"]), given[-1]
+            return json.loads(image.info["parameters"]), given[-1]
 
     monkeypatch.setattr(sampler, "make_sampler", blackened)
     return draw
