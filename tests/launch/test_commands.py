@@ -200,8 +200,11 @@ def test_help_lists_flags_and_every_leaf():
     digits = commands.help_of("train", "dmpo-jax train", dj.load_config("digits_dmpo"))
     assert "train.steps=150 " in digits
     assert "with this config's value" in digits
-    # However long a value is, there is a space before its meaning.
-    assert re.search(r"model.folder='\S+' diffusers pipeline folder", digits)
+    config = dj.load_config("digits_dmpo")
+    for folder in ("short", "long" * 30):  # there is a space before the meaning
+        config.model.folder = folder
+        described = commands.help_of("train", "dmpo-jax train", config)
+        assert re.search(rf"model.folder='{folder}' +diffusers pipeline folder", described)
     done = run("launch/sample.py", "--help")
     assert done.returncode == 0
     assert "launch/sample.py --model=FOLDER" in done.stdout
