@@ -167,7 +167,8 @@ class Program:
         """Returns the state before the first update."""
         setup = self.run.step.setup
         tx = optax.chain(setup.tx, optax.scale(1.0))
-        return step.make_state(self._params, tx, moving=setup.moving is not None)
+        params = jax.tree.map(jnp.asarray, self._params)
+        return step.make_state(params, tx, moving=setup.moving is not None)
 
     def _update(self, numbers, state, reference, batch, key):
         setup = self.run.step.setup

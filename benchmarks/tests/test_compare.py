@@ -217,7 +217,7 @@ def tiny_task(tmp_path_factory):
     """A tiny model in place of the task's."""
     folder = tmp_path_factory.mktemp("tiny")
     model, encoded = tiny.write(folder)
-    budget = Budget(steps={TASK: 4}, batch_size=8, tuning_images=10, path_images=10, images=20)
+    budget = Budget(steps={TASK: 4}, batch_size=8, tuning_images=20, path_images=20, images=20)
 
     def config(task, budget):
         sampling = {"sample__steps": 2, "sample__guidance_scale": 1.0}
@@ -264,14 +264,19 @@ def test_the_shared_update_is_the_one_that_a_config_asks_for(tiny_task):
             own.reference.decay, own.reference.every = asked.moving
         own.data.encoded = str(work / TASK / "encoded")
         run, first = train.prepare(own, work)
+        before = {path: np.array(x) for path, x in first.items()}
         state = run.step.make_state(first)
         update = run.step.make_update(state)
         pairs = bench.relabelled(ready.pairs, *bench.draw_labels(ready.probability, asked))
         data = bench.batches(pairs, 8, asked.seed)
         for _ in range(4):
             state, _ = update(state, run.step.reference, next(data), run.key)
+        # Adam turns the rounding of a gradient near 0 into a step: of all steps, how far apart.
+        apart = moved = 0.0
         for path, x in state.params.items():
-            np.testing.assert_allclose(x, params[path], rtol=1e-5, atol=1e-6)
+            apart += float(np.square(np.asarray(x) - np.asarray(params[path])).sum())
+            moved += float(np.square(np.asarray(x) - np.asarray(before[path])).sum())
+        assert apart < 1e-4 * moved, (asked, apart, moved)
         assert measured["skipped"] == 0
 
 
