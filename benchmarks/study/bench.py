@@ -39,7 +39,9 @@ from dmpo_jax.sampling.sampler import Sampler, load_params, open_sampler
 from dmpo_jax.sampling.seeds import EVALUATED
 from dmpo_jax.scoring import make_scorer
 from dmpo_jax.training import alarms, health, step
+from dmpo_jax.training.build import StepSettings, make_curves
 from dmpo_jax.training.hooks import trained
+from dmpo_jax.training.loop import make_alarm_run
 from dmpo_jax.types import PairBatch
 
 LAST = 20  # final updates whose curves are averaged
@@ -324,9 +326,10 @@ class Bench:
         key = run.step.make_key(trial.seed)
         pairs = relabelled(ready.pairs, *draw_labels(ready.probability, trial))
         data = batches(pairs, budget.batch_size, trial.seed)
-        curves = curves_of(trial, run.step.setup.schedule.num_train_timesteps)
+        settings = settings_of(trial, program)
+        curves = make_curves(settings, run.step.setup)
         count = config.train.steps
-        alarm = alarms.Alarms(alarms.Run(count, budget.batch_size, **about(trial, config)))
+        alarm = alarms.Alarms(make_alarm_run(settings, count))
         rows: list[dict[str, float]] = []
         shares = budget.path if trial.along and not (trial.tuning or trial.variant) else ()
         stops = {round(share * count): share for share in shares}
@@ -391,23 +394,14 @@ class Bench:
         }
 
 
-def curves_of(trial: Trial, timesteps: int) -> health.Curves:
-    """Returns the curves of a run, with u if its objective has one."""
-    given, implied = trial.hyperparameters, OBJECTIVES[trial.objective].implied_logit
-    softening = given.get("alpha", given.get("label_smoothing"))
-    beta, alpha = (given["beta"], softening) if implied else (None, None)
-    return health.Curves(beta=beta, alpha=alpha, timesteps=timesteps)
-
-
-def about(trial: Trial, config: configs.Config) -> dict[str, Any]:
-    """Returns what alarms must know of a run."""
-    implied = OBJECTIVES[trial.objective].implied_logit
-    return {
-        "warmup": config.optimizer.warmup_steps,
-        "beta": f"objectives.{trial.objective}.beta" if implied else "",
-        "moving": trial.moving,
-        "clip_norm": config.optimizer.clip_norm,
-    }
+def settings_of(trial: Trial, program: Program) -> StepSettings:
+    """Returns the step's settings as a config of the trial would give them."""
+    return dataclasses.replace(
+        program.run.step.settings,
+        objective=OBJECTIVES[trial.objective],
+        hyperparameters=trial.hyperparameters,
+        moving=step.Moving(*trial.moving) if trial.moving else None,
+    )
 
 
 def validation_health(params, reference, batch, number, *, setup: step.Setup):

@@ -1,17 +1,17 @@
 """All objectives compared on two tasks: same pairs, same budget, same tuning effort.
 
-    python benchmarks/study/compare.py            # about two hours on two cores
+    python benchmarks/study/compare.py            # hours on two cores
     python benchmarks/study/compare.py --report   # writes tables and plots again, trains nothing
 
 Tasks are the packaged digits models, a UNet that predicts noise and a flow transformer. The
 project's own jobs make each task's pairs once, in --work, labelled with a judge's probabilities;
 every training seed draws its own labels from these. For every objective a search walks over beta,
-learning rate and what else it has, from one setting to a better neighbour, until none is
-(`trials.SPACES`). The judge that labelled selects on validation seeds, after one training run;
-the best two are trained with a second seed. The better one is then trained with five other seeds,
+learning rate and what else it has, from one setting to a better neighbour, until none is better
+or `trials.most` were tried. The judge that labelled selects on validation seeds, after one training
+run; the best two are trained with a second seed. The better one is then trained with five other seeds,
 and two judges score these runs on held-out seeds, along the way too. dmpo and diffusion_dpo are
-also trained on probabilities, votes and wrong labels, and with the safeguard, anchors and moving
-references.
+also trained at the same betas, and on probabilities, votes and wrong labels; dmpo with the
+safeguard, anchors and moving references.
 
 Writes OUT/compare.json (every run, as soon as it is done), compare.md and plots. Resumable: after
 a kill, run the same command again.

@@ -89,7 +89,7 @@ ALPHAS = (0.003, 0.01, 0.03, 0.1, 0.3)
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """What is searched: ladders of values by hyperparameter, and the first value of each.
+    """The space of a search: ladders of values by hyperparameter, and the first value of each.
 
     beta: of the implied logit's, in units of the task's: 0.5 is half of it. None: no beta.
     """
@@ -177,7 +177,7 @@ class Trial:
 
     @property
     def variant(self) -> str:
-        """What differs from the objective's own run; empty for that."""
+        """The differences from the objective's own run, in words; empty for that."""
         marks = {"labels": self.labels if self.labels != "drawn" else "", "flipped": self.flipped}
         marks |= {"mu": self.mu, "anchor": self.anchor, "moving": self.moving}
         return " ".join(f"{name}={_words(mark)}" for name, mark in marks.items() if mark)
@@ -206,7 +206,7 @@ def _words(mark: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one worker does at a time.
+    """The work that a worker takes at a time.
 
     stage: "objective" is search, choice and final runs; "labels" and "guards" are the variants of
     the chosen setting; "betas" are the runs of `same_betas`.

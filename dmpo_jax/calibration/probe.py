@@ -19,7 +19,7 @@ ENOUGH = 200  # pairs behind a 95 % quantile
 
 
 class Probe(NamedTuple):
-    """What a probe measured.
+    """The measurements of a probe.
 
     rate: factor on the config's learning rate. summed: of the learning rates up to each update, in
     units of the config's peak. pairs: `health.by_pair` of each update.

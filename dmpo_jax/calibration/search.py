@@ -23,7 +23,7 @@ STUCK = 1e-7  # of the reference's error: margins that rounding alone makes, in 
 
 
 class Reading(NamedTuple):
-    """What a probe says about its beta.
+    """The reading of a probe: levels at its end, and predicted for the end of the run.
 
     now: the QUANTILE of |level| at its end. level: the same predicted for the end of the run.
     shape: levels at its end divided by `now`; rows: the rows that they are of.

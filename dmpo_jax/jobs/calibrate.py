@@ -14,7 +14,6 @@ from dmpo_jax.calibration.probe import Prober, summed_rate
 from dmpo_jax.calibration.pull import find_pull
 from dmpo_jax.config import step_settings
 from dmpo_jax.config.configs import Config
-from dmpo_jax.data.encoded.records import load_meta
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
 
@@ -89,8 +88,8 @@ def check(config: Config, workdir: epath.Path) -> None:
     """Raises ValueError for what can be known before the jobs ahead of this one have run."""
     find(config)
     step_settings.make_mesh(config)
-    if not config.data.mix and "encode" not in config.jobs:
-        load_meta(config.data.encoded or workdir / "encoded")
+    if "encode" not in config.jobs:
+        step_settings.check_data(config, workdir)
     step_settings.check_beginning(config)
 
 

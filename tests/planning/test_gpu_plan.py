@@ -6,12 +6,11 @@ import importlib.util
 import pytest
 
 from dmpo_jax.config import configs, step_settings
-from dmpo_jax.families import SD
-from dmpo_jax.families.family import Tiny
 from dmpo_jax.planning import plan as planning
 from dmpo_jax.planning import step, topologies
 from dmpo_jax.planning.cards import load_cards
 from dmpo_jax.toy import debug
+from tests.support import tiny
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,20 +21,8 @@ pytestmark = [
 ]
 # One level, so that it compiles in a minute or two; heads of 16, which cuDNN takes.
 FAMILY = dataclasses.replace(
-    SD,
-    tiny=Tiny(
-        model={
-            "sample_size": 8,
-            "block_out_channels": [32],
-            "down_block_types": ["CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D"],
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "cross_attention_dim": 16,
-            "attention_head_dim": 2,
-        },
-        text={"text_encoder": {"hidden_size": 16}},
-    ),
+    tiny.FAMILY,
+    tiny=tiny.FAMILY.tiny._replace(model={**tiny.FAMILY.tiny.model, "block_out_channels": [32]}),
 )
 
 
