@@ -8,9 +8,9 @@ project's own jobs make each task's pairs once, in --work, labelled with a judge
 every training seed draws its own labels from these. For every objective a search walks over beta,
 learning rate and what else it has, from one setting to a better neighbour, until none is better
 or `trials.most` were tried. The judge that labelled selects on validation seeds, after one training
-run; the best two are trained with a second seed. The better one is then trained with five other seeds,
-and two judges score these runs on held-out seeds, along the way too. dmpo and diffusion_dpo are
-also trained at the same betas, and on probabilities, votes and wrong labels; dmpo with the
+run; the best two are trained with a second seed. The better one is then trained with five other
+seeds, and two judges score these runs on held-out seeds, along the way too. dmpo and diffusion_dpo
+are also trained at the same betas, and on probabilities, votes and wrong labels; dmpo with the
 safeguard, anchors and moving references.
 
 Writes OUT/compare.json (every run, as soon as it is done), compare.md and plots. Resumable: after
