@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 from dmpo_jax.calibration import search  # noqa: E402
 from dmpo_jax.calibration.probe import Probe, Prober, run_rates, summed_rate  # noqa: E402
-from dmpo_jax.calibration.pull import Pull, find_pull  # noqa: E402
 from dmpo_jax.config import configs, step_settings  # noqa: E402
 from dmpo_jax.config.files import load_config  # noqa: E402
 from dmpo_jax.jobs import encode, train  # noqa: E402
 from dmpo_jax.jobs.run import run as run_jobs  # noqa: E402
+from dmpo_jax.objectives.pulls import Pull  # noqa: E402
 from dmpo_jax.parallel.compilation import cache_compilations  # noqa: E402
 
 LAST = 20  # updates at the end of a run
@@ -89,7 +89,7 @@ def measure(
         return
     run, params = prepare(model, objective, work)
     settings = run.step.settings
-    pull = find_pull(settings.objective, settings.hyperparameters)
+    pull = settings.objective.find_pull(**settings.hyperparameters)
     total = summed_rate(run.step, run.config.train.steps)
     prober = Prober(run.step, params, run.batches, run.key, UPDATES[model])
 
@@ -114,7 +114,8 @@ def measure_rule(
     if not missing:
         return
     run, params = prepare("digits", objective, work)
-    pull = find_pull(run.step.settings.objective, run.step.settings.hyperparameters)
+    settings = run.step.settings
+    pull = settings.objective.find_pull(**settings.hyperparameters)
     prober = Prober(run.step, params, run.batches, run.key, UPDATES["digits"])
     rates = run_rates(run.step, run.config.train.steps)
     for key, beta in missing.items():

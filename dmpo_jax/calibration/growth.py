@@ -13,7 +13,7 @@ proportional to it (`coordinate`).
 
 import math
 
-from dmpo_jax.calibration.pull import Pull
+from dmpo_jax.objectives.pulls import Pull
 
 _SMALLEST, _LARGEST = -40.0, 40.0  # ln of a level
 

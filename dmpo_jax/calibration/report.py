@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from dmpo_jax.calibration import search, suggestion
-from dmpo_jax.calibration.pull import Pull
 from dmpo_jax.calibration.search import Reading
 from dmpo_jax.calibration.suggestion import Row, Suggestion
+from dmpo_jax.objectives.pulls import Pull
 
 NOTE = (
     "Predicted for the end of the run: of |level| the 50 % and 95 % quantile, the share of pairs "

@@ -10,9 +10,10 @@ import numpy as np
 
 from dmpo_jax.calibration import growth
 from dmpo_jax.calibration.probe import Probe, check_finite
-from dmpo_jax.calibration.pull import Pull, saturated
 from dmpo_jax.errors import UserError
+from dmpo_jax.objectives.pulls import Pull
 from dmpo_jax.objectives.registry import LARGEST, SMALLEST
+from dmpo_jax.training import health
 
 LOG = logging.getLogger(__name__)
 PROBES = 5  # of a search, at most
@@ -184,3 +185,9 @@ def nice(value: float) -> float:
     decade = math.floor(math.log10(value))
     near = [digits * 10.0**e for e in (decade - 1, decade, decade + 1) for digits in NICE]
     return float(f"{min(near, key=lambda x: abs(math.log(x / value))):.2g}")
+
+
+def saturated(levels: np.ndarray) -> np.ndarray:
+    """True where p(1 - p) of p = sigmoid(level) is below `health.SATURATED`."""
+    p = 1 / (1 + np.exp(-np.clip(levels, -500, 500)))
+    return p * (1 - p) < health.SATURATED

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dmpo_jax.calibration import search
-from dmpo_jax.calibration.pull import Pull
 from dmpo_jax.calibration.search import Reading, Shares
+from dmpo_jax.objectives.pulls import Pull
 from dmpo_jax.training.alarms import RUNAWAY
 
 # Betas of the table: factors on the config's.

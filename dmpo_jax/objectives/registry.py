@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives.interval import Interval
+from dmpo_jax.objectives.pulls import NoPull, Pull, of_logit
 from dmpo_jax.types import PerPair
 
 Images = Float[Array, "B n H W C"]
@@ -66,6 +67,8 @@ class Objective:
         implied_logit: the loss is a function of u = beta/2 * margin, the logit of the
             preference that the policy implies.
         declared: `fn`'s keyword-only arguments by name, each with its default.
+        pull: hyperparameters -> `Pull`, how its loss depends on beta. None: as `pulls.of_logit()`
+            for a loss of the implied logit with a beta, else unknown.
     """
 
     fn: Callable[..., PerPair]
@@ -75,6 +78,9 @@ class Objective:
     implied_logit: bool
     declared: Mapping[str, Hyperparameter] = dataclasses.field(hash=False, compare=False)
     couples_pairs: bool = False
+    pull: Callable[[Mapping[str, float | int]], Pull] | None = dataclasses.field(
+        default=None, hash=False, compare=False
+    )
 
     @property
     def hyperparameters(self) -> tuple[str, ...]:
@@ -137,6 +143,27 @@ class Objective:
         pair = jax.ShapeDtypeStruct((1, 2, 1, 1, 1), jnp.float32)
         jax.eval_shape(lambda *x: self(*x, **hyperparameters), pair, pair, pair)
 
+    def find_pull(self, **hyperparameters: float | int) -> Pull:
+        """Returns the `Pull` with these hyperparameters; their beta is not read.
+
+        Raises:
+            UserError: beta has no scale that margins could tell, or there is none; says why, and
+                what to set instead.
+        """
+        try:
+            pull = self.pull
+            if pull is None and self.implied_logit and "beta" in self.declared:
+                pull = of_logit()
+            if pull is None:
+                raise NoPull(
+                    "it does not say how its loss depends on beta. If that is a function of "
+                    "u = beta/2 * margin, declare it with implied_logit=True and a hyperparameter "
+                    "beta; otherwise compare short runs"
+                )
+            return pull(hyperparameters)
+        except NoPull as error:
+            raise UserError(f"objective {self.name!r} cannot be calibrated: {error}") from None
+
     def _default(self, hyperparameter: str):
         return inspect.signature(self.fn).parameters[hyperparameter].default
 
@@ -150,11 +177,13 @@ def objective(
     needs_rejected: bool,
     implied_logit: bool = False,
     couples_pairs: bool = False,
+    pull: Callable[[Mapping[str, float | int]], Pull] | None = None,
     **hyperparameters: Hyperparameter,
 ) -> Callable[[Callable[..., PerPair]], Objective]:
     """Registers a function as an objective that configs can select by its name.
 
     Args:
+        pull: for `dmpo-jax calibrate`, of `pulls`; as in `Objective`.
         **hyperparameters: default, meaning and range of `fn`'s keyword-only arguments. Each
             becomes a config leaf `objectives.NAME.ARGUMENT`. An argument with a default in the
             signature needs none here.
@@ -171,7 +200,14 @@ def objective(
             raise UserError(f"objective {name!r} is already defined; give this one another name")
         declared = _declare(fn, hyperparameters)
         OBJECTIVES[name] = Objective(
-            fn, name, needs_reference, needs_rejected, implied_logit, declared, couples_pairs
+            fn,
+            name,
+            needs_reference,
+            needs_rejected,
+            implied_logit,
+            declared,
+            couples_pairs,
+            pull,
         )
         return OBJECTIVES[name]
 

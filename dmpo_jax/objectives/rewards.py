@@ -7,13 +7,18 @@ the policy is held at the reference.
 import jax
 import jax.numpy as jnp
 
+from dmpo_jax.objectives import pulls
 from dmpo_jax.objectives.registry import Hyperparameter, Images, objective
 from dmpo_jax.types import Pair, PerPair
 
 B = Hyperparameter(1.0, "how far the two targets reach beyond the reference", "(0, inf)")
+NO_BETA = pulls.none(
+    "it has no beta: b mixes the policy into two predictions. Keep a published b (1, 0.5 or 0.1), "
+    "and choose reference.decay and optimizer.learning_rate"
+)
 
 
-@objective(needs_reference=True, needs_rejected=True, b=B)
+@objective(needs_reference=True, needs_rejected=True, pull=NO_BETA, b=B)
 def nft(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, b: float | int
 ) -> PerPair:
@@ -37,7 +42,7 @@ def nft(
     return _nft(policy, reference, target, preference, b, adaptive=False)
 
 
-@objective(needs_reference=True, needs_rejected=True, b=B)
+@objective(needs_reference=True, needs_rejected=True, pull=NO_BETA, b=B)
 def nft_adaptive(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, b: float | int
 ) -> PerPair:

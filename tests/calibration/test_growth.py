@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dmpo_jax.calibration import growth
-from dmpo_jax.calibration.pull import Pull
+from dmpo_jax.objectives.pulls import Pull
 
 LEVELS = (1e-6, 0.02, 0.5, 1.0, 2.4, 2.6, 7.0, 300.0)
 BEND = 1.0

@@ -9,7 +9,6 @@ import pytest
 
 from dmpo_jax.calibration import search
 from dmpo_jax.calibration.probe import Prober, keep, probe_rates, run_rates, summed_rate
-from dmpo_jax.calibration.pull import find_pull
 from dmpo_jax.families import SD
 from dmpo_jax.parallel import meshes
 from dmpo_jax.training import build, health
@@ -98,7 +97,7 @@ def test_the_suggestion_is_the_same_on_8_devices_as_on_1():
     suggested = []
     for devices in (1, 8):
         built = make_step(devices)
-        pull = find_pull(built.settings.objective, built.settings.hyperparameters)
+        pull = built.settings.objective.find_pull(**built.settings.hyperparameters)
         found = search.search(make(built), 2000.0, pull, summed_rate(built, 50))
         suggested.append(search.solve(found, pull))
     assert suggested[1] == pytest.approx(suggested[0], rel=1e-2)

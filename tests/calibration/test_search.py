@@ -8,8 +8,8 @@ import pytest
 
 from dmpo_jax.calibration import growth, report, search, suggestion
 from dmpo_jax.calibration.probe import Probe
-from dmpo_jax.calibration.pull import Pull, find_pull
 from dmpo_jax.objectives import OBJECTIVES
+from dmpo_jax.objectives.pulls import Pull
 from dmpo_jax.training import health
 
 LEAF = "objectives.dmpo.beta"
@@ -25,7 +25,7 @@ SHAPE /= np.percentile(np.abs(SHAPE), 95)
 
 @pytest.fixture
 def pull():
-    return find_pull(OBJECTIVES["dmpo"], {"beta": 1.0, "alpha": 0.01})
+    return OBJECTIVES["dmpo"].find_pull(beta=1.0, alpha=0.01)
 
 
 def level(beta: float, summed: np.ndarray | float, bend: float = 1.0) -> np.ndarray:
@@ -159,3 +159,8 @@ def test_the_page_and_the_json(pull):
     assert row["saturation"] == pytest.approx(past.mean(), abs=0.05)
     assert row["past_optimum"] == pytest.approx((past & (SHAPE > 0)).mean(), abs=0.05)
     assert row["half"] == pytest.approx(np.percentile(np.abs(SHAPE), 50) * row["most"], rel=0.1)
+
+
+def test_a_level_is_saturated_where_little_pull_is_left():
+    found = search.saturated(np.array([-1e9, -4.6, -4.58, 0.0, 4.58, 4.6, 1e9]))
+    np.testing.assert_array_equal(found, [1, 1, 0, 0, 0, 1, 1])
