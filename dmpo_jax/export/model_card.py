@@ -172,7 +172,7 @@ def about_data(pairs: str | tuple[str, ...]) -> dict[str, Any]:
 
 def public(text: str) -> str:
     """Returns a hub id as it is, and of a path, or KIND:PATH, the last part alone."""
-    if diffusers_io.is_hub_id(text):
+    if diffusers_io.is_hub_id(text.partition(":")[0]):  # a data set's split may follow
         return text
     if found := re.match(r"(\w+):(?!//)(.*)", text, re.DOTALL):
         return f"{found[1]}:{public(found[2])}"
