@@ -69,6 +69,8 @@ def test_the_card_counts_distinct_pairs_and_keeps_paths_to_itself(workdir, pipel
     [
         ("org/name", "org/name"),
         ("org/name@main", "org/name@main"),
+        ("hf:org/name@main:train", "hf:org/name@main:train"),
+        ("hf:/data/org/name:train", "hf:name:train"),
         ("/data/models/sd15/", "sd15"),
         ("gs://bucket/run/encoded", "encoded"),
         ("pickapic:gs://bucket/pairs", "pickapic:pairs"),

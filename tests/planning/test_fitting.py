@@ -107,6 +107,8 @@ def test_a_run_keeps_its_number_on_like_devices(config, compiled, tmp_path, monk
     assert fit(config, tmp_path) == 2
     config.train.batch_size = 128
     assert fit(config, tmp_path) == 4
+    monkeypatch.setattr(fitting, "device_memory", lambda: 5 * GB)  # 4 would take all of it
+    assert fit(config, tmp_path) == 8
     compiled.clear()
     monkeypatch.setattr(fitting, "device_memory", lambda: 100 * GB)  # other devices
     assert fit(config, tmp_path) == 1
