@@ -81,6 +81,7 @@ def _train(config: Config, options: dict[str, Any]) -> Any:
         _next(f"evaluate --a={base} --b={tuned} --prompts=FILE --out={workdir / 'evaluation'}")
     elif config.jobs[-1:] == ("evaluate",):
         _next(f"sample --model={workdir / 'export'} --prompts=FILE --out=DIR")
+        _next(f"convert --checkpoint={workdir} --out=DIR --push=ORG/NAME --push_dry_run")
     return workdir
 
 
@@ -164,6 +165,18 @@ def _check_evaluate(config: Config, options: dict[str, Any]) -> None:
 
 
 def _convert(config: Config, options: dict[str, Any]) -> Any:
+    if not options["push"]:
+        return _make_export(options)
+    from dmpo_jax.export.hub import log_in
+    from dmpo_jax.jobs.push import push
+
+    # Before the export is made: it may take long, and a login that fails would come after it.
+    api = None if options["push_dry_run"] else log_in(options["push"])
+    out = _make_export(options) if options["checkpoint"] else options["out"]
+    return push(out=out, repository=options["push"], api=api)
+
+
+def _make_export(options: dict[str, Any]) -> Any:
     if options["single_file"]:
         from dmpo_jax.jobs.single_file import single_file
 
@@ -189,9 +202,23 @@ def _convert(config: Config, options: dict[str, Any]) -> Any:
 
 
 def _check_convert(config: Config, options: dict[str, Any]) -> None:
-    kinds = ("checkpoint", "single_file", "scorer")
-    if sum(bool(options[kind]) for kind in kinds) != 1:
-        raise UserError("give one of --checkpoint, --single_file and --scorer")
+    kinds = [kind for kind in ("checkpoint", "single_file", "scorer") if options[kind]]
+    if not options["push"]:
+        if options["push_dry_run"]:
+            raise UserError("--push_dry_run lists what --push would send: add --push=ORG/NAME")
+        if len(kinds) != 1:
+            raise UserError("give one of --checkpoint, --single_file and --scorer")
+        return
+    from dmpo_jax.export.hub import check_repository
+
+    check_repository(options["push"])
+    if kinds not in ([], ["checkpoint"]):
+        raise UserError(
+            f"--push sends a run's export with its model card, not what --{kinds[0]} makes: give "
+            "--checkpoint=WORKDIR, or --out=DIR alone to send the export that is there"
+        )
+    if storage.is_remote(options["out"]):
+        raise UserError(f"--push sends a local folder: choose another --out than {options['out']}")
 
 
 def _verify(config: Config, options: dict[str, Any]) -> Any:
@@ -405,10 +432,12 @@ with other judges it scores the same images.""",
     {me} --checkpoint=WORKDIR --merge --dtype=float16 --verify --out=DIR
     {me} --single_file=MODEL.safetensors --out=DIR
     {me} --scorer=hpsv2:HPS_v2_compressed.pt --like=CLIP_FOLDER --out=DIR
+    {me} --checkpoint=WORKDIR --out=DIR --push=ORG/NAME [--push_dry_run]
 
 A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters a file for
 `load_lora_weights`, or with --merge a pipeline folder too. A README.md says how it was made.
---scorer reads a reward model's pickle, and runs none of the code in it.""",
+--scorer reads a reward model's pickle, and runs none of the code in it. --push then sends the
+export to the Hugging Face hub; without --checkpoint it sends the export that DIR holds.""",
         Interface(
             {},
             {
@@ -433,6 +462,12 @@ A checkpoint of every parameter becomes a pipeline folder; one of LoRA adapters 
                 ),
                 "like": Leaf(
                     "", "a folder: --single_file takes its configs, --scorer its tokenizer"
+                ),
+                "push": Leaf(
+                    "", "hub repository to send the export to, ORG/NAME; a new one is private"
+                ),
+                "push_dry_run": Leaf(
+                    False, "with --push: list files, sizes and the card, and send nothing"
                 ),
             },
             required=("out",),

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
-from dmpo_jax.config.configs import Config, couples_pairs, declared, flatten
+from dmpo_jax.config.configs import Config, couples_pairs, declared, flatten, works_by_microbatch
 from dmpo_jax.config.recipes import PAIRS, RECIPES
 from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
@@ -79,6 +79,14 @@ def _check_train(config: Config) -> Iterator[str]:
         yield (
             f"train.batch_size must be a multiple of train.accumulation x train.group, but got "
             f"{batch}, {parts} and {group}: change one of them, or unset train.group"
+        )
+    if not parts and works_by_microbatch(config):
+        way = "a number, or unset lora.dropout"
+        if couples_pairs(config) and not group:
+            way = "a number, or set train.group"
+        yield (
+            "train.accumulation=auto (0) chooses by memory how an update is cut, and this run's "
+            f"result depends on that: give {way}"
         )
     if group and not couples_pairs(config):
         yield (

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dmpo_jax.objectives.interval import Interval
@@ -46,6 +46,7 @@ class Leaf:
         content: what the path in this leaf names. Two runs that both know this content
             compare it, and may name it by different paths.
         kind: bool, int, float, str or tuple.
+        named: words for some of the values, which a command line takes too.
     """
 
     default: Any
@@ -55,6 +56,7 @@ class Leaf:
     counts_with: str = ""
     content: str = ""
     kind: type = str
+    named: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if isinstance(self.check, str):
@@ -106,9 +108,11 @@ def leaf(
     affects: str = "nothing",
     counts_with: str = "",
     content: str = "",
+    named: Mapping[str, Any] | None = None,
 ) -> Any:
     """Declares a `Leaf` in a section's body; the annotation beside it is its type."""
-    return Leaf(default, meaning, check, affects, counts_with, content)
+    kw = {"affects": affects, "counts_with": counts_with, "content": content}
+    return Leaf(default, meaning, check, **kw, named=named or {})
 
 
 class Section:

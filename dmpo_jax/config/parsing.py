@@ -168,11 +168,12 @@ class _Parser(flags.ArgumentParser):
         self._called, self._leaf = called, leaf
 
     def parse(self, text: str) -> Any:
-        kind = self._leaf.kind
+        kind, named = self._leaf.kind, self._leaf.named
         try:
-            value = _read(text, kind)
+            value = named[text] if text in named else _read(text, kind)
         except ValueError:
-            raise UserError(f"{self._called} must be {_WORDS[kind]}, but got {text!r}") from None
+            words = " or ".join([_WORDS[kind], *named])
+            raise UserError(f"{self._called} must be {words}, but got {text!r}") from None
         if not self._leaf.fits(value):
             raise UserError(f"{self._called} {self._leaf.wrong(text)}")
         return value

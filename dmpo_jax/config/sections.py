@@ -298,11 +298,12 @@ class Train(Section):
     batch_size: int = leaf(2048, "pairs an update, over all devices", "[1, inf)", affects=BOTH)
     accumulation: int = leaf(
         1,
-        "microbatches an update is cut into, to save memory; also of the run with lora.dropout, "
-        "and without train.group with diffusion_kto, dspo_sdxl or safeguard.mu, which then work "
-        "by microbatch",
-        "[1, inf)",
+        "microbatches an update is cut into, to save memory; auto, or 0, chooses the fewest that "
+        "fit. Also of the run with lora.dropout, and without train.group with diffusion_kto, "
+        "dspo_sdxl or safeguard.mu, which then work by microbatch",
+        "[0, inf)",
         affects=PROGRAM,
+        named={"auto": 0},
     )
     group: int | None = leaf(
         None,

@@ -34,13 +34,13 @@ OPTIMIZER = ("name", "b1", "b2", "eps", "weight_decay", "clip_norm")
 
 
 def read_step(config: Config) -> StepSettings:
-    """Returns the settings of a config's training step."""
+    """Returns the settings of a config's training step, uncut if it is yet to be chosen how."""
     optimizer = config.optimizer
     return StepSettings(
         objective=OBJECTIVES[config.objective],
         hyperparameters=config.objectives[config.objective].to_dict(),
         batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
+        accumulation=config.train.accumulation or 1,
         group=config.train.group,
         sizes=config.data.sizes,
         compute_dtype=config.model.compute_dtype,
@@ -115,7 +115,7 @@ def make_mesh(config: Config) -> Any:
     """Returns the mesh of a config; UserError if the devices or the batch do not fit it."""
     devices = meshes.make_mesh(**mesh_axes(config))
     train = config.train
-    meshes.check_batch(train.batch_size, train.accumulation, devices, train.group)
+    meshes.check_batch(train.batch_size, train.accumulation or 1, devices, train.group)
     return devices
 
 

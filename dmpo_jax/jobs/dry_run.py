@@ -8,9 +8,8 @@ import jax
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.config import checks, configs, step_settings
+from dmpo_jax.config import checks, configs, fitted, step_settings
 from dmpo_jax.data.encoded.records import load_meta
-from dmpo_jax.diffusers_io import load_family
 from dmpo_jax.parallel.compilation import describe_cache
 from dmpo_jax.planning.report import GB, count_parts
 from dmpo_jax.planning.step import Model, make_planned
@@ -71,14 +70,8 @@ def about_training(
     config: configs.Config, workdir: epath.Path, load_model: Callable[[configs.Config], Model]
 ) -> Iterator[str]:
     """Yields lines; raises ValueError for what the mesh, model and pairs refuse together."""
-    config = config.copy_and_resolve_references()
-    if not (config.data.encoded or config.data.mix or "encode" in config.jobs):
-        config.data.encoded = str(workdir / "encoded")
     folders = [folder for folder, _ in checks.parse_mix(config.data.mix or ())]
-    if folders:
-        config.data.encoded = folders[0]
-    if not config.debug.family:  # a hub id is in the cache by now
-        config.model.folder = str(load_family(config.model.folder)[0])
+    config = fitted.shapes_of(config, workdir)
     settings, axes = step_settings.read_step(config), step_settings.mesh_axes(config)
     planned = make_planned(load_model(config), settings, axes, jax.devices())
     batch, steps = settings.batch_size, config.train.steps
@@ -94,6 +87,8 @@ def about_training(
         )
     else:
         yield "  pairs an epoch: known once they are encoded"
+    if not config.train.accumulation:
+        yield "  train.accumulation: chosen before the first update, from the devices' memory"
     yield f"  {settings.describe_rate()}: {checks.describe_rate(config)} a pair"
     parts = count_parts(planned.arguments)._asdict()
     names = ("params", "optimizer", "ema", "reference", "batch")

@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from dmpo_jax import storage
-from dmpo_jax.config import arguments, checks, step_settings
+from dmpo_jax.config import arguments, checks, fitted, step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.export.run import write_cards
@@ -17,7 +17,6 @@ from dmpo_jax.jobs import calibrate, collect, encode, evaluate, plan, train
 from dmpo_jax.jobs import dry_run as said
 from dmpo_jax.parallel import processes
 from dmpo_jax.parallel.compilation import cache_compilations
-from dmpo_jax.planning.report import memory_advice
 from dmpo_jax.training import checkpoint
 
 LOG = logging.getLogger(__name__)
@@ -80,8 +79,8 @@ def run(
         "evaluate": lambda: evaluate.check(config),
         "calibrate": lambda: calibrate.check(config, workdir),
     }
-    within = memory_advice(step_settings.read_step(config))
-    train_it, calibrate_it = within(train.train), within(calibrate.calibrate)
+    train_it = fitted.within_memory(train.train, plan.load_model)
+    calibrate_it = fitted.within_memory(calibrate.calibrate, plan.load_model)
     jobs = {
         "collect": lambda: collect.collect(config, out=workdir),
         "encode": lambda: encode.encode(

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
@@ -191,6 +192,13 @@ def barrier(name: str) -> None:
     """Blocks until every process has reached `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"dmpo_jax: {name}")
+
+
+def of_first(value: int) -> int:
+    """Returns process 0's value, below 2**31. Every process must call it."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @contextlib.contextmanager

@@ -65,7 +65,7 @@ def plan(
     plans = []
     for topology in topologies:
         known = plan_identity(model, settings, axes, topology, steps)
-        remembered = folder / f"{_hash(known)}.json"
+        remembered = folder / f"{hash_identity(known)}.json"
         if remembered.exists():
             LOG.info("%s: planned before, %s", topology, remembered)
             plans.append(json.loads(remembered.read_text()))
@@ -205,7 +205,8 @@ def plan_identity(
     }
 
 
-def _hash(known: Mapping[str, Any]) -> str:
+def hash_identity(known: Mapping[str, Any]) -> str:
+    """Returns a hash of `plan_identity`."""
     text = json.dumps(known, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

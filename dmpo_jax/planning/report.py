@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from dmpo_jax.errors import UserError
+from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import chips, hlo
 from dmpo_jax.training.build import StepSettings
 
@@ -183,8 +184,11 @@ def suggest(
 
 
 @contextlib.contextmanager
-def memory_advice(settings: StepSettings) -> Iterator[None]:
-    """Raises UserError, naming what to change, where the block runs out of a device's memory."""
+def memory_advice(settings: StepSettings, axes: Mapping[str, int]) -> Iterator[None]:
+    """Raises UserError, naming what to change, where the block runs out of a device's memory.
+
+    axes: of the mesh, as `meshes.make_mesh` takes them.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -193,22 +197,37 @@ def memory_advice(settings: StepSettings) -> Iterator[None]:
             raise
         much = f" of {needed / GB:.1f} GB" if needed else ""
         lines = [f"the device's memory does not suffice{much}. Each of these needs less of it:"]
-        batch, parts = settings.batch_size, settings.accumulation
-        if batch % (2 * parts * (settings.group or 1)) == 0:
-            lines.append(f"  --config.train.accumulation={2 * parts}  (same result, more time)")
-        if settings.execution.remat == "none":
-            lines.append("  --config.model.remat=transformer  (same result, more time)")
-        if jax.device_count() > 1:
-            lines.append("  --config.mesh.data=1 --config.mesh.fsdp=-1  (devices share the state)")
-        if settings.optimizer.get("name") == "adamw":
-            lines.append("  --config.optimizer.name=adamw_bf16 or adafactor  (another run)")
-        if settings.lora is None:
-            lines.append("  --config.lora.rank=64  (another run: adapters alone)")
-        lines.append(f"  --config.train.batch_size below {batch}  (another run)")
+        lines += leaner(settings, meshes.make_mesh(**axes))
         lines.append(
             "dmpo-jax plan --config=... --topology=gpu:N, h100:N or v5p:2x2x1 says how much each."
         )
         raise UserError("\n".join(lines)) from error
+
+
+def leaner(settings: StepSettings, mesh: jax.sharding.Mesh, cut: bool = True) -> Iterator[str]:
+    """Yields a line for each option that makes a step need less memory, the cheapest first.
+
+    cut: name train.accumulation too.
+    """
+    more = [n for n in cuts(settings.batch_size, mesh, settings.group) if n > settings.accumulation]
+    if cut and more:
+        yield f"  --config.train.accumulation={more[0]}, or auto  (same result, more time)"
+    if settings.execution.remat == "none":
+        yield "  --config.model.remat=transformer  (same result, more time)"
+    if mesh.size > mesh.shape["fsdp"] * mesh.shape["tensor"]:
+        yield "  --config.mesh.data=1 --config.mesh.fsdp=-1  (devices share the state)"
+    if settings.optimizer.get("name") == "adamw":
+        yield "  --config.optimizer.name=adamw_bf16 or adafactor  (another run)"
+    if settings.lora is None:
+        yield "  --config.lora.rank=64  (another run: adapters alone)"
+    yield f"  --config.train.batch_size below {settings.batch_size}  (another run)"
+    yield "  a lower data.resolution  (another run, of pairs that are encoded anew)"
+
+
+def cuts(batch_size: int, mesh: jax.sharding.Mesh, group: int | None = None) -> list[int]:
+    """Returns the numbers of microbatches that a batch can be cut into on a mesh, ascending."""
+    rows = batch_size // (meshes.batch_shares(mesh) * (group or 1))
+    return [n for n in range(1, rows + 1) if rows % n == 0]
 
 
 def bytes_needed(error: Exception) -> int | None:

@@ -191,6 +191,14 @@ def test_valid_is_valid():
             | {"train__accumulation": 2},
             "multiple of train.accumulation x train.group, but got 24, 2 and 8: change one",
         ),
+        (
+            {"train__accumulation": 0, "safeguard__mu": 0.9},
+            r"=auto \(0\) chooses by memory .* give a number, or set train.group",
+        ),
+        (
+            {"train__accumulation": 0, "lora__rank": 4, "lora__dropout": 0.1},
+            "depends on that: give a number, or unset lora.dropout",
+        ),
         ({"train__group": 8}, "objective=dmpo without safeguard.mu has none: unset it"),
         ({"train__group": 0, "safeguard__mu": 0.9}, "train.group must be at least 1, but got 0"),
         ({"data__flip_each": True}, "how data.flip flips, which is not set"),

@@ -22,6 +22,7 @@ SHORT = Interface(
     [
         ("--config.train.steps=7", "train.steps", 7),
         ("--config.mesh.data -1", "mesh.data", -1),
+        ("--config.train.accumulation=auto", "train.accumulation", 0),
         ("-config.optimizer.learning_rate 1e-4", "optimizer.learning_rate", 1e-4),
         ("--config.optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
         ("--config.log.tensorboard=false", "log.tensorboard", False),
@@ -57,6 +58,7 @@ def no_gcsfs(monkeypatch):
     [
         ("--config.train.stepz=3", r"there is no train.stepz; did you mean --config.train.steps\?"),
         ("--config.train.steps=abc", "train.steps must be an integer, but got 'abc'"),
+        ("--config.train.accumulation=x", "train.accumulation must be an integer or auto, but got"),
         ("--config.train.steps=1.5", "train.steps must be an integer, but got '1.5'"),
         ("--config.train.steps=0", "train.steps must be at least 1, but got '0'"),
         ("--config.train.steps.x=1", "did you mean --config.train.steps"),

@@ -1,6 +1,8 @@
-"""Tests for dmpo_jax/data/sources/hugging_face.py: folders that `datasets` saved."""
+"""Tests for dmpo_jax/data/sources/hugging_face.py: what `datasets` saved, or fetches."""
 
+import os
 import sys
+import types
 import warnings
 
 import pytest
@@ -95,3 +97,83 @@ def test_refusals(datasets, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'datasets"):
         sources.open_source(f"hf:{tmp_path}/data")
+
+
+COMMIT = "0123456789ab" + "c" * 28
+
+
+@pytest.fixture
+def on_hub(datasets, tmp_path, monkeypatch):
+    """Makes org/pairs of splits of rows, in parquet files; returns what `datasets` was asked."""
+    asked, load_dataset = [], datasets.load_dataset
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def load(repository, *, revision, **kw):
+        assert (repository, revision) == ("org/pairs", COMMIT)
+        asked.append(kw)
+        place = {"cache_dir": str(tmp_path / "cache")}
+        return load_dataset(str(tmp_path / "hub"), **place, **kw)
+
+    def about(self, repository, revision=None):
+        assert revision in (None, "v1")
+        return types.SimpleNamespace(sha=COMMIT)
+
+    def make(**splits):
+        for split, data in splits.items():
+            data.to_parquet(str(tmp_path / "hub" / "data" / f"{split}-00000-of-00001.parquet"))
+        return asked
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", about)
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    return make
+
+
+def made_pairs(datasets, count):
+    rows = {
+        "prompt": [f"prompt {i}" for i in range(count)],
+        "chosen": [stored(2 * i) for i in range(count)],
+        "rejected": [stored(2 * i + 1) for i in range(count)],
+    }
+    picture = datasets.Image()
+    features = datasets.Features(prompt=datasets.Value("string"), chosen=picture, rejected=picture)
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+def test_a_data_set_of_the_hub(datasets, on_hub):
+    asked = on_hub(train=made_pairs(datasets, 5), test=made_pairs(datasets, 2))
+    with pytest.raises(ValueError, match=r"splits \['test', 'train'\]: name one, such as hf:org/p"):
+        sources.open_source("hf:org/pairs")
+    with pytest.raises(ValueError, match="but got valid"):
+        sources.open_source("hf:org/pairs:valid")
+    assert asked == 2 * [{"streaming": True}]  # nothing is fetched that is then refused
+    source = sources.open_source("hf:org/pairs@v1:train")
+    found = check_units(source, 5)
+    for i, pair in enumerate(found):
+        assert pair.id == f"org/pairs@{COMMIT[:12]}:train:{i}"
+        assert pair[1:4] == (f"prompt {i}", (image(2 * i), image(2 * i + 1)), 1.0)
+
+
+def test_data_sets_of_the_hub_that_are_refused_before_they_are_fetched(
+    datasets, on_hub, monkeypatch
+):
+    asked = on_hub(train=datasets.Dataset.from_dict({"caption": ["a"], "jpg_0": [b"x"]}))
+    with pytest.raises(ValueError, match=r"chosen, rejected; .*has \['caption', 'jpg_0'\]"):
+        sources.open_source("hf:org/pairs")
+    rows = {"caption": ["a"], "jpg_0": [b"x"], "jpg_1": [b"x"], "label_0": [1.0]}
+    on_hub(train=datasets.Dataset.from_dict(rows))
+    with pytest.raises(ValueError, match=r"hf download org/pairs .*'pickapic:DIR/data/train-\*"):
+        sources.open_source("hf:org/pairs")
+    assert all(kw["streaming"] for kw in asked)
+    os.mkdir("org")
+    with pytest.raises(FileNotFoundError, match=r"though org is there; .*hf:org/pairs@main"):
+        sources.open_source("hf:org/pairs")
+    os.rmdir("org")
+
+    def unreachable(*given, **kw):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    with pytest.raises(ValueError, match=r"no route to host. Check .*save_to_disk.*give hf:DIR"):
+        sources.open_source("hf:org/pairs")

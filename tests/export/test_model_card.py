@@ -1,6 +1,7 @@
 """The model card: what it counts, what it tells of, and whose win rates it takes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dmpo_jax.export import model_card, record, run
 from dmpo_jax.toy.debug import write_tiny_pipeline
 from tests.support.tiny import FAMILY
 
-JUDGED = {"svm": {"win_rate": 0.75, "win_rate_ci95": [0.7, 0.8]}}
+JUDGED = {"overall": {"svm": {"win_rate": 0.75, "win_rate_ci95": [0.7, 0.8]}}}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def workdir(tmp_path, pipeline):
     meta |= {"vae": "org/vae", "model": str(pipeline)}
     (tmp_path / "encoded" / "encoded.json").write_text(json.dumps(meta))
     export = tmp_path / "export"
-    write_tiny_pipeline(epath.Path(export), FAMILY)
+    shutil.copytree(pipeline, export)
     record.write_record(epath.Path(export), step=8, ema=False)
     return tmp_path
 
@@ -68,6 +69,8 @@ def test_the_card_counts_distinct_pairs_and_keeps_paths_to_itself(workdir, pipel
     [
         ("org/name", "org/name"),
         ("org/name@main", "org/name@main"),
+        ("hf:org/name@main:train", "hf:org/name@main:train"),
+        ("hf:/data/org/name:train", "hf:name:train"),
         ("/data/models/sd15/", "sd15"),
         ("gs://bucket/run/encoded", "encoded"),
         ("pickapic:gs://bucket/pairs", "pickapic:pairs"),
@@ -91,28 +94,73 @@ def test_a_fork_says_where_it_comes_from(workdir, pipeline):
     assert "It went on from step 40 of another run." in text
 
 
-def write_result(workdir, **export):
-    found = {"judges": JUDGED, "export": {**record.describe(workdir / "export"), **export}}
-    (workdir / "result.json").write_text(json.dumps(found))
+def write_result(workdir, base, folder="", **export):
+    """result.json of an evaluation of the export. folder: in the workdir. export: changes to it."""
+    tuned = {**record.describe(workdir / "export"), **export}
+    found = {
+        "baseline": base,
+        "models": {
+            base: {"folder": base, "export": record.describe(base)},
+            "tuned": {"folder": "x", "export": tuned},
+        },
+        "comparisons": {"tuned": JUDGED},
+        "scorers": {"svm": {"version": "scikit-learn 1", "independent": False}},
+        "prompts": 12,
+        "images_per_prompt": 3,
+        "estimand": "like_these",
+        "protocol": {"name": "sdpo", "steps": 20, "vae": f"{workdir}/vae", "models": {"a": 1}},
+    }
+    (workdir / folder).mkdir(exist_ok=True)
+    (workdir / folder / "result.json").write_text(json.dumps(found))
 
 
 def test_win_rates_are_of_the_same_weights(workdir, pipeline):
     card = make_card(pipeline, workdir)
-    write_result(workdir)
-    assert "| win rate over the base by svm | 0.750 " in rendered(card)
+    write_result(workdir, base=str(pipeline))
+    text = rendered(card)
+    assert "| win rate over the base by svm | 0.750 (95 % interval 0.700 to 0.800); " in text
     assert "win rate" not in rendered(card, step=6)  # another checkpoint, converted
     assert "win rate" not in rendered(card, ema=True)
-    write_result(workdir, weights="others")
+    write_result(workdir, base=str(pipeline), weights="others")
     assert "win rate" not in rendered(card)
-    (workdir / "result.json").write_text(json.dumps({"judges": JUDGED}))  # by an older version
-    assert "win rate" not in rendered(card)
+
+
+def test_an_evaluation_is_told_with_its_protocol(workdir, pipeline):
+    card = make_card(pipeline, workdir)
+    write_result(workdir, base=str(pipeline), folder="evaluation")  # as evaluate --out=... makes it
+    text = rendered(card)
+    for row in (
+        "it also labelled the training pairs",
+        "scorer's version scikit-learn 1",
+        "| prompts | 12 |",
+        "| images_per_prompt | 3 |",
+        "| intervals are for prompts | like these |",
+        "| protocol.name | sdpo |",
+        "| protocol.steps | 20 |",
+        "| protocol.vae | vae |",
+    ):
+        assert row in text
+    assert "protocol.models" not in text
+    assert str(workdir) not in text
+    write_result(workdir, base=str(workdir / "export"), folder="evaluation")
+    assert "win rate over export by svm" not in rendered(card)  # a model against itself
+    other = workdir / "other"
+    shutil.copytree(pipeline, other)
+    save_file({"x": np.zeros(2)}, other / "unet" / "diffusion_pytorch_model.safetensors")
+    write_result(workdir, base=str(other), folder="evaluation")
+    assert "| win rate over other by svm | 0.750 " in rendered(card)
+
+
+def test_the_base_is_told_by_its_weights(workdir, pipeline):
+    digest = record.describe(pipeline)["weights"]
+    assert f"| digest of its weights | {digest} |" in rendered(make_card(pipeline, workdir))
 
 
 def test_the_card_is_written_again_with_what_judges_found(workdir, pipeline):
     card, readme = make_card(pipeline, workdir), workdir / "export" / "README.md"
     run.write_cards(card)
     assert "win rate" not in readme.read_text()
-    write_result(workdir)
+    write_result(workdir, base=str(pipeline))
     run.write_cards(card)
     assert "win rate" in readme.read_text()
     assert "after 8 updates" in readme.read_text()

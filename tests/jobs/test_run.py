@@ -102,9 +102,10 @@ def test_out_of_memory_says_what_to_change(monkeypatch, tmp_path):
     ):
         assert words in str(said.value)
     leaner = {"model.remat": "transformer", "lora.rank": 4, "optimizer.name": "adafactor"}
-    with pytest.raises(UserError) as said:
-        run(from_flat({**DIGITS, **leaner, "train.batch_size": 1}), tmp_path / "run")
-    assert not re.search("remat|lora|accumulation|optimizer", str(said.value))
+    leaner |= {"mesh.data": 1, "mesh.fsdp": -1}
+    with pytest.raises(UserError) as said:  # one pair on each of 8 devices
+        run(from_flat({**DIGITS, **leaner, "train.batch_size": 8}), tmp_path / "run")
+    assert not re.search("remat|lora|accumulation|optimizer|fsdp", str(said.value))
 
 
 def test_the_jobs_run_in_order_once_all_are_checked(started, tmp_path):
