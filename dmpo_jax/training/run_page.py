@@ -56,8 +56,8 @@ class Next(NamedTuple):
 class About:
     """Facts of a run that its rows do not have.
 
-    title: the run's name. subtitle: its objective and model. prompts: of the image grids, in order. compared: the command that
-        trains also evaluates.
+    title: the run's name. subtitle: its objective and model. prompts: of the image grids, in
+        order. compared: the command that trains also evaluates.
     """
 
     title: str

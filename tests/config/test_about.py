@@ -12,8 +12,6 @@ from dmpo_jax.config.files import load_config, shipped
 
 @pytest.mark.parametrize("name", [*shipped(), "sdxl_dmpo:lora"])
 def test_every_command_would_be_accepted(name, tmp_path):
-    if name == "published":
-        name = "published:diffusion_dpo_sd15"
     config = load_config(name)
     config.model.folder = config.model.folder or "BASE"
     config.sample.negative_prompt = "a 'quoted' one"

@@ -43,8 +43,7 @@ def test_points_are_where_the_marks_say(values):
 def test_a_logarithmic_axis_marks_powers_of_ten():
     chart = make_chart("t", [line([0.02, 300.0])], logarithmic=True)
     assert chart is not None
-    assert [tick.text for tick in chart.y_ticks][0] == "0.01"
-    assert [tick.text for tick in chart.y_ticks][-1] == "1000"
+    assert (chart.y_ticks[0].text, chart.y_ticks[-1].text) == ("0.01", "1000")
     at = {float(tick.text): tick.at for tick in chart.y_ticks}
     bottom, top = at[0.01], at[1000.0]
     place = bottom + (top - bottom) * (math.log10(0.02) + 2) / 5
