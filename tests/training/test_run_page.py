@@ -154,6 +154,8 @@ def test_a_resumed_run_has_all_its_curve_and_grids(tmp_path, remote, monkeypatch
 
 def test_a_fresh_start_shows_nothing_of_the_run_before(tmp_path):
     write_rows(tmp_path, range(1, 6), images=[(2, picture())])
+    (tmp_path / "samples").mkdir()
+    picture().save(tmp_path / "samples" / "2.png")
     page = write_rows(tmp_path, [1, 2])
     assert page.figures()["loss"] == ["11", "11", "12", "12"]
     assert not page.images
