@@ -59,6 +59,8 @@ DEPENDENCIES = [
 DIFFUSERS = "diffusers>=0.36,<0.43"  # tested with 0.42.1
 DATASETS = "datasets>=4.0,<6"  # tested with 5.2.0; hf: sources
 MATPLOTLIB = "matplotlib>=3.9,<4"  # tested with 3.11.2
+# Notebooks: a kernel, and what executes them without a browser.
+NOTEBOOKS = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12"]  # tested with 7.4.0 and 0.11.0
 PEFT = "peft>=0.17,<0.22"  # tested with 0.21.2; what diffusers reads LoRA files with
 
 setup(
@@ -103,6 +105,7 @@ setup(
         # are newest (tested: 6.33.6, 25.0.1, 12.3.0, 0.22.9), so give it an environment of its own.
         "beam": ["apache-beam>=2.77,<3"],  # tested with 2.77.0
         "report": [MATPLOTLIB],  # plots on the page of an evaluation, which has its tables anyway
+        "notebooks": NOTEBOOKS,
         "wandb": ["wandb>=0.21,<1"],
         # The site of docs/; it reads the package's sources and imports nothing.
         "docs": [
@@ -116,6 +119,7 @@ setup(
             DIFFUSERS,
             MATPLOTLIB,  # pictures of benchmarks, and the plots above
             PEFT,
+            *NOTEBOOKS,
             "pyright==1.1.414",
             "pytest>=9,<10",  # tested with 9.2.0
             "pytest-xdist>=3.6,<4",  # tested with 3.8.0

@@ -73,15 +73,16 @@ def _join(config: Config) -> None:
 
 
 def _train(config: Config, options: dict[str, Any]) -> Any:
+    from dmpo_jax.config.about import next_commands
     from dmpo_jax.jobs.run import run
+    from dmpo_jax.training.run_page import PAGE
 
     workdir = run(config, **options)
-    if config.jobs[-1:] == ("train",):
-        base, tuned = config.model.folder or "BASE", workdir / "export"
-        _next(f"evaluate --a={base} --b={tuned} --prompts=FILE --out={workdir / 'evaluation'}")
-    elif config.jobs[-1:] == ("evaluate",):
-        _next(f"sample --model={workdir / 'export'} --prompts=FILE --out=DIR")
-        _next(f"convert --checkpoint={workdir} --out=DIR --push=ORG/NAME --push_dry_run")
+    if config.log.page and (page := workdir / PAGE).exists():
+        LOG.info("the run's page: %s", page)
+    if config.jobs[-1:] in (("train",), ("evaluate",)):
+        first, *_ = next_commands(config, workdir)
+        LOG.info("next: %s", first.command)
     return workdir
 
 

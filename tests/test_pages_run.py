@@ -43,7 +43,8 @@ LEFT_OUT = {
 }
 FEW_UPDATES = (
     "--config.train.steps=2 --config.train.batch_size=8 --config.train.accumulation=1 "
-    "--config.optimizer.warmup_steps=1 --config.data.num_threads=1 --config.data.resolution=64"
+    "--config.optimizer.warmup_steps=1 --config.data.num_threads=1 --config.data.resolution=64 "
+    "--config.sample.steps=2 --config.sample.count=2"
 )
 FEW_STEPS = "--steps=2 --batch_size=4"
 SMALLER = {

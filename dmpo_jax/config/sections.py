@@ -437,6 +437,7 @@ class Log(Section):
     keep: int = leaf(
         3, "newest checkpoints kept; with 2 or more there is one to fall back on", "[1, inf)"
     )
+    page: bool = leaf(True, "write WORKDIR/report/training.html, rewritten as training goes")
     tensorboard: bool = leaf(True, "write WORKDIR/tensorboard")
     wandb: str = leaf("", "Weights & Biases project; '' none")
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from etils import epath
 
 from dmpo_jax import diffusers_io, storage
 from dmpo_jax.config import arguments, checks, configs
+from dmpo_jax.config.about import about_run
 from dmpo_jax.config.configs import Config
 from dmpo_jax.data.batches.mixture import Mixture, open_mixture
 from dmpo_jax.data.encoded.records import EncodedPairs, load_meta, open_pairs
@@ -67,8 +69,14 @@ def moving(config: Config) -> Moving | None:
     return None if decay is None else Moving(decay, config.reference.every)
 
 
-def read_loop(config: Config) -> LoopSettings:
-    """Returns the settings of a config's training loop."""
+def read_loop(
+    config: Config, workdir: epath.PathLike = "", prompts: Sequence[str] = ()
+) -> LoopSettings:
+    """Returns the settings of a config's training loop.
+
+    workdir, prompts: of the run's image grids; for its page, which it has none without.
+    """
+    paged = workdir and config.log.page
     return LoopSettings(
         steps=config.train.steps,
         every=config.log.every,
@@ -79,6 +87,7 @@ def read_loop(config: Config) -> LoopSettings:
         tensorboard=config.log.tensorboard,
         wandb=config.log.wandb,
         title=config.objective,
+        page=about_run(config, workdir, prompts) if paged else None,
     )
 
 

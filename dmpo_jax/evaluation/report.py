@@ -18,6 +18,7 @@ from dmpo_jax import storage
 from dmpo_jax.evaluation import plots
 from dmpo_jax.extras import install_hint
 from dmpo_jax.pages import templates
+from dmpo_jax.training.run_page import PAGE
 
 THUMBNAIL = 384  # pixels of the longer side
 AT_ONCE = 400  # cards on the page before its reader asks for more
@@ -68,7 +69,8 @@ def write_report(
         "salt": zlib.crc32(json.dumps([models, [row["images"] for row in rows]]).encode()),
         "rows": [_row(row, own, models, scorers) for row, own in named],
     }
-    page = _render(result, data, total=len(rows), single_file=single_file)
+    trained = not single_file and (out / PAGE).exists()
+    page = _render(result, data, total=len(rows), single_file=single_file, trained=trained)
     storage.write_bytes(folder / "index.html", page.encode())
     return folder / "index.html"
 
@@ -137,7 +139,7 @@ def _row(
     }
 
 
-def _render(result: Record, data: Record, *, total: int, single_file: bool) -> str:
+def _render(result: Record, data: Record, *, total: int, single_file: bool, trained: bool) -> str:
     scorers, compared = result["scorers"], result["comparisons"]
     marks = {name: _marks(about) for name, about in scorers.items()}
     by_category = {
@@ -174,6 +176,7 @@ def _render(result: Record, data: Record, *, total: int, single_file: bool) -> s
         total=total,
         shown=len(data["rows"]),
         single_file=single_file,
+        trained=epath.Path(PAGE).name if trained else "",
     )
 
 

@@ -43,7 +43,7 @@ def train(
 ) -> None:
     """Trains to `config.train.steps`, resuming from the newest valid checkpoint in workdir.
 
-    Writes metrics, checkpoints and grids during training, and `workdir/export` at the end.
+    Writes metrics, a page, checkpoints and grids meanwhile, and `workdir/export` at the end.
 
     Args:
         hooks: `hooks.HookLike`, called after the run's own. source: workdir to fork from.
@@ -73,7 +73,7 @@ def train(
             run.batches(int(state.step)),
             run.key,
             [*own, *step_settings.grids(config, run.step, run.texts, workdir), *hooks],
-            step_settings.read_loop(config),
+            step_settings.read_loop(config, workdir, run.texts[0]),
             workdir=workdir,
             cost=make_cost(run.step),
         )

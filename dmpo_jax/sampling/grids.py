@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.data.encoded.prompt_store import PromptEmbedding, PromptStore
@@ -66,23 +67,24 @@ def _in_float32(prompt: PromptEmbedding) -> Embedded:
 
 def make_draw(
     open_sampler: Callable[[], Sampler], prompts: Sequence[str], out: epath.Path
-) -> Callable[[Any, int], Callable[[], None]]:
-    """Returns (all parameters of the model, step) -> a function that writes the grid.
+) -> Callable[[Any, int], Callable[[], Image.Image]]:
+    """Returns (all parameters of the model, step) -> a function that writes and returns the grid.
 
     It is out/<step>.png, one row per prompt. Seeds are the same at every step.
     open_sampler: called before the first grid only, since its models may never be needed.
     """
     opened = functools.cache(open_sampler)
 
-    def draw(params: Any, number: int) -> Callable[[], None]:
+    def draw(params: Any, number: int) -> Callable[[], Image.Image]:
         asked = [prompt for prompt in prompts for _ in range(COLUMNS)]
         seeds = [GRIDS + i for i in range(len(asked))]
         images = opened()(params, asked, seeds, f"samples at step {number}")
         scale = max(1, 128 // images.shape[1])
 
-        def write() -> None:
+        def write() -> Image.Image:
             grid = image_grid(images, COLUMNS, labels=prompts, scale=scale)
             save_png(out / f"{number}.png", grid)
+            return grid
 
         return write
 

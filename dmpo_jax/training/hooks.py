@@ -24,6 +24,7 @@ from dmpo_jax.data.batches import pipeline
 from dmpo_jax.parallel import meshes
 from dmpo_jax.training.background import CLOSE_SECONDS, Background
 from dmpo_jax.training.build import TrainingStep
+from dmpo_jax.training.metrics import MetricsWriter
 from dmpo_jax.training.step import TrainState, with_moving
 from dmpo_jax.training.trace import Trace
 
@@ -63,6 +64,9 @@ class Hook:
         """True if it must be called after this update."""
         asked = is_multiple(update, self.every) or (self.at_end and update == total)
         return asked and (self.when_stopping or not stopping)
+
+    def attach(self, writer: MetricsWriter) -> None:
+        """Called once before the first update, with what takes the run's scalars and images."""
 
     def poll(self) -> None:
         """Called after every update; raises background failures since the last call."""
@@ -156,8 +160,8 @@ class Draw(Hook):
 
     A grid that cannot be drawn or written is a warning: it must not end a run.
 
-    draw: (all parameters of the policy, update) -> a function that writes the grid, which needs
-        no device and is called in a thread.
+    draw: (all parameters of the policy, update) -> a function that writes the grid and returns
+        it. It needs no device and is called in a thread.
     """
 
     name = "sampling"
@@ -165,10 +169,14 @@ class Draw(Hook):
     when_stopping = False
 
     def __init__(
-        self, built: TrainingStep, draw: Callable[[Any, int], Callable[[], None]], *, every: int
+        self, built: TrainingStep, draw: Callable[[Any, int], Callable[[], Any]], *, every: int
     ):
         self.every, self._built, self._draw = every, built, draw
         self._background = Background("an image grid", size=4)
+        self._writer: MetricsWriter | None = None
+
+    def attach(self, writer: MetricsWriter) -> None:
+        self._writer = writer
 
     def __call__(self, state: TrainState, update: int) -> Scalars:
         try:
@@ -176,7 +184,12 @@ class Draw(Hook):
         except Exception as error:  # the model's, the sampler's or a file's
             LOG.warning("no image grid at step %d: %s: %s", update, type(error).__name__, error)
             return
-        self._background.call(write)
+        self._background.call(self._write, write, update)
+
+    def _write(self, write: Callable[[], Any], update: int) -> None:
+        grid = write()
+        if self._writer is not None:
+            self._writer.image(update, "samples", grid)
 
     def close(self) -> None:
         self._background.close(time.monotonic() + CLOSE_SECONDS)

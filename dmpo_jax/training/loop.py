@@ -17,6 +17,7 @@ from dmpo_jax.training.alarms import Alarms, Run
 from dmpo_jax.training.build import StepSettings, TrainingStep, make_curves
 from dmpo_jax.training.hooks import Hook, Profile, as_hook
 from dmpo_jax.training.metrics import MetricsWriter
+from dmpo_jax.training.run_page import About, RunPage
 from dmpo_jax.training.step import TrainState
 from dmpo_jax.training.stopping import Stopping, Watchdog
 from dmpo_jax.training.telemetry import Cost, Watch
@@ -34,6 +35,7 @@ class LoopSettings:
     hang_limit: seconds an update may take; 0 is no limit. profile: (first, last) update to trace.
     stop_on_alarm: ends the run, once it has saved, after an alarm.
     wandb: a project; "" is none. title: of the progress bar.
+    page: facts for the run's page; None writes none.
     """
 
     steps: int
@@ -45,6 +47,7 @@ class LoopSettings:
     tensorboard: bool = True
     wandb: str = ""
     title: str = "training"
+    page: About | None = None
 
 
 def run_loop(
@@ -73,22 +76,27 @@ def run_loop(
     profile, sharding = Profile(settings.profile, workdir / "profile"), built.batch_sharding()
     known = [profile, *map(as_hook, hooks)]
     watch = make_watch(built, settings, start, cost)
+    pages = make_page(settings, workdir, start, watch)
     LOG.info("%s", built.settings.describe_rate())
     with (
-        contextlib.ExitStack() as closing,
         profile.trace,
         MetricsWriter(
             workdir,
             tensorboard=settings.tensorboard,
             wandb=settings.wandb or None,
             resume_step=start,
+            sinks=pages,
         ) as writer,
+        contextlib.ExitStack() as closing,  # hooks end while their images can still be written
         Progress(total, start, settings.title) as progress,
         Stopping() as stop,
         Watchdog(settings.hang_limit) as watchdog,
     ):
         closing.callback(watch.alarms.close)
+        for page in pages:
+            closing.push(page.ended)
         for hook in known:
+            hook.attach(writer)
             closing.callback(hook.close)
         watch.alarms.replay(workdir, start)  # the writer has dropped later rows
         if start == 0:
@@ -152,6 +160,23 @@ def make_watch(built: TrainingStep, settings: LoopSettings, start: int, cost: Co
         curves=make_curves(built.settings, built.setup),
         alarms=Alarms(make_alarm_run(built.settings, settings.steps)),
     )
+
+
+def make_page(
+    settings: LoopSettings, workdir: epath.Path, start: int, watch: Watch
+) -> list[RunPage]:
+    """Returns the run's page, or [] if it has none."""
+    if settings.page is None:
+        return []
+    page = RunPage(
+        workdir,
+        settings.page,
+        total=settings.steps,
+        resume_step=start,
+        alarms=lambda: watch.alarms.raised,
+    )
+    LOG.info("the run's page, rewritten as training goes: %s", page.path)
+    return [page]
 
 
 def make_alarm_run(settings: StepSettings, total: int) -> Run:

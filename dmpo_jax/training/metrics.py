@@ -1,21 +1,23 @@
-"""Writes a run's scalars to metrics.jsonl, TensorBoard and W&B.
+"""Writes a run's scalars to metrics.jsonl, and with its images to TensorBoard, W&B and its page.
 
-Neither of these can end a run, and the last two cannot block one (`background`).
+None of these can end a run, and all but the first cannot block one (`background`).
 """
 
 import functools
 import hashlib
 import importlib
+import io
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
+from PIL import Image
 
 from dmpo_jax import storage
 from dmpo_jax.errors import MissingPackageError
@@ -23,6 +25,29 @@ from dmpo_jax.extras import install_hint
 from dmpo_jax.training.background import CLOSE_SECONDS, Background
 
 LOG = logging.getLogger(__name__)
+IMAGE_SIDE = 2048  # pixels of the longer side of an image in TensorBoard and W&B
+
+
+class Sink:
+    """A destination of a run's scalars and images. Its methods are called in a thread of its own.
+
+    name: for messages. once: after its first failure it is off for the rest of the run.
+    """
+
+    name = ""
+    once = False
+
+    def open(self) -> None:
+        """Called first."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        raise NotImplementedError
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Takes an image of `name` after update `step`; steps may come later than their rows."""
+
+    def close(self) -> None:
+        """Called last."""
 
 
 class MetricsWriter:
@@ -42,6 +67,7 @@ class MetricsWriter:
         resume_step: the step of the checkpoint that the run resumes from. Lines of later
             steps, written by a run that was killed after it, are dropped, so that no
             step appears twice: 0 for a fresh start drops all. None drops none.
+        sinks: further destinations.
 
     Raises:
         ImportError: `wandb` is given and not installed.
@@ -56,17 +82,18 @@ class MetricsWriter:
         tensorboard: bool = True,
         wandb: str | None = None,
         resume_step: int | None = None,
+        sinks: Sequence[Sink] = (),
     ):
         self._file: Any = None
-        self._sinks: list[tuple[Background, _TensorBoard | _Wandb]] = []
+        self._sinks: list[tuple[Background, Sink]] = []
         self._unwritten = b""  # complete lines, or the rest of one
         self._warned = False
         self._active = jax.process_index() == 0
         if not self._active:
             return
+        found = list(sinks)
         if wandb:  # first: nothing is dropped if it is not installed
-            sink = _Wandb(_import_wandb(wandb), wandb, workdir)
-            self._sinks.append((Background("W&B", once=True), sink))
+            found.append(_Wandb(_import_wandb(wandb), wandb, workdir))
         self._workdir = epath.Path(workdir)
         self._workdir.mkdir(parents=True, exist_ok=True)
         self._in_parts = storage.is_remote(self._workdir)
@@ -81,8 +108,10 @@ class MetricsWriter:
             # much of a line has got onto a full disk.
             self._file = open(self._workdir / "metrics.jsonl", "ab", buffering=0)  # noqa: SIM115
         if tensorboard:
-            events = _TensorBoard(os.fspath(self._workdir / "tensorboard"), resume_step)
-            self._sinks.append((Background("TensorBoard", once=True), events))
+            found.append(_TensorBoard(os.fspath(self._workdir / "tensorboard"), resume_step))
+        for sink in found:
+            self._sinks.append((Background(sink.name, once=sink.once), sink))
+            self._sinks[-1][0].call(sink.open)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -107,6 +136,11 @@ class MetricsWriter:
             self._write_lines()
         for background, sink in self._sinks:
             background.call(sink.write, int(step), {**scalars, **(detail or {})})
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Hands an image to TensorBoard, W&B and the further destinations; from any thread."""
+        for background, sink in self._sinks:
+            background.call(sink.image, int(step), name, image)
 
     def close(self) -> None:
         """Writes buffered lines and closes every destination, within CLOSE_SECONDS."""
@@ -136,8 +170,10 @@ class MetricsWriter:
             self._warned = True
 
 
-class _TensorBoard:
+class _TensorBoard(Sink):
     """One event file. resume_step: TensorBoard drops what a killed run wrote after it."""
+
+    name, once = "TensorBoard", True
 
     def __init__(self, folder: str, resume_step: int | None):
         self._folder, self._resume_step = folder, resume_step
@@ -170,12 +206,28 @@ class _TensorBoard:
                 self._writer.write_event(event)
         self._writer.flush()
 
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        from tensorboardX.proto import event_pb2
+
+        small, content = small_copy(image, IMAGE_SIDE), io.BytesIO()
+        small.save(content, "PNG")
+        events: Any = event_pb2
+        event = events.Event(wall_time=time.time(), step=step)
+        value = event.summary.value.add(tag=name)
+        value.image.width, value.image.height = small.size
+        value.image.colorspace = 3  # RGB
+        value.image.encoded_image_string = content.getvalue()
+        self._writer.write_event(event)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
 
 
-class _Wandb:
+class _Wandb(Sink):
     """One W&B run. Its id is derived from the folder: a resumed run continues its own curves."""
+
+    name, once = "W&B", True
 
     def __init__(self, wandb: Any, project: str, workdir: epath.PathLike):
         self._wandb, self._project, self._path = wandb, project, storage.absolute(workdir)
@@ -190,8 +242,22 @@ class _Wandb:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         self._run.log(dict(scalars), step=step)
 
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        small = small_copy(image, IMAGE_SIDE)
+        shown = self._wandb.Image(small, caption=f"update {step}")
+        # W&B drops what is logged at an earlier step than it has; without one, the image goes
+        # along with the next row.
+        self._run.log({name: shown}, commit=False)
+
     def close(self) -> None:
         self._run.finish()
+
+
+def small_copy(image: Image.Image, side: int) -> Image.Image:
+    """Returns a copy in RGB of at most `side` pixels a side."""
+    copy = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    copy.thumbnail((side, side))
+    return copy
 
 
 def _import_wandb(project: str) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dmpo_jax.evaluation import plots, report
+from dmpo_jax.training.run_page import PAGE
 from tests.support.made_evaluation import EVIL, write
 
 
@@ -84,6 +85,14 @@ def test_several_models_without_categories(tmp_path):
     assert [len(row["thumbs"]) for row in page.data["rows"]] == [3] * 6
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
     assert "By category, in figures" not in page.texts
+
+
+def test_it_links_to_the_page_of_the_run_beside_it(tmp_path):
+    assert "How it was trained" not in Page(write(tmp_path)).texts
+    (tmp_path / PAGE).write_text("")
+    page = Page(write(tmp_path))
+    assert ("a", {"href": "training.html"}) in page.tags
+    assert "How it was trained" in page.texts
 
 
 def test_a_single_file_holds_the_extremes(tmp_path, monkeypatch):

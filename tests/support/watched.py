@@ -14,7 +14,8 @@ from dmpo_jax.diffusion.noise import make_flow_table
 from dmpo_jax.models import parameters
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.parallel import meshes
-from dmpo_jax.training import build, hooks
+from dmpo_jax.training import build
+from dmpo_jax.training.hooks import Validate
 from dmpo_jax.training.loop import LoopSettings, run_loop
 from dmpo_jax.training.telemetry import Cost
 from tests.support.encoded import write_pairs
@@ -59,12 +60,15 @@ def run(
     start=None,
     rate=1e-4,
     warmup=0,
+    page=None,
+    hooks=(),
     **settings,
 ):
     """Trains as a job does, and returns (rows of metrics.jsonl, parameters).
 
     start: parameters that training begins with, measured against the model's own. Without, both
-    are the model's own. settings: of `build.StepSettings`.
+    are the model's own. page: `run_page.About`. hooks: further ones. settings: of
+    `build.StepSettings`.
     """
     given = {
         "objective": OBJECTIVES["dmpo"],
@@ -87,14 +91,14 @@ def run(
     state = built.make_state(dict(params) if start is None else dict(start))
     own = []
     if validate_every:
-        own = [hooks.Validate(built, pairs, key, batch_size=512, every=validate_every)]
+        own = [Validate(built, pairs, key, batch_size=512, every=validate_every)]
     state = run_loop(
         built,
         state,
         build.make_batches(built, pairs, seed=0),
         key,
-        own,
-        LoopSettings(steps, every=every, tensorboard=False),
+        [*own, *hooks],
+        LoopSettings(steps, every=every, tensorboard=False, page=page),
         workdir=epath.Path(workdir),
         cost=Cost(1, 1),
     )

@@ -1,12 +1,15 @@
 """Tests for dmpo_jax/training/metrics.py."""
 
+import io
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from dmpo_jax import storage
@@ -20,7 +23,7 @@ def lines(path):
     return [json.loads(t, parse_constant=refuse) for t in path.read_text().splitlines()]
 
 
-def events(folder):
+def events(folder, read=lambda value: value.simple_value):
     """[(step, tag, value)] of TensorBoard's record files: length, crc, bytes, crc."""
     found = []
     for path in sorted(folder.glob("events*")):
@@ -28,7 +31,7 @@ def events(folder):
         while at < len(content):
             size = int.from_bytes(content[at : at + 8], "little")
             event = event_pb2.Event.FromString(content[at + 12 : at + 12 + size])
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            found += [(event.step, v.tag, read(v)) for v in event.summary.value]
             at += 12 + size + 4
     return found
 
@@ -42,6 +45,42 @@ def test_a_line_a_step_at_once_and_tensorboard(tmp_path):
     got = events(tmp_path / "tensorboard")
     assert (1, "loss", 0.5) in got
     assert (1, "grad_norm", 2.0) in got
+
+
+def test_tensorboard_gets_images(tmp_path):
+    grid = Image.new("L", (30, 20), 77)
+    with metrics.MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5})
+        writer.image(1, "samples", grid)
+        writer.image(2, "samples", grid.resize((6000, 3000)))
+    (_, first), (_, second) = [
+        (step, v.image)
+        for step, tag, v in events(tmp_path / "tensorboard", read=lambda value: value)
+        if tag == "samples"
+    ]
+    with Image.open(io.BytesIO(first.encoded_image_string)) as image:
+        assert image.size == (first.width, first.height) == (30, 20)
+        assert image.getpixel((3, 3)) == (77, 77, 77)
+    assert (second.width, second.height) == (2048, 1024)
+
+
+def test_wandb_gets_images_with_the_next_row(tmp_path, monkeypatch):
+    logged = []
+    run = types.SimpleNamespace(
+        log=lambda row, **kw: logged.append((row, kw)), finish=lambda: logged.append("end")
+    )
+    fake = types.SimpleNamespace(
+        init=lambda **kw: run, Image=lambda image, caption: (image.size, caption)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with metrics.MetricsWriter(tmp_path, tensorboard=False, wandb="project") as writer:
+        writer.write(9, {"loss": 0.5})
+        writer.image(7, "samples", Image.new("RGB", (30, 20)))
+    assert logged == [
+        ({"loss": 0.5}, {"step": 9}),
+        ({"samples": ((30, 20), "update 7")}, {"commit": False}),
+        "end",
+    ]
 
 
 def test_resuming_drops_what_the_killed_run_wrote_later(tmp_path):

@@ -7,6 +7,7 @@ import gc
 import json
 import pathlib
 import random
+import re
 import signal
 import time
 import types
@@ -26,6 +27,7 @@ from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.training import hooks
 from dmpo_jax.training import step as training_step
 from dmpo_jax.training import telemetry as watch
+from dmpo_jax.training.run_page import PAGE
 from tests.support import launched, outside_family, tiny
 from tests.support.quick import EXACT
 
@@ -72,6 +74,13 @@ def lines(workdir) -> list[dict]:
     """metrics.jsonl without what clock and machine say."""
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in watch.MEASURED} for row in rows]
+
+
+def curves_on_page(workdir) -> dict[str, list[str]]:
+    """The figures of the run's page, without what clock and machine say."""
+    page = (workdir / PAGE).read_text()
+    rows = re.findall(r'<tr><th scope="row">(\w+)</th>((?:<td>[^<]*</td>){4})</tr>', page)
+    return {k: re.findall("<td>([^<]*)", v) for k, v in rows if k not in watch.MEASURED}
 
 
 def assert_same_run(workdir, other):
@@ -130,6 +139,8 @@ def test_resumed_equals_uninterrupted(made, uninterrupted, tmp_path):
     run(tiny.make_config(*made, profile="5:6"), tmp_path)  # a longer run is the same run
     assert_same_run(tmp_path, uninterrupted)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))  # and a trace changes nothing
+    assert curves_on_page(tmp_path) == curves_on_page(uninterrupted)
+    assert curves_on_page(tmp_path)["loss"][0] == f"{lines(tmp_path)[0]['loss']:.4g}"
 
 
 def test_a_moving_reference_goes_on_where_it_was(made, tmp_path):
