@@ -12,7 +12,7 @@ from dmpo_jax import storage
 from dmpo_jax.calibration import report, search, suggestion
 from dmpo_jax.calibration.probe import Prober, summed_rate
 from dmpo_jax.calibration.pull import find_pull
-from dmpo_jax.config import step_settings
+from dmpo_jax.config import checks, step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
@@ -97,8 +97,7 @@ def find(config: Config) -> Any:
     """Returns `pull.find_pull` of a config's objective; UserError if it cannot be calibrated."""
     settings = step_settings.read_step(config)
     found = find_pull(settings.objective, settings.hyperparameters)
-    if not config.optimizer.learning_rate > 0:
-        raise UserError("optimizer.learning_rate is 0, so no margin grows: set one above 0")
+    checks.check_calibration(config)
     return found
 
 

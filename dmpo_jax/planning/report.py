@@ -10,7 +10,7 @@ import numpy as np
 
 from dmpo_jax.errors import UserError
 from dmpo_jax.planning import chips, hlo
-from dmpo_jax.training.build import StepSettings
+from dmpo_jax.training.build import COMPUTE, StepSettings
 
 GB = 1e9
 ASSUMPTIONS = (
@@ -204,6 +204,8 @@ def memory_advice(settings: StepSettings) -> Iterator[None]:
             lines.append("  --config.optimizer.name=adamw_bf16 or adafactor  (another run)")
         if settings.lora is None:
             lines.append("  --config.lora.rank=64  (another run: adapters alone)")
+        elif settings.frozen_dtype == COMPUTE:
+            lines.append("  --config.model.frozen_dtype=int8  (another run: the base rounded)")
         lines.append(f"  --config.train.batch_size below {batch}  (another run)")
         lines.append(
             "dmpo-jax plan --config=... --topology=gpu:N, h100:N or v5p:2x2x1 says how much each."
@@ -260,6 +262,9 @@ def _changes(
         yield f"train.accumulation={cut}", saving(cut)
     if settings.ema_decay:
         yield "train.ema_decay=0", parts.ema
+    if settings.lora is not None and settings.frozen_dtype == COMPUTE:
+        width = np.dtype(settings.compute_dtype).itemsize
+        yield "model.frozen_dtype=int8", 0.97 * parts.reference * (1 - 1 / width)
     if settings.lora is None:
         if settings.optimizer.get("name", "adamw") == "adamw":
             yield "optimizer.name=adafactor", 0.98 * parts.optimizer
