@@ -47,9 +47,8 @@ def make(name, *, held="int8", devices=1, lora=True, **given):
     made = debug.published(family)
     made = made._replace(model={**made.model, **changes})
     shape = of_published(made, name, resolution=8 * made.factor, moments_dtype="float32")
-    model = parameters.initialise(
-        family.model, dict(made.model), seed, dtype=given["compute_dtype"]
-    )
+    dtype = given["compute_dtype"]
+    model = parameters.initialise(family.model, dict(made.model), 0, dtype=dtype)
     structure, params = parameters.split(model)
     model = parameters.merge(structure, steps.perturbed(params, 0.02))
     settings = steps.settings(
