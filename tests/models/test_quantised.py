@@ -21,7 +21,7 @@ from dmpo_jax.planning.step import of_published
 from dmpo_jax.toy import debug
 from dmpo_jax.training import build, step
 from tests.support import steps, tiny
-from tests.support.quick import AS_USERS
+from tests.support.quick import AS_USERS, EXACT
 
 SLOW = pytest.mark.slow
 MODELS = {
@@ -147,21 +147,23 @@ def test_nearly_all_of_sdxl_is_int8():
 
 
 @pytest.mark.parametrize(
-    ("name", "given"),
+    ("name", "dtype", "execution", "options"),
     [
-        ("sdxl", {"compute_dtype": "bfloat16"}),
-        ("sd3", {"compute_dtype": "float32"}),
+        ("sdxl", "bfloat16", Execution(), EXACT),
+        ("sd3", "float32", Execution(), EXACT),
         *(
-            pytest.param(name, {"compute_dtype": dtype, "execution": how}, marks=SLOW)
+            pytest.param(name, dtype, how, AS_USERS, marks=SLOW)
             for name in MODELS
             for dtype in ("bfloat16", "float32")
             for how in (Execution(), Execution("plain", "transformer", True))
         ),
     ],
 )
-def test_margins_on_an_int8_base_are_exactly_zero_at_step_0(name, given, monkeypatch):
-    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **AS_USERS})
-    built, state, batch = make(name, **given)
+def test_margins_on_an_int8_base_are_exactly_zero_at_step_0(
+    name, dtype, execution, options, monkeypatch
+):
+    monkeypatch.setattr(step, "COMPILER_OPTIONS", {**step.COMPILER_OPTIONS, **options})
+    built, state, batch = make(name, compute_dtype=dtype, execution=execution)
     assert len(kept(built.reference)) > 10
     _, metrics = update(built, state, batch)
     assert float(metrics["margin_abs_max"]) == 0.0
