@@ -9,6 +9,7 @@ from dmpo_jax.config.sections import JOBS
 from dmpo_jax.errors import UserError
 from dmpo_jax.objectives import OBJECTIVES
 from dmpo_jax.objectives.anchor import HINGE
+from dmpo_jax.training.build import COMPUTE
 
 FAR = 16  # times the published learning rate a pair, or 1 / 16 of it
 LARGE = 10**8  # parameters; the published recipes are for 0.86 and 2.6 billion
@@ -30,6 +31,18 @@ def check_leaves(config: Config) -> None:
         ValueError: one line for each leaf that is out of range or not one of its choices.
     """
     _raise(_check_leaves(config))
+
+
+def check_calibration(config: Config) -> None:
+    """Raises ValueError unless margins of a config's run begin at 0 and grow."""
+    held = config.model.frozen_dtype
+    if held != COMPUTE and not config.lora.rank:
+        raise UserError(
+            f"model.frozen_dtype={held} rounds the reference: margins, whose growth is measured, "
+            "do not begin at 0. Calibrate with --config.model.frozen_dtype=compute"
+        )
+    if not config.optimizer.learning_rate > 0:
+        raise UserError("optimizer.learning_rate is 0, so no margin grows: set one above 0")
 
 
 def _raise(faults: Iterable[str]) -> None:
@@ -64,6 +77,15 @@ def _check_objective(config: Config) -> Iterator[str]:
         )
     if config.model.reference and not compares:
         yield f"model.reference is measured against, which {name!r} does not do: unset it"
+    if config.model.frozen_dtype != COMPUTE and not config.lora.rank:
+        held = f"model.frozen_dtype={config.model.frozen_dtype} is of what is frozen: without"
+        if not compares:
+            yield f"{held} lora.rank that is a reference, which {name!r} does not use: unset it"
+        elif config.reference.decay is not None:
+            yield (
+                f"{held} lora.rank that is the reference, which reference.decay moves by less than "
+                "a step of int8: unset either, or set lora.rank"
+            )
     if config.safeguard.mu is not None and not OBJECTIVES[name].needs_rejected:
         yield f"safeguard.mu holds back rejected images, which {name!r} does not use: unset it"
 

@@ -19,6 +19,7 @@ from dmpo_jax.objectives import ANCHORS, OBJECTIVES
 from dmpo_jax.objectives.safeguard import MU
 from dmpo_jax.sampling.seeds import EACH, SEEDS
 from dmpo_jax.scoring.labels import LABELS
+from dmpo_jax.training.build import COMPUTE, FROZEN_DTYPES
 from dmpo_jax.training.optim import OPTIMIZERS, SCHEDULES, SMALLEST_EPS
 
 JOBS = ("collect", "encode", "train", "evaluate")
@@ -175,6 +176,15 @@ class Model(Section):
         "of activations; parameters are always float32",
         OneOf(DTYPES),
         affects=BOTH,
+    )
+    frozen_dtype: str = leaf(
+        COMPUTE,
+        "of frozen kernels: compute is compute_dtype; int8 takes half of bfloat16's memory (first "
+        "and last layers and norms stay). With lora.rank the base under policy and reference "
+        "alike; without, the reference alone, whose margins then do not begin at 0",
+        OneOf(FROZEN_DTYPES),
+        affects=BOTH,
+        counts_with=ITSELF,
     )
     attention: str = leaf(
         "auto",

@@ -46,6 +46,7 @@ def read_step(config: Config) -> StepSettings:
         group=config.train.group,
         sizes=config.data.sizes,
         compute_dtype=config.model.compute_dtype,
+        frozen_dtype=config.model.frozen_dtype,
         execution=Execution(config.model.attention, config.model.remat, config.model.scan),
         lora=arguments.adapters(config),
         ema_decay=config.train.ema_decay,
@@ -96,8 +97,19 @@ def mesh_axes(config: Config) -> dict[str, Any]:
     return {"data": config.mesh.data, "fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
 
 
+def load_model(
+    config: Config, settings: StepSettings, family: Family, devices: jax.sharding.Mesh
+) -> Any:
+    """Loads the model that a config trains, sharded, what is frozen as it is held."""
+    return _load(arguments.trained(config), settings, family, devices, frozen=bool(settings.lora))
+
+
 def read_beginning(
-    config: Config, settings: StepSettings, devices: jax.sharding.Mesh, model: Any
+    config: Config,
+    settings: StepSettings,
+    family: Family,
+    devices: jax.sharding.Mesh,
+    model: Any,
 ) -> Beginning:
     """Reads the adapters that a config's run begins with, and its reference, if it names any.
 
@@ -105,14 +117,22 @@ def read_beginning(
     """
 
     def load(start: diffusers_io.Start) -> Any:
-        return start.load(
-            dtype=settings.compute_dtype,
-            # A LoRA file is folded in before anything is rounded.
-            param_dtype="float32" if start.lora else settings.frozen_dtype,
-            sharding=functools.partial(meshes.parameter_sharding, devices),
-        )
+        # A LoRA file is folded in before anything is rounded.
+        return _load(start, settings, family, devices, frozen=start.lora is None)
 
     return starts.read_beginning(*arguments.starts(config), settings.lora, model, load)
+
+
+def _load(
+    source: Any, settings: StepSettings, family: Family, devices: jax.sharding.Mesh, *, frozen: bool
+) -> Any:
+    """Loads the model of a `Start` or a `Trained`: in float32, or as what is frozen is held."""
+    how: dict[str, Any] = {"param_dtype": "float32"}
+    if frozen:
+        held = settings.holding(family)
+        how = {"param_dtype": held.read_as, "held": held.placed}
+    sharding = functools.partial(meshes.parameter_sharding, devices)
+    return source.load(dtype=settings.compute_dtype, sharding=sharding, **how)
 
 
 def check_beginning(config: Config) -> None:

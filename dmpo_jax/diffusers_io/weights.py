@@ -60,6 +60,7 @@ def load_weights(
     dtype: Any = jnp.float32,
     param_dtype: Any | Callable[[str], Any] = jnp.float32,
     sharding: Callable[[Shapes], Mapping[str, Sharding]] | None = None,
+    held: Callable[[str, jax.Array], Any] | None = None,
     abstract: bool = False,
     config: Mapping[str, Any] | None = None,
     renamed: Callable[[Files], Files] | None = None,
@@ -72,6 +73,9 @@ def load_weights(
         param_dtype: dtype of the parameters: one dtype, or path -> dtype.
         sharding: shapes by path -> shardings by path, as `mesh.parameter_sharding` with its
             mesh bound; each process reads its devices' shards. None: the default device.
+        held: (path, array of `param_dtype`) -> what the model holds instead, such as
+            `quantised.Holding.placed`; applied as each tensor is read. `save_weights` cannot save
+            it. None: the array.
         abstract: reads no parameter: the model holds ShapeDtypeStructs, its buffers, and the
             attributes that `save_weights` needs besides `params`.
         config: in place of the folder's config.json.
@@ -102,7 +106,7 @@ def load_weights(
         stored = {name: file.names[name] for name, file in files.items()}
         match = _match(folder, stored, wanted, unused)
         chosen = parameters.buffer_paths(model) if abstract else wanted.keys()
-        arrays = {**wanted, **_read(files, match, wanted, chosen, sharding)}
+        arrays = {**wanted, **_read(files, match, wanted, chosen, sharding, held)}
     structure, _ = nnx.split(model)
     model = parameters.merge(structure, arrays)
     model.layout, model.pointwise = match.legacy, match.pointwise
@@ -164,6 +168,7 @@ def _read(
     wanted: Shapes,
     chosen: Collection[str],
     sharding: Callable[[Shapes], Mapping[str, Sharding]] | None,
+    held: Callable[[str, jax.Array], Any] | None,
 ) -> parameters.Params:
     """Reads the chosen parameters, in the order of the files, one tensor at a time."""
     shardings = {} if sharding is None else sharding(wanted)
@@ -192,8 +197,9 @@ def _read(
             return array
 
         array = placement.place(wanted[path].shape, shardings.get(path), read)
+        kept = array if held is None else held(path, array)
         # Transfers are asynchronous and hold their source: unbounded, all sources would be held.
-        params[path] = jax.block_until_ready(array)
+        params[path] = jax.block_until_ready(kept)
     return params
 
 

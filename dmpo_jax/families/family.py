@@ -122,6 +122,8 @@ class Family:
     text: its text encoders, in order, optional ones last. absent: optional ones that a pipeline
         lacks (`without`). embed: (outputs of both in that order, their masks) -> Embedded.
     model: class of the trained component; component: its folder, and the prefix in LoRA files.
+    sensitive: parts of the paths of layers that are never quantised (`models.quantised`): the
+        first and the last ones, and those of the time and the text.
     predict: (model, latents [N H W C], times [N], Condition) -> prediction [N H W C].
     facts: the model's config.json -> Facts, with defaults filled in.
     vae: class. pack: latents are packed pack x pack before they are scaled and noised.
@@ -163,6 +165,7 @@ class Family:
     sizes: Callable[[int, int], Sequence[int]] | None = None
     check_text: Callable[[Any, Facts, Mapping[str, Mapping[str, Any]]], None] = no_check
     given: Given | None = None
+    sensitive: tuple[str, ...] = ()
     stored: str = "float16"
     guidance: Callable[[float], tuple[float, float]] = lambda scale: (scale, 1 - scale)
     zero_negative: bool = False

@@ -153,6 +153,16 @@ KLEIN = Family(
     embed=embed,
     model=Flux2Transformer2DModel,
     component="transformer",
+    sensitive=(
+        "time_guidance_embed",
+        "double_stream_modulation_img",  # one for all blocks, and so its errors
+        "double_stream_modulation_txt",
+        "single_stream_modulation",
+        "x_embedder",
+        "context_embedder",
+        "norm_out",
+        "proj_out",
+    ),
     predict=predict,
     facts=facts,
     vae=AutoencoderKLFlux2,

@@ -113,6 +113,7 @@ SD3 = Family(
     embed=_embed,
     model=SD3Transformer2DModel,
     component="transformer",
+    sensitive=("pos_embed", "time_text_embed", "context_embedder", "norm_out", "proj_out"),
     predict=predict,
     facts=facts,
     vae=AutoencoderKL,

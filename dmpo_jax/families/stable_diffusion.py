@@ -94,6 +94,7 @@ def check_text(folder: Any, facts: Facts, texts: Mapping[str, Mapping[str, Any]]
 UNET: dict[str, Any] = {
     "model": UNet2DConditionModel,
     "component": "unet",
+    "sensitive": ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj"),
     "predict": predict,
     "facts": facts,
     "check_text": check_text,

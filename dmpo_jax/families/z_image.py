@@ -80,6 +80,7 @@ Z_IMAGE = Family(
     embed=_embed,
     model=ZImageTransformer2DModel,
     component="transformer",
+    sensitive=("all_x_embedder", "all_final_layer", "t_embedder", "cap_embedder"),
     predict=predict,
     facts=facts,
     vae=AutoencoderKL,

@@ -11,7 +11,7 @@ from etils import epath
 from dmpo_jax import storage
 from dmpo_jax.calibration import report, search, suggestion
 from dmpo_jax.calibration.probe import Prober, summed_rate
-from dmpo_jax.config import step_settings
+from dmpo_jax.config import checks, step_settings
 from dmpo_jax.config.configs import Config
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import processes
@@ -96,8 +96,7 @@ def find(config: Config) -> Any:
     """Returns the `Pull` of a config's objective; UserError if it cannot be calibrated."""
     settings = step_settings.read_step(config)
     found = settings.objective.find_pull(**settings.hyperparameters)
-    if not config.optimizer.learning_rate > 0:
-        raise UserError("optimizer.learning_rate is 0, so no margin grows: set one above 0")
+    checks.check_calibration(config)
     return found
 
 

@@ -1,6 +1,5 @@
 """Trains on encoded pairs: open, check, build, loop, export."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ from dmpo_jax.config import arguments, configs, step_settings
 from dmpo_jax.data.batches.mixture import Mixture
 from dmpo_jax.data.encoded.records import EncodedPairs
 from dmpo_jax.export.run import write_run
-from dmpo_jax.parallel import meshes
 from dmpo_jax.planning.flops import make_cost
 from dmpo_jax.training import checkpoint, fork
 from dmpo_jax.training.build import TrainingStep, build, make_batches
@@ -89,12 +87,8 @@ def prepare(config: configs.Config, workdir: epath.Path) -> tuple[Run, dict[str,
     folder, family = diffusers_io.load_family(config.model.folder)
     noise, _ = diffusers_io.load_schedule(folder)
     texts = step_settings.grid_texts(config, family, pairs)
-    model = arguments.trained(config).load(
-        dtype=settings.compute_dtype,
-        param_dtype=settings.frozen_dtype if settings.lora else "float32",
-        sharding=functools.partial(meshes.parameter_sharding, devices),
-    )
-    beginning = step_settings.read_beginning(config, settings, devices, model)
+    model = step_settings.load_model(config, settings, family, devices)
+    beginning = step_settings.read_beginning(config, settings, family, devices, model)
     built, params = build(family, model, noise, pairs.meta, devices, settings, beginning=beginning)
     step_settings.warn(config, pairs, built)
     return Run(config, pairs, built, built.make_key(config.seed), texts), params

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array
 
 from dmpo_jax.models import attention, parameters
+from dmpo_jax.models.quantised import Holding
 
 REMAT = ("none", "block", "transformer", "offload")
 _INPUT = "block_input"
@@ -69,9 +69,9 @@ def apply_blocks(blocks: Sequence[Any], x: Carry, told: Any, execution: Executio
     """Applies transformer blocks in order; with `scan`, runs of equal ones as compiled loops.
 
     A loop's parameters are stacked here, not in the state. This copies the blocks' kernels in
-    the compute dtype, and keeps one array per PyTorch tensor everywhere else (files, adapters,
-    checkpoints). Blocks have equal names of parameters or are different: one with adapters among
-    others without, for instance.
+    the compute dtype, or as they are quantised, and keeps one array per PyTorch tensor everywhere
+    else (files, adapters, checkpoints). Blocks have equal names of parameters or are different:
+    one with adapters among others without, for instance.
 
     Args:
         blocks: each takes (x, told, kernel=) and returns the next x.
@@ -79,7 +79,7 @@ def apply_blocks(blocks: Sequence[Any], x: Carry, told: Any, execution: Executio
         told: read by every block, the same for all.
     """
     split = [parameters.split(block) for block in blocks]
-    for _, run in itertools.groupby(split, lambda block: tuple(sorted(block[1]))):
+    for _, run in itertools.groupby(split, lambda block: jax.tree.structure(block[1])):
         x = _apply_run(list(run), x, told, execution)
     return x
 
@@ -95,9 +95,10 @@ def _apply_run(run: list[tuple[Any, dict[str, Any]]], x: Carry, told: Any, how: 
     structure = run[0][0]
     dtype = jax.tree.leaves(x)[0].dtype
 
-    def stack(path: str) -> Array:
-        held = parameters.frozen_dtype(path, dtype)
-        return jnp.stack([params[path].astype(held) for _, params in run])
+    def stack(path: str) -> Any:
+        held = Holding(dtype)
+        each = [held(path, params[path]) for _, params in run]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
     def body(x, params):
         one = functools.partial(parameters.merge(structure, params), kernel=how.attention)

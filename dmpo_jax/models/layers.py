@@ -5,6 +5,7 @@ Every constructor takes `**kw`: dtype (compute), param_dtype and rngs.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from dmpo_jax.errors import UserError
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.convolution import convolution
+from dmpo_jax.models.quantised import Quantised
 from dmpo_jax.parallel.placement import gathered, looked_up, platform, split_over_tensor
 
 ACTIVATIONS = {
@@ -65,8 +67,7 @@ class Linear(nnx.Linear):
         # XLA's CPU backend is slow at weight gradients over two axes; on a TPU joining them
         # is a copy, where tokens lie in the lanes.
         rows = x.reshape(-1, x.shape[-1]) if platform() == "cpu" else x
-        kernel = gathered(self.kernel[...].astype(dtype), self.out_features, self.split)
-        y = jnp.dot(_features(self, "rows", rows.astype(dtype)), kernel)
+        y = _applied(self, jnp.dot, _features(self, "rows", rows.astype(dtype)))
         y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
@@ -92,12 +93,29 @@ class Conv(nnx.Conv):
         dtype = self.dtype or x.dtype
         padding: Any = self.padding
         strides: Any = (self.strides,) * 2 if isinstance(self.strides, int) else self.strides
-        kernel = gathered(self.kernel[...].astype(dtype), self.out_features, self.split)
-        y = convolution(_features(self, "rows", x.astype(dtype)), kernel, strides, padding)
+        convolve = functools.partial(convolution, strides=strides, padding=padding)
+        y = _applied(self, convolve, _features(self, "rows", x.astype(dtype)))
         y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
         return _adapted(self, x, y)
+
+
+def _applied(layer: Any, operation: Callable[[Array, Array], Array], x: Array) -> Array:
+    """Returns `operation(x, kernel)` of a layer's kernel, gathered, in the dtype of `x`.
+
+    A quantised kernel is gathered as int8. The backward makes the kernel again: otherwise it would
+    keep every kernel of the model in the compute dtype.
+    """
+    kernel: Any = layer.kernel.get_value()
+    if not isinstance(kernel, Quantised):
+        return operation(x, gathered(kernel.astype(x.dtype), layer.out_features, layer.split))
+    values = gathered(kernel.values, layer.out_features, layer.split)
+
+    def of_quantised(x: Array, kernel: Quantised) -> Array:
+        return operation(x, kernel.dequantised(x.dtype))
+
+    return jax.checkpoint(of_quantised)(x, Quantised(values, kernel.scale))
 
 
 def _features(layer: Any, split: str, x: Array) -> Array:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Params = dict[str, jax.Array]  # "down_blocks.0.resnets.0.conv1.kernel" -> array
+# "down_blocks.0.resnets.0.conv1.kernel" -> array. A frozen kernel may be a `quantised.Quantised`.
+Params = dict[str, Any]
 
 
 def split(model: nnx.Module) -> tuple[Any, dict[str, Any]]:

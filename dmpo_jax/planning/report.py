@@ -11,7 +11,7 @@ import numpy as np
 from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import meshes
 from dmpo_jax.planning import chips, hlo
-from dmpo_jax.training.build import StepSettings
+from dmpo_jax.training.build import COMPUTE, StepSettings
 
 GB = 1e9
 ASSUMPTIONS = (
@@ -220,6 +220,8 @@ def leaner(settings: StepSettings, mesh: jax.sharding.Mesh, cut: bool = True) ->
         yield "  --config.optimizer.name=adamw_bf16 or adafactor  (another run)"
     if settings.lora is None:
         yield "  --config.lora.rank=64  (another run: adapters alone)"
+    elif settings.frozen_dtype == COMPUTE:
+        yield "  --config.model.frozen_dtype=int8  (another run: the base rounded)"
     yield f"  --config.train.batch_size below {settings.batch_size}  (another run)"
     yield "  a lower data.resolution  (another run, of pairs that are encoded anew)"
 
@@ -279,6 +281,9 @@ def _changes(
         yield f"train.accumulation={cut}", saving(cut)
     if settings.ema_decay:
         yield "train.ema_decay=0", parts.ema
+    if settings.lora is not None and settings.frozen_dtype == COMPUTE:
+        width = np.dtype(settings.compute_dtype).itemsize
+        yield "model.frozen_dtype=int8", 0.97 * parts.reference * (1 - 1 / width)
     if settings.lora is None:
         if settings.optimizer.get("name", "adamw") == "adamw":
             yield "optimizer.name=adafactor", 0.98 * parts.optimizer

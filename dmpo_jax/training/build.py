@@ -25,6 +25,7 @@ from dmpo_jax.models import lora, parameters
 from dmpo_jax.models.attention import best_kernel
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.lora import Adapters
+from dmpo_jax.models.quantised import Holding, Quantised
 from dmpo_jax.objectives.anchor import Anchor
 from dmpo_jax.objectives.registry import Objective
 from dmpo_jax.parallel import meshes
@@ -34,6 +35,7 @@ from dmpo_jax.types import PairBatch
 Params = dict[str, Any]
 AUTO = "auto"  # of Execution.attention: the best kernel for the mesh's devices
 BEST = Execution(attention=AUTO)
+COMPUTE, INT8 = FROZEN_DTYPES = ("compute", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,8 @@ class StepSettings:
 
     objective: with its `hyperparameters`. batch_size: pairs per update, over all devices.
     accumulation: microbatches. group: of `step.Setup`. sizes: of `pair.SIZES`, what a model that is
-        told images' sizes is told. compute_dtype: of activations and frozen parameters.
+        told images' sizes is told. compute_dtype: of activations. frozen_dtype: one of
+        FROZEN_DTYPES, of frozen kernels: the compute dtype or int8.
     execution: how the forward pass is executed; its attention may be AUTO.
     lora: None trains every parameter. ema_decay: 0 keeps no average.
     rate, optimizer: arguments of `optim.make_learning_rate` and `optim.make_optimizer`.
@@ -70,6 +73,7 @@ class StepSettings:
     group: int | None = None
     sizes: str = OWN
     compute_dtype: Any = "float32"
+    frozen_dtype: str = COMPUTE
     execution: Execution = BEST
     lora: Adapters | None = None
     ema_decay: float | int = 0.0
@@ -80,9 +84,9 @@ class StepSettings:
     anchor: Anchor | None = None
     moving: step.Moving | None = None
 
-    def frozen_dtype(self, path: str) -> Any:
-        """Dtype of a frozen parameter."""
-        return parameters.frozen_dtype(path, dtype=self.compute_dtype)
+    def holding(self, family: Family) -> Holding:
+        """Returns how a family's frozen parameters are held."""
+        return Holding(self.compute_dtype, self.frozen_dtype == INT8, family.sensitive)
 
     @property
     def needs_reference(self) -> bool:
@@ -234,7 +238,8 @@ def build(
     structure, params = parameters.split(model)
     params, buffers = parameters.partition(model, params)
     model = parameters.without_arrays(model)  # or it would keep the arrays alive
-    reference, params = make_reference(params, buffers, settings, mesh, beginning)
+    held = settings.holding(family)
+    reference, params = make_reference(params, buffers, settings, held, mesh, beginning)
     learning_rate, described = make_optimizer(settings)
     setup = make_setup(family, structure, noise, meta, tx or described, settings)
     built = TrainingStep(settings, family, meta, mesh, model, reference, setup, learning_rate)
@@ -245,6 +250,7 @@ def make_reference(
     params: Params,
     buffers: Params,
     settings: StepSettings,
+    held: Holding,
     mesh: jax.sharding.Mesh,
     beginning: Beginning = DEFAULT,
 ) -> tuple[Params | None, Params]:
@@ -252,13 +258,13 @@ def make_reference(
 
     With adapters the base itself is frozen, and beside it the reference's own adapters if it has
     any; without them the reference is the base. Otherwise, if the objective needs a reference, the
-    frozen parameters are the given ones, or a copy. Each has the dtype that it is computed in.
-    Buffers are always frozen.
+    frozen parameters are the given ones, or a copy. Each has the dtype that it is computed in, or
+    is quantised. Buffers are always frozen.
     """
-    frozen = {path: _cast(x, settings.frozen_dtype(path)) for path, x in buffers.items()}
+    frozen = {path: held(path, x) for path, x in buffers.items()}
     if settings.lora is not None:
         base, params = lora.partition(params)
-        frozen |= {path: _cast(x, settings.frozen_dtype(path)) for path, x in base.items()}
+        frozen |= {path: held.placed(path, x) for path, x in base.items()}
         own = beginning.adapters if beginning.reference is None else beginning.reference
         if own and settings.needs_reference and settings.moving is None:
             frozen |= jax.device_put(dict(own), meshes.parameter_sharding(mesh, dict(own)))
@@ -266,20 +272,23 @@ def make_reference(
         return frozen, {**params, **first}
     if beginning.reference is not None and settings.needs_reference:
         given = beginning.reference.items()
-        return {path: _cast(x, settings.frozen_dtype(path)) for path, x in given} | frozen, params
+        return {path: held.placed(path, x) for path, x in given} | frozen, params
     if not settings.needs_reference or settings.moving is not None:
         return frozen or None, params
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values()):
-        cast = {path: _cast(x, settings.frozen_dtype(path)) for path, x in params.items()}
-        return {**cast, **frozen}, params
 
     def copy(params: Params) -> Params:
         # Explicit, since an output that is an input may share its buffer, which is donated later.
         return {
-            path: jnp.array(x, settings.frozen_dtype(path), copy=True) for path, x in params.items()
+            path: kept if isinstance(kept, Quantised) else jnp.array(kept, copy=True)
+            for path, kept in ((path, held(path, x)) for path, x in params.items())
         }
 
-    copied = jax.jit(copy, out_shardings=meshes.parameter_sharding(mesh, params))(params)
+    shapes = {
+        path: held(path, jax.ShapeDtypeStruct(x.shape, x.dtype)) for path, x in params.items()
+    }
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in params.values()):
+        return {**shapes, **frozen}, params
+    copied = jax.jit(copy, out_shardings=meshes.parameter_sharding(mesh, shapes))(params)
     return {**copied, **frozen}, params
 
 
@@ -410,12 +419,5 @@ def place(shapes: Any, shardings: Any) -> Any:
 
 
 def _is_abstract(model: Any) -> bool:
-    leaves = parameters.split(model)[1].values()
+    leaves = jax.tree.leaves(parameters.split(model)[1])
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-
-
-def _cast(x: Any, dtype: Any) -> Any:
-    """Casts an array or a shape to a dtype."""
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
-    return jnp.asarray(x, dtype)

@@ -96,7 +96,7 @@ def make_state(
 
 def train_step(
     state: TrainState,
-    reference: dict[str, jax.Array] | None,
+    reference: dict[str, Any] | None,
     batch: PairBatch,
     key: Key[Array, ""],
     *,
@@ -105,10 +105,10 @@ def train_step(
     """Noises the pairs, predicts with policy and reference, computes the loss and updates. Pure.
 
     Args:
-        reference: frozen parameters, not donated. Includes the base of adapters, the reference's
-            own adapters if it has any, and the buffers of a model that has any: arrays that are
-            not trained. A moving reference is the state's, in their place. None if neither they
-            nor the objective need it.
+        reference: frozen parameters, not donated; kernels may be `Quantised`. Includes the base of
+            adapters, the reference's own adapters if it has any, and the buffers of a model that
+            has any: arrays that are not trained. A moving reference is the state's, in their place.
+            None if neither they nor the objective need it.
         batch: the global batch. key: the run's; the step's own is folded in here.
 
     Returns:

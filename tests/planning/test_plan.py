@@ -49,7 +49,15 @@ def described(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
 
 
-@pytest.mark.parametrize("leaves", [{}, {"lora__rank": 4, "train__ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {},
+        {"lora__rank": 4, "train__ema_decay": 0.9},
+        {"lora__rank": 4, "model__frozen_dtype": "int8"},
+        {"model__frozen_dtype": "int8"},
+    ],
+)
 def test_the_step_is_the_one_that_training_compiles(folders, leaves, tmp_path):
     """The same program, to the letter, from shapes alone."""
     config = tiny.make_config(*folders, mesh__fsdp=2, mesh__data=-1, train__batch_size=16, **leaves)
