@@ -111,8 +111,7 @@ def leaf(
     named: Mapping[str, Any] | None = None,
 ) -> Any:
     """Declares a `Leaf` in a section's body; the annotation beside it is its type."""
-    kw = {"affects": affects, "counts_with": counts_with, "content": content}
-    return Leaf(default, meaning, check, **kw, named=named or {})
+    return Leaf(default, meaning, check, affects, counts_with, content, named=named or {})
 
 
 class Section:

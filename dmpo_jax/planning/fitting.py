@@ -74,7 +74,7 @@ def choose(measure: Callable[[int], float | int], numbers: list[int], limit: flo
 
 
 def fit(
-    model: Model, settings: StepSettings, axes: Mapping[str, int], limit: float | int
+    model: Model, settings: StepSettings, axes: Mapping[str, Any], limit: float | int
 ) -> Choice:
     """Chooses the accumulation of a run on this job's devices, by compiling its step from shapes.
 

@@ -184,7 +184,7 @@ def suggest(
 
 
 @contextlib.contextmanager
-def memory_advice(settings: StepSettings, axes: Mapping[str, int]) -> Iterator[None]:
+def memory_advice(settings: StepSettings, axes: Mapping[str, Any]) -> Iterator[None]:
     """Raises UserError, naming what to change, where the block runs out of a device's memory.
 
     axes: of the mesh, as `meshes.make_mesh` takes them.

@@ -114,7 +114,7 @@ def _fetch(hub: re.Match[str]) -> tuple[str, Any]:
     from huggingface_hub import HfApi
 
     try:
-        commit = HfApi().dataset_info(repository, revision=hub["revision"]).sha
+        commit = str(HfApi().dataset_info(repository, revision=hub["revision"]).sha)
         # Streams know splits and, of most formats, columns, and have read no row yet.
         streams = datasets.load_dataset(repository, revision=commit, streaming=True)
     except Exception as error:  # of the network, the login, or the data set's form
