@@ -93,12 +93,14 @@ class Holding:
     def placed(self, path: str, x: Any) -> Any:
         """Returns an array as it is held, sharded as a parameter is (`meshes.parameter_sharding`).
 
-        Compiles a small program for each shape that is quantised.
+        Compiles a small program for each shape that is quantised. Shapes stay shapes.
         """
-        held = self(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
-        sharding = getattr(x, "sharding", None)
-        if isinstance(x, Quantised) or not isinstance(held, Quantised):
+        if isinstance(x, Quantised | jax.ShapeDtypeStruct):
             return self(path, x)
+        held = self(path, jax.ShapeDtypeStruct(x.shape, x.dtype))
+        if not isinstance(held, Quantised):
+            return self(path, x)
+        sharding = getattr(x, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding):
             sharding = meshes.parameter_sharding(sharding.mesh, {path: held})[path]
         return jax.jit(quantise, out_shardings=sharding)(x)

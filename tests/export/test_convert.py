@@ -31,6 +31,7 @@ LORA = {
     "train__steps": 4,
     "log__validate_every": 0,
     "model__compute_dtype": "bfloat16",
+    "model__frozen_dtype": "int8",  # in training alone: what leaves has the folder's own numbers
 }
 
 

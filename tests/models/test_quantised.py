@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmpo_jax import diffusers_io
 from dmpo_jax.config import checks, configs
 from dmpo_jax.families import KLEIN, PUBLISHED, SD3, SDXL, Z_IMAGE
-from dmpo_jax.jobs.run import run
 from dmpo_jax.models import parameters
 from dmpo_jax.models.execution import Execution
 from dmpo_jax.models.lora import Adapters
@@ -20,7 +18,7 @@ from dmpo_jax.parallel import meshes
 from dmpo_jax.planning.step import of_published
 from dmpo_jax.toy import debug
 from dmpo_jax.training import build, step
-from tests.support import steps, tiny
+from tests.support import steps
 from tests.support.quick import AS_USERS, EXACT
 
 SLOW = pytest.mark.slow
@@ -267,18 +265,3 @@ def test_it_is_another_run_and_the_default_is_the_run_that_it_was():
     assert "frozen_dtype" not in before["model"]
     config.model.frozen_dtype = "int8"
     assert configs.identity(config)["model"]["frozen_dtype"] == "int8"
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_an_export_has_the_base_in_full_precision(tmp_path):
-    """Adapters that stay 0 are merged into the folder's own numbers, not into the rounded ones."""
-    model, encoded = tiny.write(tmp_path)
-    leaves = {"lora__rank": 2, "model__frozen_dtype": "int8", "optimizer__learning_rate": 0.0}
-    config = tiny.make_config(model, encoded, train__steps=2, log__validate_every=2, **leaves)
-    run(config, tmp_path / "run")
-    ours, theirs = (
-        diffusers_io.state_dict(diffusers_io.load_unet(folder))
-        for folder in (f"{model}/unet", tmp_path / "run" / "export" / "unet")
-    )
-    for name, x in ours.items():
-        np.testing.assert_array_equal(theirs[name], x)
