@@ -124,7 +124,7 @@ def test_a_run_has_a_page_from_its_start_whose_figures_are_the_metrics(pairs, tm
 
 
 def write_rows(folder, steps, *, resume_step=0, about=ABOUT, images=(), **kw) -> Page:
-    """What training writes of these updates; the page of it."""
+    """Writes rows and images of these updates as training does; returns the page."""
     page = RunPage(folder, about, total=9, resume_step=resume_step, **kw)
     writer = metrics.MetricsWriter(folder, tensorboard=False, resume_step=resume_step, sinks=[page])
     with writer:
