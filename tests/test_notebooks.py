@@ -1,4 +1,4 @@
-"""Tests for notebooks/: stripped of outputs, linked, and, with `-m slow`, executed at small scale."""
+"""Tests for notebooks/: stripped of outputs, linked; with `-m slow` executed at small scale."""
 
 import ast
 import json
@@ -7,6 +7,8 @@ import pathlib
 import re
 
 import pytest
+
+from dmpo_jax.config import checks
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -17,6 +19,8 @@ WRITTEN = {
     "own_pairs": ["own_pairs_small/run/lora/pytorch_lora_weights.safetensors"],
     "kaggle_tpu": ["kaggle_sd15_small/drawn/grid.png"],
 }
+# Code cells that compile next to nothing.
+FIRST = {"digits": 1, "own_pairs": 3, "kaggle_tpu": 3}
 
 
 def cells(path: pathlib.Path, kind: str) -> list[str]:
@@ -60,14 +64,36 @@ def test_code_is_python_and_links_lead_to_files(path):
             assert (path.parent / link).exists(), link
 
 
-def execute(path: pathlib.Path, folder: pathlib.Path, **changes: str):
-    """Runs a notebook in a folder with SMALL = True, and other names changed alike."""
+def changed(source: str, **values: str) -> str:
+    """Returns a cell with SMALL = True, and other names set alike."""
+    for name, value in {"SMALL": "True", **values}.items():
+        source = re.sub(rf"^{name} = [^ #\n]+", f"{name} = {value}", source, flags=re.MULTILINE)
+    return source
+
+
+@pytest.mark.parametrize(("name", "count"), FIRST.items())
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_first_cells_run(name, count, tmp_path, monkeypatch):
+    """Without a kernel: all that needs no model."""
+    pytest.importorskip("IPython")
+    monkeypatch.chdir(tmp_path)
+    given: dict = {}
+    for source in cells(ROOT / "notebooks" / f"{name}.ipynb", "code")[:count]:
+        exec(compile(changed(source), name, "exec"), given)
+    assert given["SMALL"]
+    if name == "own_pairs":
+        assert (tmp_path / "runs" / "own_pairs_small" / "look" / "index.html").exists()
+    else:
+        checks.validate(given["config"])
+
+
+def execute(path: pathlib.Path, folder: pathlib.Path, **values: str):
+    """Runs a notebook at small scale in a folder."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     notebook = nbformat.read(path, as_version=4)
-    for name, value in {"SMALL": "True", **changes}.items():
-        cell = next(c for c in notebook.cells if re.search(rf"^{name} = ", c.source, re.MULTILINE))
-        cell.source = re.sub(rf"^{name} = [^ #\n]+", f"{name} = {value}", cell.source, flags=re.M)
+    for cell in notebook.cells:
+        cell.source = changed(cell.source, **values)
     client = nbclient.NotebookClient(
         notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": folder}}
     )

@@ -1,4 +1,4 @@
-"""What a run's page says of the run beside its curves: settings, prompts, the next commands."""
+"""Facts that the page of a run shows beside its curves: settings, prompts, the next commands."""
 
 import shlex
 from collections.abc import Iterator, Sequence

@@ -89,7 +89,8 @@ def make_chart(
     found = [line for given in lines if len((line := finite(given)).steps)]
     if not found:
         return None
-    every = np.concatenate([line.values for line in found] + [[level]] * (level is not None))
+    every = np.concatenate([line.values for line in found])
+    every = every if level is None else np.append(every, level)
     logs = bool(logarithmic and every.min() > 0 and every.max() / every.min() >= LOGARITHMIC)
     smooth = {line.name: line if exact else smoothed(line, logs) for line in found}
     every = np.concatenate(

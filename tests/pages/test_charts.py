@@ -69,8 +69,8 @@ def test_many_noisy_values_keep_their_extremes_and_a_mean():
     assert chart is not None
     (drawn,) = chart.lines
     faint, mean = values_at(chart, drawn.faint), values_at(chart, drawn.line)
-    assert len(faint) <= 2 * charts.POINTS
-    assert len(mean) <= charts.POINTS
+    assert len(faint) <= 300
+    assert len(mean) <= 150
     assert faint.max() == pytest.approx(values.max(), abs=0.1)
     assert faint.min() == pytest.approx(values.min(), abs=0.1)
     assert abs(mean).max() < 0.2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorboardX.event_file_writer
 from etils import epath
+from PIL import Image
 
 from dmpo_jax.export import model_card
 from dmpo_jax.sampling.images import image_grid
@@ -137,6 +138,23 @@ def test_a_grid_that_fails_or_hangs_does_not_end_the_run(caplog, stuck):
         hook.close()
         assert said in caplog.text
     assert time.monotonic() - began < 10
+
+
+def test_a_grid_goes_to_the_runs_destinations(tmp_path):
+    seen, grid = [], Image.new("RGB", (4, 4))
+
+    class Seen(metrics.Sink):
+        name = "seen"
+
+        def image(self, step, name, image):
+            seen.append((step, name, image))
+
+    hook = draw_hook(lambda params, update: lambda: grid)
+    with metrics.MetricsWriter(tmp_path, tensorboard=False, sinks=[Seen()]) as writer:
+        hook.attach(writer)
+        hook(NOTHING._replace(params={}), 3)
+        hook.close()
+    assert seen == [(3, "samples", grid)]
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):

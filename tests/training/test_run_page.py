@@ -92,6 +92,12 @@ def test_a_run_has_a_page_from_its_start_whose_figures_are_the_metrics(pairs, tm
 
         name, every = "look", 20
 
+        def attach(self, writer):
+            self.writer = writer
+
+        def close(self):  # as the grid of the last update, which a thread is still drawing
+            self.writer.image(40, "samples", picture())
+
         def __call__(self, state, update):
             deadline = time.monotonic() + 20
             while not seen and time.monotonic() < deadline:
@@ -108,6 +114,7 @@ def test_a_run_has_a_page_from_its_start_whose_figures_are_the_metrics(pairs, tm
     assert page.tile("update") == "40"
     assert page.figures() == expected(rows)
     assert page.figures()["not_always"] == ["7"] * 4
+    assert [image["src"] for image in page.images] == ["samples/40.webp"]
     assert page.tile("loss") == number([row["loss"] for row in rows if "loss" in row][-1])
     charts = {a["aria-label"].partition(":")[0] for tag, a in page.tags if tag == "svg"}
     assert charts >= {"loss", "accuracy", "margin", "implied logit u", "gradient norm"}
@@ -117,7 +124,7 @@ def test_a_run_has_a_page_from_its_start_whose_figures_are_the_metrics(pairs, tm
 
 
 def write_rows(folder, steps, *, resume_step=0, about=ABOUT, images=(), **kw) -> Page:
-    """What training writes of these updates; the page of it."""
+    """Writes rows and images of these updates as training does; returns the page."""
     page = RunPage(folder, about, total=9, resume_step=resume_step, **kw)
     writer = metrics.MetricsWriter(folder, tensorboard=False, resume_step=resume_step, sinks=[page])
     with writer:
