@@ -17,12 +17,12 @@ def write_record(folder: epath.Path, *, step: int, ema: bool) -> None:
         storage.write_json(folder / FILE, about)
 
 
-def describe(folder: epath.PathLike) -> dict[str, Any]:
+def describe(folder: epath.PathLike, variant: str | None = None) -> dict[str, Any]:
     """Returns `weights`, a digest, and for a run's export its `step` and `ema`.
 
-    folder: a pipeline, or its trained component's own.
+    folder: a pipeline, or its trained component's own. variant: of its weight files.
     """
     path = diffusers_io.find_folder(folder)
-    found, weights = storage.find_json(path / FILE), diffusers_io.digest_model(path)
+    found, weights = storage.find_json(path / FILE), diffusers_io.digest_model(path, variant)
     # The folder may have got other weights since.
     return found if found and found.get("weights") == weights else {"weights": weights}

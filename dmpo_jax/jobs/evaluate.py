@@ -77,6 +77,7 @@ def evaluate(
         describe_scorers([*ready.scorers.values(), *ready.given], config.collect.scorer),
         {**arguments.protocol(config), "models": about},
         settings.estimand,
+        config.model.variant,
     )
     if jax.process_index() == 0:
         results.write(out, result, compared, settings.single_file)

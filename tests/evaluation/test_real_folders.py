@@ -52,6 +52,10 @@ def test_from_the_command_line_and_from_python(family, judges, tmp_path):
     (tmp_path / "prompts.json").write_text(json.dumps(rows))
     given = {**DRAWING, "prompts": str(tmp_path / "prompts.json"), "images_per_prompt": 2}
     given |= {"a": str(base), "b": str(tuned), "judges": judges}
+    if family == "sdxl":  # a base of which there is one variant only
+        for file in base.rglob("*.safetensors"):
+            file.rename(file.with_suffix(".fp16.safetensors"))
+        given["variant"] = "fp16"
     flags = [f"--{name}={value}" for name, value in given.items()]
     done = subprocess.run(
         [sys.executable, "-m", "dmpo_jax", "evaluate", *flags, f"--out={tmp_path / 'shell'}"],
