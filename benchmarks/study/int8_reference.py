@@ -68,7 +68,7 @@ def measure(config: Any, workdir: epath.Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--config", default="digits_dmpo")
     given = parser.parse_args()

@@ -52,11 +52,11 @@ def ask(prompts: Sequence[Prompt], each: int, seed: int, noise: str) -> Asked:
 class Drawer:
     """Draws one model after another. Models that differ in their weights alone share a sampler.
 
-    how: arguments of `open_sampler`; `variant` applies to the weight files of `base` only.
+    how: arguments of `open_sampler` but for `variant`, which each model has of its own.
     """
 
-    def __init__(self, how: Mapping[str, Any], base: Model):
-        self._how, self._base, self._key = dict(how), base, ""
+    def __init__(self, how: Mapping[str, Any]):
+        self._how, self._key = dict(how), ""
         self._sampler: Sampler | None = None
 
     @property
@@ -64,7 +64,7 @@ class Drawer:
         return self._how["batch_size"]
 
     def _settings(self, model: Model) -> dict[str, Any]:
-        return self._how if model == self._base else {**self._how, "variant": None}
+        return {**self._how, "variant": model.variant}
 
     def open(self, model: Model) -> Sampler:
         """Returns the sampler of a model; the last one's if it fits."""

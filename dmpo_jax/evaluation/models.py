@@ -21,11 +21,15 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 class Model(NamedTuple):
-    """One side of a comparison. drawn: False for a folder of images, which are only scored."""
+    """One side of a comparison.
+
+    drawn: False for a folder of images, which are only scored. variant: of its weight files.
+    """
 
     name: str
     folder: str
     drawn: bool
+    variant: str | None = None
 
 
 def list_models(a: epath.PathLike, b: epath.PathLike | Sequence[epath.PathLike]) -> list[Model]:
@@ -76,7 +80,7 @@ def _holds_images(folder: str) -> bool:
 def check_model(model: Model, asked: Sequence[Prompt], each: int) -> None:
     """Raises UserError if a model's folder is incomplete, or its images do not fit the prompts."""
     if model.drawn:
-        diffusers_io.load_model(model.folder, abstract=True)
+        diffusers_io.load_model(model.folder, variant=model.variant, abstract=True)
     else:
         find_images(model, asked, each)
 

@@ -37,19 +37,17 @@ def make_result(
     scorers: Mapping[str, Mapping[str, Any]],
     protocol: Mapping[str, Any],
     estimand: str,
-    variant: str | None = None,
 ) -> dict[str, Any]:
     """Returns the content of result.json.
 
     scorers: name -> version, temperature, uses_prompt, primary and independent.
-    protocol: all that could change a score. variant: of the first model's weight files.
+    protocol: all that could change a score.
     """
     found = compare_all(compared, estimand=estimand)
     about: dict[str, Any] = {model.name: {"folder": model.folder} for model in models}
     for model in models:
         if model.drawn:
-            own = variant if model is models[0] else None
-            about[model.name]["export"] = describe(model.folder, own)
+            about[model.name]["export"] = describe(model.folder, model.variant)
     first = models[1].name
     return {
         "judges": found["comparisons"][first]["overall"],

@@ -69,7 +69,7 @@ def evaluate(
     settings = config.evaluate
     LOG.info("%s", results.power(len(ready.prompts), settings.estimand))
     asked = ask(ready.prompts, ready.each, config.seed, settings.noise)
-    drawer = Drawer(arguments.drawing(config), ready.models[0])
+    drawer = Drawer(arguments.drawing(config))
     compared, about = judge(ready.models, drawer, asked, ready.scorers, ready.given, out)
     result = results.make_result(
         compared,
@@ -77,7 +77,6 @@ def evaluate(
         describe_scorers([*ready.scorers.values(), *ready.given], config.collect.scorer),
         {**arguments.protocol(config), "models": about},
         settings.estimand,
-        config.model.variant,
     )
     if jax.process_index() == 0:
         results.write(out, result, compared, settings.single_file)
@@ -111,7 +110,8 @@ def check(
         )
     for scorer in scorers.values():
         scorer.check([prompt.text for prompt in asked])
-    models = list_models(a or config.model.folder, b)
+    base, *others = list_models(a or config.model.folder, b)
+    models = [base._replace(variant=config.model.variant), *others]
     for model in models:
         check_model(model, asked, each)
         if model.drawn:

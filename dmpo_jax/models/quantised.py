@@ -102,7 +102,8 @@ class Holding:
             return self(path, x)
         sharding = getattr(x, "sharding", None)
         if isinstance(sharding, jax.sharding.NamedSharding):
-            sharding = meshes.parameter_sharding(sharding.mesh, {path: held})[path]
+            mesh: Any = sharding.mesh  # of an array: with its devices
+            sharding = meshes.parameter_sharding(mesh, {path: held})[path]
         return jax.jit(quantise, out_shardings=sharding)(x)
 
     def _chosen(self, path: str) -> bool:

@@ -83,7 +83,7 @@ def describe(
     scheduler = diffusers_io.read_json(path / "scheduler" / "scheduler_config.json")
     return {
         "weights": diffusers_io.digest_model(folder, variant),
-        "encoders": diffusers_io.digest_encoders(path, vae=settings["vae"], variant=variant),
+        "encoders": diffusers_io.digest_encoders(folder, vae=settings["vae"], variant=variant),
         "sampler": sampler.name,
         "scheduler": {k: v for k, v in scheduler.items() if not k.startswith("_diffusers")},
         "zero_negative": sampler.pipeline.zero_negative,
