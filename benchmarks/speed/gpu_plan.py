@@ -10,15 +10,12 @@ time and peak memory are its own. Results go to results/gpu_plan.json after ever
 killed run goes on where it stopped. --dump keeps XLA's texts.
 """
 
-import argparse
-import json
-import os
 import pathlib
 import sys
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from tpu_plan import CONFIGS, ROOT, plan_line, run_plan
+from tpu_plan import CONFIGS, ROOT, dumping, plan_line, plan_rows, run_plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_plan.json"
 ALONE = {"mesh.data": 1, "mesh.fsdp": 1}
@@ -38,12 +35,9 @@ def measure(name: str, tiny: bool, dump: str) -> dict[str, Any]:
     """Plans one row in a separate process."""
     what, overrides = ROWS[name]
     count = int(what["topology"].partition(":")[2])
-    environment = {}
-    if dump:
-        flags = f"--xla_dump_to={pathlib.Path(dump) / name} --xla_dump_hlo_module_re=jit_train_step"
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     config = f"{CONFIGS[what['model']]}_dmpo.py"
-    return run_plan(name, plan_line(what, overrides, config, count, tiny), tiny, environment)
+    line = plan_line(what, overrides, config, count, tiny)
+    return run_plan(name, line, tiny, dumping(dump, name))
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -69,28 +63,5 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; default: those missing")
-    parser.add_argument("--table", action="store_true", help="plan nothing, print what was")
-    parser.add_argument("--tiny", action="store_true", help="debug-size models")
-    parser.add_argument("--dump", default="", help="a folder for XLA's texts")
-    given = parser.parse_args()
-    if unknown := sorted(set(given.rows) - set(ROWS)):
-        parser.error(f"there are no rows {unknown}; there are {', '.join(ROWS)}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    done = {one["row"] for one in results if "failed" not in one}
-    for name in () if given.table else given.rows or [row for row in ROWS if row not in done]:
-        print(f"{name} ...", flush=True)
-        new = measure(name, given.tiny, given.dump)
-        kept = [r for r in results if (r["row"], r["tiny"]) != (name, given.tiny)]
-        results = [*kept, new]
-        if not given.tiny:  # a trial is not a result
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
-
-
 if __name__ == "__main__":
-    main()
+    plan_rows(__doc__, ROWS, RESULTS, measure, table)

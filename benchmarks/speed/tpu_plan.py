@@ -1,13 +1,13 @@
 """Plans of our step from the real TPU compiler: memory, collectives, time, gain of each lever.
 
-    python benchmarks/speed/tpu_plan.py                     # every row, minutes each
+    python benchmarks/speed/tpu_plan.py                     # rows that are missing, minutes each
     python benchmarks/speed/tpu_plan.py sdxl-full-v5e-4x4   # one row, or several
     python benchmarks/speed/tpu_plan.py --table             # earlier measurements, as a table
     python benchmarks/speed/tpu_plan.py --tiny ROW ...      # the same at tiny width, as a trial
 
 Requires libtpu, but no TPU. Each row runs `launch/plan.py` in a separate process, so that its
 time and peak memory are its own. Results go to results/tpu_plan.json; a later one replaces an
-earlier one of the same row.
+earlier one of the same row. --dump keeps XLA's texts.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
@@ -135,9 +136,9 @@ def plan_line(
     return [*program, path, f"--topology={what['topology']}", *flags]
 
 
-def measure(name: str, tiny: bool) -> dict[str, Any]:
+def measure(name: str, tiny: bool, dump: str) -> dict[str, Any]:
     """Measures one row in a separate process."""
-    return run_plan(name, command(name, tiny)[0], tiny, {})
+    return run_plan(name, command(name, tiny)[0], tiny, dumping(dump, name))
 
 
 def run_plan(name: str, line: list[str], tiny: bool, environ: dict[str, str]) -> dict[str, Any]:
@@ -227,26 +228,49 @@ def cells_of(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def main() -> None:
+def plan_rows(
+    about: str,
+    rows: Mapping[str, Any],
+    path: pathlib.Path,
+    measure: Callable[[str, bool, str], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Runs a command that plans rows, and prints the table of all results.
+
+    Args:
+        about: help of the command. path: of the results, written after every row, so that a
+            killed run goes on where it stopped.
+        measure: (row, tiny, folder for XLA's texts or "") -> its result.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}; default all")
-    parser.add_argument("--table", action="store_true", help="measure nothing, print what was")
+    parser.add_argument("rows", nargs="*", help=f"of {', '.join(rows)}; default: those missing")
+    parser.add_argument("--table", action="store_true", help="plan nothing, print what was")
     parser.add_argument("--tiny", action="store_true", help="debug-size models")
+    parser.add_argument("--dump", default="", help="a folder for XLA's texts")
     given = parser.parse_args()
-    if unknown := sorted(set(given.rows) - set(ROWS)):
-        parser.error(f"there are no rows {unknown}; there are {', '.join(ROWS)}")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    for name in () if given.table else given.rows or ROWS:
+    if unknown := sorted(set(given.rows) - set(rows)):
+        parser.error(f"there are no rows {unknown}; there are {', '.join(rows)}")
+    results = json.loads(path.read_text()) if path.exists() else []
+    done = {one["row"] for one in results if "failed" not in one}
+    for name in () if given.table else given.rows or [row for row in rows if row not in done]:
         print(f"{name} ...", flush=True)
-        new = measure(name, given.tiny)
+        new = measure(name, given.tiny, given.dump)
         kept = [r for r in results if (r["row"], r["tiny"]) != (name, given.tiny)]
         results = [*kept, new]
         if not given.tiny:  # a trial is not a result
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 
+def dumping(folder: str, name: str) -> dict[str, str]:
+    """Returns the environment in which XLA writes the texts of a row's step; {} for ""."""
+    if not folder:
+        return {}
+    flags = f"--xla_dump_to={pathlib.Path(folder) / name} --xla_dump_hlo_module_re=jit_train_step"
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"}
+
+
 if __name__ == "__main__":
-    main()
+    plan_rows(__doc__, ROWS, RESULTS, measure, table)

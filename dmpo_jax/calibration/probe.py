@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dmpo_jax.errors import UserError
-from dmpo_jax.parallel import meshes
+from dmpo_jax.parallel import layouts, meshes
 from dmpo_jax.training import health, optim, step
 from dmpo_jax.training.build import Params, StepSettings, TrainingStep
 from dmpo_jax.types import PairBatch
@@ -124,7 +124,7 @@ def probe_rates(settings: StepSettings, updates: int) -> Float[np.ndarray, " N"]
 def make_update(built: TrainingStep, state: step.TrainState) -> Any:
     """Returns the jitted update, (state, reference, batch, key, beta, rate) -> (state, metrics).
 
-    It is jitted for this state's shardings; the state is donated.
+    It is jitted for this state's shardings and formats; the state is donated.
     """
     settings, setup = built.settings, step.on_mesh(built.setup, built.mesh)
     others = {name: x for name, x in settings.hyperparameters.items() if name != "beta"}
@@ -139,7 +139,7 @@ def make_update(built: TrainingStep, state: step.TrainState) -> Any:
         asked = setup._replace(objective=functools.partial(objective, beta=beta), tx=tx)
         return step.train_step(state, reference, batch, key, setup=asked)
 
-    shardings = jax.tree.map(lambda x: x.sharding, state)
+    shardings = layouts.formats_of(state)
     return jax.jit(
         probe_step,
         donate_argnums=0,

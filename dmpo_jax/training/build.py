@@ -28,7 +28,7 @@ from dmpo_jax.models.lora import Adapters
 from dmpo_jax.models.quantised import Holding, Quantised
 from dmpo_jax.objectives.anchor import Anchor
 from dmpo_jax.objectives.registry import Objective
-from dmpo_jax.parallel import meshes
+from dmpo_jax.parallel import layouts, meshes
 from dmpo_jax.training import health, optim, step
 from dmpo_jax.types import PairBatch
 
@@ -149,15 +149,16 @@ class TrainingStep(NamedTuple):
         return meshes.batch_sharding(self.mesh)
 
     def abstract_state(self, params: Params) -> step.TrainState:
-        """Returns shapes and shardings of the state that trains `params` (arrays or shapes)."""
+        """Returns shapes and formats of the state that trains `params` (arrays or shapes)."""
         shapes = jax.eval_shape(self._first_state(), params)
-        return place(shapes, meshes.parameter_sharding(self.mesh, shapes))
+        return place(shapes, layouts.parameter_formats(self.mesh, shapes))
 
     def make_state(self, params: Params) -> step.TrainState:
         """Returns the first state, sharded over the mesh. The parameters are donated."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state(params))
+        formats = layouts.formats_of(self.abstract_state(params))
         params = jax.device_put(params, meshes.parameter_sharding(self.mesh, params))
-        return jax.jit(self._first_state(), out_shardings=shardings, donate_argnums=0)(params)
+        params = layouts.arrange(params, self.mesh, donate=True)
+        return jax.jit(self._first_state(), out_shardings=formats, donate_argnums=0)(params)
 
     def _first_state(self) -> Callable[..., step.TrainState]:
         return functools.partial(
@@ -170,9 +171,9 @@ class TrainingStep(NamedTuple):
     def make_update(self, state: step.TrainState) -> Any:
         """Returns the jitted update, (state, reference, batch, key) -> (state, metrics).
 
-        It is jitted for this state's shardings.
+        It is jitted for this state's shardings and formats.
         """
-        return step.jit_train_step(self.setup, jax.tree.map(lambda x: x.sharding, state))
+        return step.jit_train_step(self.setup, layouts.formats_of(state))
 
     def make_validate(self) -> Any:
         """Jits `step.validate_batch`: its arguments without setup -> sums."""
@@ -192,7 +193,7 @@ class TrainingStep(NamedTuple):
         batch = self.meta.abstract_batch(self.settings.batch_size, self.batch_sharding())
         reference: Any = self.reference
         if reference is not None:
-            reference = place(reference, meshes.parameter_sharding(self.mesh, reference))
+            reference = place(reference, layouts.parameter_formats(self.mesh, reference))
         key = place(key, meshes.replicated(self.mesh))
         return self.abstract_state(params), reference, batch, key
 
@@ -240,6 +241,8 @@ def build(
     model = parameters.without_arrays(model)  # or it would keep the arrays alive
     held = settings.holding(family)
     reference, params = make_reference(params, buffers, settings, held, mesh, beginning)
+    if not abstract:
+        reference = layouts.arrange(reference, mesh)
     learning_rate, described = make_optimizer(settings)
     setup = make_setup(family, structure, noise, meta, tx or described, settings)
     built = TrainingStep(settings, family, meta, mesh, model, reference, setup, learning_rate)
@@ -408,7 +411,7 @@ def make_batches(
 
 
 def place(shapes: Any, shardings: Any) -> Any:
-    """Converts arrays or shapes to shapes with these shardings (one, or a tree of them)."""
+    """Converts arrays or shapes to shapes with these shardings (one, or a tree) or formats."""
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, shapes)
     return jax.tree.map(

@@ -11,7 +11,7 @@ from etils import epath
 from jax.profiler import StepTraceAnnotation
 from jaxtyping import Array, Key
 
-from dmpo_jax.parallel import meshes
+from dmpo_jax.parallel import layouts, meshes
 from dmpo_jax.progress import Progress
 from dmpo_jax.training.alarms import Alarms, Run
 from dmpo_jax.training.build import StepSettings, TrainingStep, make_curves
@@ -142,6 +142,7 @@ def start_state(built: TrainingStep, params: dict[str, Any], checkpoints: Any) -
     fresh: Any = None if checkpoints.steps() else built.make_state(params)
     params.clear()
     start, state = checkpoints.restore(wanted) or (0, fresh)
+    state = layouts.arrange(state, built.mesh, donate=True)  # restored in the default order
     if start:
         LOG.info("resuming from step %d", start)
     return state

@@ -343,8 +343,10 @@ def on_mesh(setup: Setup, mesh: Mesh | None) -> Setup:
 def jit_train_step(setup: Setup, shardings: Any = None):
     """Returns `train_step` jitted for the state's shardings and their mesh; the state is donated.
 
-    Without shardings, it runs wherever its arguments are.
+    shardings: or formats, as of `layouts.parameter_formats`. None: it runs wherever its arguments
+        are.
     """
+    # The update's number is a scalar, which has no format.
     mesh = None if shardings is None else jax.tree.leaves(shardings)[0].mesh
     return jax.jit(
         functools.partial(train_step, setup=on_mesh(setup, mesh)),
