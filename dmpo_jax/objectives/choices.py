@@ -16,7 +16,7 @@ from dmpo_jax.types import Pair, PerPair
 @objective(
     needs_reference=False,
     needs_rejected=False,
-    pull=pulls.none(
+    calibration=pulls.none(
         "it has no beta: it looks at the chosen image alone. Choose optimizer.learning_rate, and "
         "watch chosen_error and the validation loss"
     ),
@@ -35,7 +35,7 @@ def sft(policy: Images, reference: Images | None, target: Images, preference: Pe
 @objective(
     needs_reference=True,
     needs_rejected=True,
-    pull=pulls.of_margin(lambda given: 0.5),
+    calibration=pulls.of_margin(lambda given: 0.5),
     beta=Hyperparameter(2000.0, "the margin is drawn to 1 / (2 beta)", "(0, inf)"),
 )
 def ipo(policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, beta: Beta) -> PerPair:
@@ -56,7 +56,7 @@ def ipo(policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, bet
 @objective(
     needs_reference=True,
     needs_rejected=True,
-    pull=pulls.of_margin(lambda given: 1.0),
+    calibration=pulls.of_margin(lambda given: 1.0),
     beta=Hyperparameter(2000.0, "a margin of 1 / beta is wide enough", "(0, inf)"),
 )
 def hinge(
@@ -79,7 +79,7 @@ def hinge(
     needs_reference=True,
     needs_rejected=True,
     implied_logit=True,
-    pull=pulls.none(
+    calibration=pulls.none(
         "its beta is also the discount of the distance from the reference, so another beta is "
         "another loss. Keep objectives.dspo.beta=0.001, as published, or use dspo_sdxl"
     ),
@@ -112,7 +112,7 @@ def dspo(
     needs_rejected=True,
     couples_pairs=True,
     implied_logit=True,
-    pull=pulls.of_logit(ties=False),
+    calibration=pulls.of_logit(ties=False),
     beta=Hyperparameter(5000.0, "of the implied logit, as published for SDXL", "(0, inf)"),
 )
 def dspo_sdxl(
@@ -153,7 +153,7 @@ def _until_the_bound(given: pulls.Hyperparameters) -> float:
 @objective(
     needs_reference=True,
     needs_rejected=True,
-    pull=pulls.of_margin(_until_the_bound),
+    calibration=pulls.of_margin(_until_the_bound),
     beta=Hyperparameter(5000.0, "slope of the weight, as published", "(0, inf)"),
     eta=Hyperparameter(0.05, "the weight is clipped to [eta, 1 - eta]", "[0, 0.5]"),
 )
@@ -192,7 +192,7 @@ def linear_dpo(
     needs_reference=True,
     needs_rejected=True,
     couples_pairs=True,
-    pull=pulls.of_gains,
+    calibration=pulls.of_gains,
     beta=Hyperparameter(1000.0, "of an image's gain, as in published code", "(0, inf)"),
     chosen_weight=Hyperparameter(meaning="of chosen images", within="[0, inf)"),
     rejected_weight=Hyperparameter(meaning="of rejected images", within="[0, inf)"),
@@ -241,7 +241,7 @@ _MAPO_SCALE, _MAPO_STEPS = 0.5, 1000.0
 @objective(
     needs_reference=False,
     needs_rejected=True,
-    pull=pulls.none(
+    calibration=pulls.none(
         "its beta weighs the margin against the chosen image's error, and the margin's scale is "
         "fixed by the loss. Keep objectives.mapo.beta=0.1, as published, and choose "
         "optimizer.learning_rate"

@@ -84,7 +84,7 @@ def _kl(outcome: Outcome) -> PerPair:
     beta=Hyperparameter(
         2000.0, "inverse temperature; as published for SD1.5 (SDXL: 6000)", "(0, inf)"
     ),
-    pull=pulls.of_logit("alpha"),
+    calibration=pulls.of_logit("alpha"),
     alpha=LABEL_NOISE,
 )
 def dmpo(
@@ -122,7 +122,7 @@ def dmpo(
     needs_rejected=True,
     implied_logit=True,
     beta=Hyperparameter(5000.0, "inverse temperature, as published", "(0, inf)"),
-    pull=pulls.of_logit("label_smoothing"),
+    calibration=pulls.of_logit("label_smoothing"),
     label_smoothing=Hyperparameter(meaning="probability that a label is wrong", within="[0, 0.5]"),
 )
 def diffusion_dpo(
@@ -198,7 +198,7 @@ def poly_dpo(
     needs_rejected=True,
     implied_logit=True,
     beta=Hyperparameter(2000.0, "inverse temperature", "(0, inf)"),
-    pull=pulls.of_logit("alpha"),
+    calibration=pulls.of_logit("alpha"),
     alpha=LABEL_NOISE,
     order=Hyperparameter(0.5, "1 is dmpo, 0 diffusion_dpo smoothed", "[0, 1]"),
 )
@@ -259,7 +259,7 @@ def _share_of_order(outcome: Outcome, c: float) -> PerPair:
     needs_rejected=True,
     implied_logit=True,
     beta=Hyperparameter(2000.0, "inverse temperature", "(0, inf)"),
-    pull=pulls.of_logit("alpha"),
+    calibration=pulls.of_logit("alpha"),
     alpha=LABEL_NOISE,
 )
 def jensen_shannon(

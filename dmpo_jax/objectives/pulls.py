@@ -1,8 +1,8 @@
 """Which number of a pair an objective compares with its scale, and where the loss stops pulling.
 
-Each objective declares it (`@objective(..., pull=...)`), for `dmpo-jax calibrate`. Its loss depends
-on beta through `beta x` alone, x a number of each pair, or of each image. `beta x` is called the
-level here: the logit u for the divergences. Host code, in float64.
+Each objective declares it (`@objective(..., calibration=...)`), for `dmpo-jax calibrate`. Its loss
+depends on beta through `beta x` alone, x a number of each pair, or of each image. `beta x` is
+called the level here: the logit u for the divergences. Host code, in float64.
 """
 
 from collections.abc import Callable, Mapping

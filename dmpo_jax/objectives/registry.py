@@ -177,13 +177,13 @@ def objective(
     needs_rejected: bool,
     implied_logit: bool = False,
     couples_pairs: bool = False,
-    pull: Callable[[Mapping[str, float | int]], Pull] | None = None,
+    calibration: Callable[[Mapping[str, float | int]], Pull] | None = None,
     **hyperparameters: Hyperparameter,
 ) -> Callable[[Callable[..., PerPair]], Objective]:
     """Registers a function as an objective that configs can select by its name.
 
     Args:
-        pull: for `dmpo-jax calibrate`, of `pulls`; as in `Objective`.
+        calibration: `Objective.pull`, one of `pulls`.
         **hyperparameters: default, meaning and range of `fn`'s keyword-only arguments. Each
             becomes a config leaf `objectives.NAME.ARGUMENT`. An argument with a default in the
             signature needs none here.
@@ -207,7 +207,7 @@ def objective(
             implied_logit,
             declared,
             couples_pairs,
-            pull,
+            calibration,
         )
         return OBJECTIVES[name]
 

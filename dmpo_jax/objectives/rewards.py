@@ -18,7 +18,7 @@ NO_BETA = pulls.none(
 )
 
 
-@objective(needs_reference=True, needs_rejected=True, pull=NO_BETA, b=B)
+@objective(needs_reference=True, needs_rejected=True, calibration=NO_BETA, b=B)
 def nft(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, b: float | int
 ) -> PerPair:
@@ -42,7 +42,7 @@ def nft(
     return _nft(policy, reference, target, preference, b, adaptive=False)
 
 
-@objective(needs_reference=True, needs_rejected=True, pull=NO_BETA, b=B)
+@objective(needs_reference=True, needs_rejected=True, calibration=NO_BETA, b=B)
 def nft_adaptive(
     policy: Pair, reference: Pair, target: Pair, preference: PerPair, *, b: float | int
 ) -> PerPair:
