@@ -102,7 +102,7 @@ def measure(name: str, topology: str) -> dict[str, Any]:
     with jax.set_mesh(mesh), topologies.tracing_for(topology):
         program = jitted.lower(*given, x).compile()
     memory = report.measure_memory(program)
-    traffic, _ = hlo.memory_traffic(program.as_text())
+    traffic, _ = hlo.memory_traffic(program.as_text() or "")
     found = {"traffic": traffic, "temporaries": memory.temporaries, "arguments": memory.arguments}
     seconds = (program.cost_analysis() or {}).get("optimal_seconds")  # TPUs alone have it
     return {**found, "seconds": seconds if seconds and seconds > 0 else None}

@@ -64,4 +64,4 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    plan_rows(__doc__, ROWS, RESULTS, measure, table)
+    plan_rows(__doc__ or "", ROWS, RESULTS, measure, table)

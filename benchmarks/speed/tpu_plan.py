@@ -273,4 +273,4 @@ def dumping(folder: str, name: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    plan_rows(__doc__, ROWS, RESULTS, measure, table)
+    plan_rows(__doc__ or "", ROWS, RESULTS, measure, table)
