@@ -111,7 +111,7 @@ def check(
     for scorer in scorers.values():
         scorer.check([prompt.text for prompt in asked])
     base, *others = list_models(a or config.model.folder, b)
-    models = [base._replace(variant=config.model.variant), *others]
+    models = [base._replace(variant=config.model.variant or None), *others]
     for model in models:
         check_model(model, asked, each)
         if model.drawn:
