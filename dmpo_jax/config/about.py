@@ -15,7 +15,7 @@ from dmpo_jax.training.run_page import About, Next, Setting
 DRAWING = (
     *("sample.sampler", "sample.steps", "sample.guidance_scale", "sample.negative_prompt"),
     *("sample.image_guidance_scale", "sample.height", "sample.width", "sample.vae_dtype"),
-    *("model.variant", "model.vae"),
+    "model.vae",
 )
 
 
@@ -52,13 +52,15 @@ def next_commands(config: Config, workdir: epath.PathLike) -> Iterator[Next]:
     base, tuned = config.model.folder or "BASE", out / "export"
     prompts = config.collect.prompts or config.sample.prompts or "FILE"
     judges = config.evaluate.judges or (config.collect.scorer or "pickscore:FOLDER",)
-    drawing = _drawing(config)
+    drawing = _flags(config, DRAWING)
+    of_base = _flags(config, ("model.variant",))  # an export has plain names
     if "evaluate" not in config.jobs:
         yield Next(
             "Compare it with the base, on prompts that it was not trained on",
             _command(
                 *("evaluate", f"--a={base}", f"--b={tuned}", f"--prompts={prompts}"),
                 *(f"--judges={','.join(judges)}", f"--out={out / 'evaluation'}", *drawing),
+                *of_base,
             ),
         )
     yield Next(
@@ -86,10 +88,10 @@ def next_commands(config: Config, workdir: epath.PathLike) -> Iterator[Next]:
     )
 
 
-def _drawing(config: Config) -> list[str]:
-    """Returns the flags of sample and evaluate for images like those that the run draws."""
+def _flags(config: Config, paths: Sequence[str]) -> list[str]:
+    """Returns the flags of those options that differ from their defaults."""
     flat, known = configs.flatten(config), configs.declared()
-    changed = [path for path in DRAWING if flat[path] not in (None, known[path].default)]
+    changed = [path for path in paths if flat[path] not in (None, known[path].default)]
     return [f"--{path.rpartition('.')[2]}={flat[path]}" for path in changed]
 
 

@@ -67,8 +67,8 @@ class Objective:
         implied_logit: the loss is a function of u = beta/2 * margin, the logit of the
             preference that the policy implies.
         declared: `fn`'s keyword-only arguments by name, each with its default.
-        pull: hyperparameters -> `Pull`, how its loss depends on beta. None: as `pulls.of_logit()`
-            for a loss of the implied logit with a beta, else unknown.
+        calibration: hyperparameters -> `Pull`, how its loss depends on beta. None: as
+            `pulls.of_logit()` for a loss of the implied logit with a beta, else unknown.
     """
 
     fn: Callable[..., PerPair]
@@ -78,7 +78,7 @@ class Objective:
     implied_logit: bool
     declared: Mapping[str, Hyperparameter] = dataclasses.field(hash=False, compare=False)
     couples_pairs: bool = False
-    pull: Callable[[Mapping[str, float | int]], Pull] | None = dataclasses.field(
+    calibration: Callable[[Mapping[str, float | int]], Pull] | None = dataclasses.field(
         default=None, hash=False, compare=False
     )
 
@@ -151,7 +151,7 @@ class Objective:
                 what to set instead.
         """
         try:
-            pull = self.pull
+            pull = self.calibration
             if pull is None and self.implied_logit and "beta" in self.declared:
                 pull = of_logit()
             if pull is None:
@@ -183,7 +183,7 @@ def objective(
     """Registers a function as an objective that configs can select by its name.
 
     Args:
-        calibration: `Objective.pull`, one of `pulls`.
+        calibration: as in `Objective`, of `pulls`.
         **hyperparameters: default, meaning and range of `fn`'s keyword-only arguments. Each
             becomes a config leaf `objectives.NAME.ARGUMENT`. An argument with a default in the
             signature needs none here.

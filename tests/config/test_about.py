@@ -15,6 +15,7 @@ def test_every_command_would_be_accepted(name, tmp_path):
     config = load_config(name)
     config.model.folder = config.model.folder or "BASE"
     config.sample.negative_prompt = "a 'quoted' one"
+    config.model.variant = "fp16"
     about = about_run(config, tmp_path / "a run", [])
     commands = [step.command for step in about.following if step.command.startswith("dmpo-jax")]
     names = []
@@ -26,6 +27,7 @@ def test_every_command_would_be_accepted(name, tmp_path):
         if name != "convert":
             assert given.sample.negative_prompt == "a 'quoted' one"
             assert given.sample.guidance_scale == config.sample.guidance_scale
+            assert (given.model.variant == "fp16") == (name == "evaluate")
         if name == "evaluate":
             assert str(options["b"]) == str(tmp_path / "a run" / "export")
     assert set(names) == {"sample", "convert"} | ({"evaluate"} - set(config.jobs))
