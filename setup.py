@@ -94,7 +94,8 @@ setup(
         # launch/plan.py: the TPU's compiler, for machines without a TPU; [tpu] has it too.
         "plan": ["libtpu"],
         # XLA's compiler for GPUs, for machines without a GPU (0.4 GB); [cuda] has it too.
-        "plan_gpu": ["jax[cuda13-local]>=0.10,<0.13"],  # tested with jax-cuda13-plugin 0.10.2
+        # A hyphen: pip before 23.3 ignores an extra with an underscore.
+        "plan-gpu": ["jax[cuda13-local]>=0.10,<0.13"],  # tested with jax-cuda13-plugin 0.10.2
         "gcs": ["gcsfs>=2025.5"],  # tested with 2026.10.1; workdir, pairs and models on gs://
         "s3": ["s3fs>=2025.5"],  # pairs and models on s3://, not the workdir
         # What exists in PyTorch only: opening an export beside ours, single-file checkpoints.

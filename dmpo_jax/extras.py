@@ -15,12 +15,11 @@ def install_hint(extra: str) -> str:
         required = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         required = []
-    # setuptools writes "plan-gpu" into the metadata for "plan_gpu".
-    marker = f"extra=={extra}".replace("_", "-")
+    marker = f"extra=={extra}"
     packages = [
         package.strip()
         for package, _, condition in (line.partition(";") for line in required)
-        if re.sub(r"[ '\"]", "", condition).replace("_", "-") == marker
+        if re.sub(r"[ '\"]", "", condition) == marker
     ]
     if not packages:  # not installed, but imported from a clone
         return f"in a clone of this package, pip install -e '.[{extra}]'"

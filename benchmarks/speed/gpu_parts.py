@@ -4,7 +4,7 @@
     python benchmarks/speed/gpu_parts.py feed-forward --label=x # some, under another label
     python benchmarks/speed/gpu_parts.py --table                # earlier results, as a table
 
-Requires the extra [plan_gpu]. A step is a forward by a frozen copy, forward and backward by the
+Requires the extra [plan-gpu]. A step is a forward by a frozen copy, forward and backward by the
 trained layer, and AdamW's update with clipping, in bfloat16 with float32 masters, as of the
 training step: what a lever does to a layer is known in a minute, to SD1.5 in many. Results go to
 results/gpu_parts.json, by part, topology and label.

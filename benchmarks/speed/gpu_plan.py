@@ -5,7 +5,7 @@
     python benchmarks/speed/gpu_plan.py --table            # earlier results, as a table
     python benchmarks/speed/gpu_plan.py --tiny ROW ...     # the same at tiny width, as a trial
 
-Requires the extra [plan_gpu]. Each row runs `launch/plan.py` in a separate process, so that its
+Requires the extra [plan-gpu]. Each row runs `launch/plan.py` in a separate process, so that its
 time and peak memory are its own. Results go to results/gpu_plan.json after every row, so that a
 killed run goes on where it stopped. --dump keeps XLA's texts.
 """

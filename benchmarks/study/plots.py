@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 
 from benchmarks.study.results import Interval, Results
 from benchmarks.study.tables import Row, at_betas, rows_of, variants_of
@@ -104,28 +104,31 @@ def _frontier(path: pathlib.Path, runs: Any, rows: dict[str, list[Row]], judge: 
 
 
 def _same_betas(path: pathlib.Path, runs: Any, judges: Sequence[str]) -> None:
-    """Plots scores of both judges against beta."""
-    task = next(iter(TASKS))
-    found = at_betas(runs, task)
+    """Plots scores of both judges against beta, a row of panels for each task."""
+    found = {task: rows for task in TASKS if (rows := at_betas(runs, task))}
     if not found:
         return
-    figure, axes = _axes(1, len(judges), figsize=(5 * len(judges), 3.6))
-    for axis, judge in zip(axes, judges, strict=True):
-        for i, name in enumerate(found[0]):
-            betas = [dict(rows[name].setting)["beta"] * (0.97 + 0.06 * i) for rows in found]
-            scores = [rows[name].score(judge) for rows in found]
-            axis.plot(betas, [x.mean for x in scores], "-o", color=NAMED[name], label=name)
-            for beta, x in zip(betas, scores, strict=True):
-                axis.plot([beta, beta], [x.low, x.high], color=NAMED[name], linewidth=1.2)
-        axis.axhline(runs[f"base {task}"]["scores"][judge], color=GREY, linestyle=":")
-        axis.set_xscale("log")
-        axis.set_xticks(ticks := [dict(row["dmpo"].setting)["beta"] for row in found], ticks)
-        axis.minorticks_off()
-        axis.set_xlabel("beta")
-        axis.set_ylabel(f"score, {judge}")
-        axis.grid(color=PALE, linewidth=0.5)
-        axis.set_axisbelow(True)
-    _finish(figure, axes[0], path)
+    size = (5 * len(judges), 3.6 * len(found))
+    figure, axes = _axes(len(found), len(judges), figsize=size)
+    axes = np.reshape(axes, (len(found), len(judges)))
+    for row, (task, at) in zip(axes, found.items(), strict=True):
+        for axis, judge in zip(row, judges, strict=True):
+            for i, name in enumerate(at[0]):
+                betas = [dict(rows[name].setting)["beta"] * (0.97 + 0.06 * i) for rows in at]
+                scores = [rows[name].score(judge) for rows in at]
+                axis.plot(betas, [x.mean for x in scores], "-o", color=NAMED[name], label=name)
+                for beta, x in zip(betas, scores, strict=True):
+                    axis.plot([beta, beta], [x.low, x.high], color=NAMED[name], linewidth=1.2)
+            axis.axhline(runs[f"base {task}"]["scores"][judge], color=GREY, linestyle=":")
+            axis.set_xscale("log")
+            axis.set_xticks(ticks := [dict(rows["dmpo"].setting)["beta"] for rows in at], ticks)
+            axis.minorticks_off()
+            axis.set_xlabel("beta")
+            axis.set_ylabel(f"score, {judge}")
+            axis.set_title(TASKS[task].title, fontsize=9, loc="left")
+            axis.grid(color=PALE, linewidth=0.5)
+            axis.set_axisbelow(True)
+    _finish(figure, axes[0, 0], path)
 
 
 def _variants(path: pathlib.Path, runs: Any, judge: str, other: str) -> None:
@@ -150,6 +153,7 @@ def _variants(path: pathlib.Path, runs: Any, judge: str, other: str) -> None:
         axis.axvline(0, color=GREY, linewidth=1, zorder=0)
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlabel("change of the score")
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axis.grid(axis="x", color=PALE, linewidth=0.6)
         axis.set_axisbelow(True)
     _finish(figure, axes[0], path)

@@ -116,7 +116,8 @@ def report(results: Results, judge: str) -> str:
         rows = rows_of(results.runs, task, judge)
         if rows:
             lines += _task(results.runs, task, rows, judge)
-    lines += [*_same_betas(results.runs, judge), *_variants(results.runs, judge)]
+        lines += _same_betas(results.runs, task, judge)
+    lines += _variants(results.runs, judge)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -204,14 +205,13 @@ def at_betas(runs: Runs, task: str) -> list[dict[str, Row]]:
     return found
 
 
-def _same_betas(runs: Runs, judge: str) -> list[str]:
-    task = next(iter(TASKS))
+def _same_betas(runs: Runs, task: str, judge: str) -> list[str]:
     found = at_betas(runs, task)
     if not found:
         return []
     other = next(name for name in found[0][BASELINE].runs[0]["scores"] if name != judge)
     rest = [f"`{name}` with {words(row.setting)}" for name, row in found[0].items()]
-    lines = ["## At the same beta", "", f"{TASKS[task].title}: {'; '.join(rest)} and so on.", ""]
+    lines = ["### At the same beta", "", f"{TASKS[task].title}: {'; '.join(rest)} and so on.", ""]
     head = [
         "beta",
         "objective",

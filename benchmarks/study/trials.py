@@ -140,8 +140,9 @@ SPACES: dict[str, Space] = {
     "alpha_divergence": Space(kept={"alpha": 0.01, "order": 0.5}),
     "dspo_sdxl": Space(),
     "nft_adaptive": Space(None, ladders={"b": _MIXED}, first={"b": 0.1}),
-    "mapo": Space(0.001),
-    "dspo": Space(3e-5),
+    # Both fine-tune on the chosen image too, and begin at sft's rate.
+    "mapo": Space(0.001, rate=0.1),
+    "dspo": Space(3e-5, rate=0.1),
 }
 
 
@@ -234,7 +235,8 @@ def jobs() -> list[Job]:
     guards = [Job(first, name, "guards") for name in GUARDED]
     betas = [Job(first, name, "betas") for name in RELABELLED]
     others = [Job(second, name) for name in SPACES]
-    return [*main[:8], *betas, *labels, *main[8:10], *guards, *main[10:], *others]
+    others[2:2] = [Job(second, name, "betas") for name in RELABELLED]
+    return [*main[:8], *betas, *labels, *main[8:10], *guards, *main[10:13], *others, *main[13:]]
 
 
 def missing(job: Job, runs: Runs, judge: str) -> list[Trial] | None:

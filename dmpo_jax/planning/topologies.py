@@ -48,7 +48,7 @@ def check_topology(topology: str) -> None:
         _hosts(topology)
         if not any(importlib.util.find_spec(name) for name in PLUGINS):
             raise UserError(
-                f"{topology} needs XLA's compiler for GPUs, not a GPU: {install_hint('plan_gpu')}"
+                f"{topology} needs XLA's compiler for GPUs, not a GPU: {install_hint('plan-gpu')}"
             )
 
 
@@ -78,7 +78,7 @@ def open_devices(topology: str) -> list[Any]:
         except Exception as error:  # the plugin raises many types
             raise UserError(
                 f"the GPU compiler does not take {topology}; its version must be that of JAX "
-                f"({jax.__version__}): {install_hint('plan_gpu')}. It says: {error}"
+                f"({jax.__version__}): {install_hint('plan-gpu')}. It says: {error}"
             ) from error
         return list(found.devices)
     try:
@@ -138,6 +138,6 @@ def _libraries(topology: str) -> dict[str, int]:
     if found is None:
         raise UserError(
             f"{topology} needs a GPU compiler of JAX's own version ({jax.__version__}): "
-            f"{install_hint('plan_gpu')}"
+            f"{install_hint('plan-gpu')}"
         )
     return found

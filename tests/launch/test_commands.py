@@ -215,5 +215,5 @@ def test_an_install_hint_names_packages(monkeypatch):
     required += ['jax[cuda13-local]<0.13,>=0.10; extra == "plan-gpu"']
     monkeypatch.setattr(extras.importlib.metadata, "requires", lambda name: required)
     assert extras.install_hint("eval") == "pip install 'torch<3,>=2.8' 'peft'"
-    assert extras.install_hint("plan_gpu") == "pip install 'jax[cuda13-local]<0.13,>=0.10'"
+    assert extras.install_hint("plan-gpu") == "pip install 'jax[cuda13-local]<0.13,>=0.10'"
     assert "pip install -e '.[data]'" in extras.install_hint("data")

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not any(importlib.util.find_spec(name) for name in topologies.PLUGINS),
-        reason="the extra [plan_gpu] is not installed",
+        reason="the extra [plan-gpu] is not installed",
     ),
 ]
 # One level, so that it compiles in a minute or two; heads of 16, which cuDNN takes.

@@ -127,7 +127,7 @@ def test_a_missing_compiler_and_missing_devices(monkeypatch):
     with pytest.raises(ValueError, match="pip install 'libtpu'"):
         check_topology("v5e:4x4")
     for topology in ("h100:1", "a100:16"):
-        with pytest.raises(ValueError, match=r"not a GPU: .*(cuda13-local|plan_gpu)"):
+        with pytest.raises(ValueError, match=r"not a GPU: .*(cuda13-local|plan-gpu)"):
             check_topology(topology)
     with pytest.raises(ValueError, match="this one has 8 such devices where 64"):
         open_devices("cpu:64")
