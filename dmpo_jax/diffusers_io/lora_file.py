@@ -18,6 +18,7 @@ from dmpo_jax import storage
 from dmpo_jax.diffusers_io import kohya, placement, tensor_files
 from dmpo_jax.diffusers_io.layout import to_jax, to_torch, torch_name
 from dmpo_jax.errors import UserError
+from dmpo_jax.models.lora import MAGNITUDE
 from dmpo_jax.parallel import processes
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -29,14 +30,14 @@ _SIDES = {
     **{"lora_A": "A", "lora_B": "B", "lora.down": "A", "lora.up": "B"},
     **{"lora_down": "A", "lora_up": "B"},
 }
+_OTHER = r"(?P<alpha>alpha)|(?P<dora>lora_magnitude_vector(\.weight)?|dora_scale)"
 _NAME = re.compile(
     r"(?P<component>[^.]+)\.(?P<layer>.+)\."
-    r"((?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight|(?P<alpha>alpha))"
+    rf"((?P<side>lora_A|lora_B|lora\.down|lora\.up)\.weight|{_OTHER})"
 )
 _KOHYA_NAME = re.compile(
-    rf"(?P<key>{kohya.PREFIX}[^.]+)\.((?P<side>lora_down|lora_up)\.weight|(?P<alpha>alpha))"
+    rf"(?P<key>{kohya.PREFIX}[^.]+)\.((?P<side>lora_down|lora_up)\.weight|{_OTHER})"
 )
-_DORA = (".dora_scale", ".lora_magnitude_vector")
 
 
 def save_lora(
@@ -106,7 +107,8 @@ def load_lora(
     Args:
         folder: what a LoRA run wrote, or the file itself. Names may be peft's (`lora_A.weight`),
             those of diffusers' scripts (`lora.down.weight`) or of kohya's (`lora_unet_...`); an
-            alpha beside the weights, or in the file's metadata, is honoured.
+            alpha beside the weights, or in the file's metadata, is honoured. DoRA's magnitudes
+            are `....to_q.lora_magnitude`, [out].
         model: that the file is for, or its shapes. Only kohya's names need it.
 
     Raises:
@@ -125,6 +127,9 @@ def load_lora(
             array = holder.read(name, tuple((0, n) for n in holder.names[name]))
             if side is None:
                 alphas[layer] = float(array.reshape(-1)[0])
+                continue
+            if side == MAGNITUDE:
+                adapters[f"{layer}.{MAGNITUDE}"] = _magnitude(file, name, array)
                 continue
             path = f"{layer}.lora_{side}.kernel"
             adapters[path] = np.asarray(to_jax(path, array), np.float32)
@@ -175,17 +180,14 @@ def check_layers(
 def _places(
     file: epath.Path, names: Sequence[str], component: str, model: Any
 ) -> dict[str, tuple[str, str | None]]:
-    """Returns {name of a tensor: (layer, side of its adapter)}; the side of an alpha is None.
+    """Returns {name of a tensor: (layer, side of its adapter)}.
+
+    The side of an alpha is None, that of DoRA's magnitudes MAGNITUDE.
 
     Raises:
         UserError: a name is none of the component's adapters; `load_lora`.
     """
     for name in names:
-        if name.endswith(_DORA):
-            raise UserError(
-                f"{file} holds {name!r}, of DoRA; only plain LoRA is read: merge the file into a "
-                "pipeline with the program that made it, and name that folder"
-            )
         if name.startswith(kohya.TEXT_PREFIXES):
             raise UserError(
                 f"{file} holds {name!r}, an adapter of a text encoder; only adapters of its "
@@ -208,7 +210,8 @@ def _places(
             layer = found["layer"]
         else:
             raise UserError(f"{file} holds {name!r}; only adapters of its {component} are read")
-        place = (layer, None if found["alpha"] else _SIDES[found["side"]])
+        side = _SIDES[found["side"]] if found["side"] else None
+        place = (layer, MAGNITUDE if found["dora"] else side)
         if place in taken:
             raise UserError(f"{file} holds the adapter of {layer} twice, by two names")
         taken.add(place)
@@ -230,6 +233,23 @@ def _of_kohya(file: epath.Path, component: str, model: Any) -> dict[str, str]:
     return kohya.read(model)
 
 
+def _magnitude(file: epath.Path, name: str, array: np.ndarray) -> np.ndarray:
+    """Returns DoRA's magnitudes of a layer, [out].
+
+    array: [out], [out, 1, ...] or, of peft's convolutions, [1, out, 1, 1].
+
+    Raises:
+        UserError: they are of the layer's inputs, [1, in], as LyCORIS may write them.
+    """
+    axis = 1 if name.partition("lora_magnitude_vector")[1] and array.ndim > 2 else 0
+    if array.ndim == 0 or array.shape[axis] != array.size:
+        raise UserError(
+            f"{file} holds {name!r} of shape {array.shape}; DoRA is read with one magnitude per "
+            "output: merge the file into a pipeline with the program that made it"
+        )
+    return np.asarray(array.reshape(-1), np.float32)
+
+
 def _check_pairs(file: epath.Path, adapters: Any, alphas: Any) -> None:
     """Raises UserError for half an adapter, for two sides of different rank, or for none at all."""
     layers = {path.partition(".lora_")[0] for path in adapters} | set(alphas)
@@ -243,6 +263,12 @@ def _check_pairs(file: epath.Path, adapters: Any, alphas: Any) -> None:
             raise UserError(
                 f"{file}: the sides of {layer}'s adapter do not fit each other: "
                 f"{down.shape} and {up.shape}"
+            )
+        magnitude = adapters.get(f"{layer}.{MAGNITUDE}")
+        if magnitude is not None and magnitude.size != up.shape[-1]:
+            raise UserError(
+                f"{file}: {layer} has {magnitude.size} magnitudes of DoRA for {up.shape[-1]} "
+                "outputs: copy it again"
             )
 
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from etils import epath
 
 from dmpo_jax import storage
@@ -15,7 +14,7 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.export.run import write_cards
 from dmpo_jax.jobs import calibrate, collect, encode, evaluate, plan, train
 from dmpo_jax.jobs import dry_run as said
-from dmpo_jax.parallel import processes
+from dmpo_jax.parallel import meshes, processes
 from dmpo_jax.parallel.compilation import cache_compilations
 from dmpo_jax.training import checkpoint
 
@@ -63,8 +62,7 @@ def run(
         config = step_settings.for_fork(config, workdir)
         workdir, source = epath.Path(fork), workdir
     cache_compilations()
-    if config.mesh.cpu_devices > 1:  # no effect if there is an accelerator
-        jax.config.update("jax_num_cpu_devices", config.mesh.cpu_devices)
+    meshes.split_cpu(config.mesh.cpu_devices)
     if not dry_run:
         workdir.mkdir(parents=True, exist_ok=True)
     if config.debug.family:

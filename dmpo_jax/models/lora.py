@@ -22,6 +22,9 @@ from dmpo_jax.errors import UserError
 from dmpo_jax.models.layers import Conv, Linear
 from dmpo_jax.models.parameters import Params
 
+# Path of DoRA's magnitudes below their layer's, [out]. Files are read with them, none are trained.
+MAGNITUDE = "lora_magnitude"
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
@@ -148,7 +151,8 @@ def fold_in(params: Params, adapters: Params, scale: float | int) -> None:
     """Merges adapters into `params`, in place: W becomes W + scale * A B, in W's dtype.
 
     In place, so that a full-size model is never held twice. `scale` is alpha / rank. The product
-    is computed in float32, at the highest precision.
+    is computed in float32, at the highest precision. With DoRA's magnitudes each output's
+    weights then get that norm (arXiv 2402.09353).
     """
     for path, down in adapters.items():
         if ".lora_A." not in path:
@@ -158,4 +162,7 @@ def fold_in(params: Params, adapters: Params, scale: float | int) -> None:
         up = adapters[f"{name}.lora_B.kernel"].reshape(down.shape[-1], -1)
         change = jnp.matmul(down, up, precision=jax.lax.Precision.HIGHEST)
         moved = kernel.astype(jnp.float32) + scale * change
+        if (magnitude := adapters.get(f"{name}.{MAGNITUDE}")) is not None:
+            norm = jnp.sqrt(jnp.square(moved).sum(tuple(range(moved.ndim - 1))))
+            moved *= (magnitude / norm).reshape(*(1,) * (moved.ndim - 1), -1)
         params[f"{name}.kernel"] = moved.astype(kernel.dtype)

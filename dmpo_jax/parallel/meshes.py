@@ -36,6 +36,25 @@ RULES = (
 )
 
 
+def split_cpu(count: int) -> None:
+    """Splits the CPU into `count` devices; 1 leaves it as it is, and so does an accelerator.
+
+    Raises:
+        UserError: this process has used JAX already, on another number of CPU devices.
+    """
+    if count == 1:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # JAX has its devices
+        if jax.default_backend() == "cpu" and (found := jax.local_device_count()) != count:
+            raise UserError(
+                f"mesh.cpu_devices={count}, but this process has already used JAX with {found} CPU "
+                f"device(s): call jax.config.update('jax_num_cpu_devices', {count}) before its "
+                "first computation, or leave mesh.cpu_devices at 1"
+            ) from None
+
+
 def make_mesh(
     *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:

@@ -94,6 +94,11 @@ def _fitted(start: Start, adapters: Adapters, model: Any) -> dict[str, np.ndarra
     shapes = parameters.shapes(model)
     start.check_layers(found, shapes)
     named = f"--config.{start.option}={start.name}"
+    if any(path.endswith(lora.MAGNITUDE) for path in found):
+        raise UserError(
+            f"{named} is a DoRA file; adapters that are trained are plain LoRA: merge the file "
+            "into a folder with the program that made it, and name that"
+        )
     ranks = sorted({x.shape[-1] for path, x in found.items() if ".lora_A." in path})
     if ranks != [adapters.rank]:
         hint = (

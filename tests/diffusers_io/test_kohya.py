@@ -149,8 +149,8 @@ def test_diffusers_maps_every_key_of_sdxl_to_its_layer():
     [
         ({"lora_te_text_model_x.lora_down.weight": 2}, "'lora_te_text_.*an adapter of a text enco"),
         ({"lora_te2_text_model_x.alpha": 1}, "'lora_te2_text_model_x.alpha', an adapter of a text"),
-        ({"lora_unet_x.dora_scale": 2}, "dora_scale', of DoRA; only plain LoRA is read"),
-        ({"unet.x.lora_magnitude_vector": 2}, "magnitude_vector', of DoRA; only plain LoRA"),
+        ({"lora_unet_x.dora_scale": 2}, "'lora_unet_x', a layer that the model does not have"),
+        ({"lora_unet_conv_in.dora_scale": (1, 4)}, r"\(1, 4\); DoRA is read with one magnitude"),
         ({"lora_unet_x.lora_down.weight": 2}, "'lora_unet_x', a layer that the model does not h"),
         ({"lora_unet_x.hada_w1_a": 2}, "'lora_unet_x.hada_w1_a'; only adapters of its unet"),
         ({"unet.conv_in.lora_A.weight": 2}, "the adapter of conv_in twice, by two names"),

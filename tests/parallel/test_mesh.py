@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dmpo_jax.errors import UserError
 from dmpo_jax.parallel import meshes
 from dmpo_jax.types import Condition, PairBatch
 from tests.support import launched
@@ -30,6 +31,14 @@ def test_make_mesh(asked, shape):
     assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert mesh.devices.shape == shape
     assert mesh.axis_types == (AxisType.Auto,) * 3
+
+
+def test_a_cpu_that_jax_has_begun_on_is_not_split_again():
+    assert jax.local_device_count() == 8
+    meshes.split_cpu(1)  # as it is
+    meshes.split_cpu(8)
+    with pytest.raises(UserError, match=r"mesh.cpu_devices=4, but .* with 8 CPU .* before its"):
+        meshes.split_cpu(4)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from safetensors.numpy import load_file, save_file
 
 from dmpo_jax import diffusers_io
 from dmpo_jax.jobs import train
@@ -310,6 +311,12 @@ def wrong(made):
     save_adapters(made / "model", made / "blocks", targets=("blocks.0", "proj_out"))
     save_adapters(made / "model", made / "unet", component="unet")
     (made / "empty").mkdir()
+    (made / "dora").mkdir()
+    tensors = load_file(made / "lora" / diffusers_io.LORA_FILE)
+    ups = {name: x for name, x in tensors.items() if name.endswith(".lora_B.weight")}
+    for name, x in ups.items():
+        tensors[name.replace("lora_B.weight", "lora_magnitude_vector")] = np.ones(len(x), "f4")
+    save_file(tensors, made / "dora" / diffusers_io.LORA_FILE)
     return made
 
 
@@ -336,6 +343,10 @@ def wrong(made):
             {**LORA, "start": "blocks"},
             r"adapts blocks\.0, which lora\.targets does not name and does not adapt x_embedder, "
             r"which lora\.targets names: set --config\.lora\.targets=",
+        ),
+        (
+            {**LORA, "start": "dora"},
+            r"model\.start=.*dora is a DoRA file; .* are plain LoRA: merge",
         ),
         ({**LORA, "reference": "rank4"}, r"model\.reference=.* rank 4"),
         ({**LORA, "reference": "sft"}, "another complete model .* train every parameter"),
