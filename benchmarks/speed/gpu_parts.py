@@ -22,7 +22,7 @@ from flax import nnx
 
 from dmpo_jax.models import layers, parameters, unet
 from dmpo_jax.parallel import layouts, meshes
-from dmpo_jax.parallel.placement import over_rows
+from dmpo_jax.parallel.placement import over_rows, platform
 from dmpo_jax.planning import hlo, report, topologies
 from dmpo_jax.training import optim, step
 
@@ -55,7 +55,20 @@ class FeedForward(nnx.Module):
         return x + self.ff(self.norm(x))
 
 
-PARTS: dict[str, Any] = {"resnet": Resnet, "feed-forward": FeedForward}
+class Block(nnx.Module):
+    """A transformer block of SD1.5's largest map, with cuDNN's attention; the text is fixed."""
+
+    shape = (8, 4096, 320)
+
+    def __init__(self, **kw: Any):
+        self.block = unet.BasicTransformerBlock(320, 768, 8, **kw)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        text = jnp.broadcast_to(x[:, :77, :1], (x.shape[0], 77, 768))
+        return self.block(x, text, "cudnn" if platform() == "gpu" else "plain")
+
+
+PARTS: dict[str, Any] = {"resnet": Resnet, "feed-forward": FeedForward, "block": Block}
 
 
 def measure(name: str, topology: str) -> dict[str, Any]:

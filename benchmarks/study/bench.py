@@ -351,7 +351,9 @@ class Bench:
             "alarms": {a.name: a.step for a in alarm.raised},
         }
         params = run.step.policy(trained(state))
-        yield 1.0, params, measured | self._health(run, ready, params)
+        if not trial.tuning:  # a search looks at scores alone
+            measured |= self._health(run, ready, params)
+        yield 1.0, params, measured
 
     def _health(self, run: train.Run, ready: Ready, params: Any) -> dict[str, Any]:
         """Returns means of HEALTH and the distance from the base, over the validation split.

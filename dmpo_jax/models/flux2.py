@@ -59,11 +59,12 @@ class FeedForward(nnx.Module):
     """SwiGLU, its gate and its values in one projection."""
 
     def __init__(self, width: int, inner: int, **kw: Any):
-        self.linear_in = Linear(width, 2 * inner, use_bias=False, **kw)
+        self.linear_in, self.inner = Linear(width, 2 * inner, use_bias=False, **kw), inner
         self.linear_out = Linear(inner, width, use_bias=False, split="rows", **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
-        return self.linear_out(_swiglu(self.linear_in(x)))
+        gate, values = self.linear_in.parts(x, (self.inner, self.inner))
+        return self.linear_out(activation("silu")(gate) * values)
 
 
 class DoubleBlock(nnx.Module):
@@ -114,14 +115,14 @@ class ParallelAttention(nnx.Module):
         self.norm_q, self.norm_k = norm(), norm()
         self.to_out = Linear(width + inner, width, use_bias=False, **kw)
         self.heads = config.num_attention_heads
+        self.widths = (width, width, width, inner, inner)
 
     def __call__(self, x: Tokens, rotation: rope.Rotation, *, kernel: str) -> Tokens:
-        width = x.shape[-1]
-        q, k, v, inner = jnp.split(self.to_qkv_mlp_proj(x), [width, 2 * width, 3 * width], -1)
+        q, k, v, gate, values = self.to_qkv_mlp_proj.parts(x, self.widths)
         q, k, v = (to_heads(y, self.heads) for y in (q, k, v))
         q, k = prepared(q, self.norm_q, rotation), prepared(k, self.norm_k, rotation)
         out = from_heads(attention(q, k, v, kernel=kernel))
-        return self.to_out(jnp.concatenate([out, _swiglu(inner)], -1))
+        return self.to_out(jnp.concatenate([out, activation("silu")(gate) * values], -1))
 
 
 class SingleBlock(nnx.Module):
@@ -252,11 +253,6 @@ def _widths(config: ModelConfig) -> tuple[int, int]:
     """Returns the widths of the tokens and of a feed-forward."""
     width = config.num_attention_heads * config.attention_head_dim
     return width, int(width * config.mlp_ratio)
-
-
-def _swiglu(x: Float[Array, "N T both"]) -> Float[Array, "N T half"]:
-    gate, values = jnp.split(x, 2, axis=-1)
-    return activation("silu")(gate) * values
 
 
 def _check(config: ModelConfig) -> None:

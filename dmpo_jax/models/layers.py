@@ -4,8 +4,9 @@ Every constructor takes `**kw`: dtype (compute), param_dtype and rngs.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,11 +33,12 @@ ACTIVATIONS = {
 
 
 def _gelu(x: Array) -> Array:
-    """Exact GELU, as PyTorch's default; jax.nn.gelu approximates by default."""
-    if x.dtype != jnp.float32:
-        return jax.nn.gelu(x, approximate=False)
-    # By erf, as PyTorch: jax.nn.gelu's erfc, needed in bfloat16, costs a CPU a fifth more.
-    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+    """Exact GELU, as PyTorch's default: by erf, in float32, rounded once.
+
+    By erfc in bfloat16, as jax.nn.gelu, XLA's GPU compiler makes kernels of their own of it.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 def activation(name: str):
@@ -44,15 +46,6 @@ def activation(name: str):
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported: use one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]
-
-
-def _adapted(module: Any, x: Array, y: Array) -> Array:
-    """Adds the output of the module's low-rank adapter for `x` to `y`, if it has one."""
-    if not hasattr(module, "lora_A"):
-        return y
-    # The scale comes before B: a product beside the sum would be contracted into it, in one of the
-    # policy's and the reference's forwards and not in the other, and beta amplifies that.
-    return y + module.lora_B(module.lora_scale * module.lora_A(x))
 
 
 class Linear(nnx.Linear):
@@ -63,15 +56,47 @@ class Linear(nnx.Linear):
         self.split = split
 
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows E"]:
+        return self.parts(x, (self.out_features,))[0]
+
+    def parts(self, x: Float[Array, "*rows D"], widths: Sequence[int]) -> tuple[Array, ...]:
+        """Returns the output's features in parts of these widths, each by a product of its own.
+
+        If one product's output is split, the backward puts the parts' gradients together again,
+        in memory, once for each product that reads them.
+        """
         dtype = self.dtype or x.dtype
         # XLA's CPU backend is slow at weight gradients over two axes; on a TPU joining them
         # is a copy, where tokens lie in the lanes.
         rows = x.reshape(-1, x.shape[-1]) if platform() == "cpu" else x
-        y = _applied(self, jnp.dot, _features(self, "rows", rows.astype(dtype)))
-        y = _features(self, "columns", y)
+
+        def multiply(x: Array, kernel: Array) -> list[Array]:
+            return [jnp.dot(x, part) for part in _cut(kernel, widths)]
+
+        found = _applied(self, multiply, _features(self, "rows", rows.astype(dtype)))
+        found = [_features(self, "columns", y) for y in found]
         if self.bias is not None:
-            y = y + self.bias[...].astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return _adapted(self, rows, y).reshape(*x.shape[:-1], -1)
+            bias = self.bias[...].astype(dtype).reshape((1,) * (rows.ndim - 1) + (-1,))
+            found = [y + b for y, b in zip(found, _cut(bias, widths), strict=True)]
+        if hasattr(self, "lora_A"):
+            added = self.lora_B.parts(_scaled_down(self, rows), widths)
+            found = [y + more for y, more in zip(found, added, strict=True)]
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in found)
+
+
+def _scaled_down(layer: Any, x: Array) -> Array:
+    """Returns the layer's adapter's A of `x`, scaled.
+
+    The scale comes before B: a product beside the sum would be contracted into it, in one of the
+    policy's and the reference's forwards and not in the other, and beta amplifies that.
+    """
+    return layer.lora_scale * layer.lora_A(x)
+
+
+def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
+    """Cuts the last axis into parts; one part is `x` itself, not a slice of it."""
+    if len(widths) == 1:
+        return [x]
+    return jnp.split(x, list(itertools.accumulate(widths[:-1])), axis=-1)
 
 
 class Embed(nnx.Embed):
@@ -98,10 +123,10 @@ class Conv(nnx.Conv):
         y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
-        return _adapted(self, x, y)
+        return y + self.lora_B(_scaled_down(self, x)) if hasattr(self, "lora_A") else y
 
 
-def _applied(layer: Any, operation: Callable[[Array, Array], Array], x: Array) -> Array:
+def _applied(layer: Any, operation: Callable[[Array, Array], Any], x: Array) -> Any:
     """Returns `operation(x, kernel)` of a layer's kernel, gathered, in the dtype of `x`.
 
     A quantised kernel is gathered as int8. The backward makes the kernel again: otherwise it would
@@ -112,7 +137,7 @@ def _applied(layer: Any, operation: Callable[[Array, Array], Array], x: Array) -
         return operation(x, gathered(kernel.astype(x.dtype), layer.out_features, layer.split))
     values = gathered(kernel.values, layer.out_features, layer.split)
 
-    def of_quantised(x: Array, kernel: Quantised) -> Array:
+    def of_quantised(x: Array, kernel: Quantised) -> Any:
         return operation(x, kernel.dequantised(x.dtype))
 
     return jax.checkpoint(of_quantised)(x, Quantised(values, kernel.scale))

@@ -86,10 +86,10 @@ DEAD = frozenset({"addition_embed_type_num_heads"})
 
 class GEGLU(nnx.Module):
     def __init__(self, width: int, inner: int, **kw: Any):
-        self.proj = Linear(width, 2 * inner, **kw)
+        self.proj, self.inner = Linear(width, 2 * inner, **kw), inner
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T E"]:
-        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        value, gate = self.proj.parts(x, (self.inner, self.inner))
         return value * activation("gelu")(gate)
 
 

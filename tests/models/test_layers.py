@@ -1,5 +1,7 @@
 """Layers that several models share, against PyTorch's."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from dmpo_jax.models.layers import RMSNorm, activation, modulated_norm
+from dmpo_jax.models import lora, quantised
+from dmpo_jax.models.layers import Linear, RMSNorm, activation, modulated_norm
 
 LARGE = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32) * 300
 
@@ -57,3 +60,39 @@ def test_gelu(name, approximate):
     x = np.linspace(-6, 6, 101, dtype=np.float32)
     want = torch.nn.functional.gelu(torch.tensor(x), approximate=approximate)
     np.testing.assert_allclose(activation(name)(jnp.asarray(x)), want, atol=1e-6)
+
+
+def test_gelu_in_bfloat16_is_rounded_once():
+    x = torch.linspace(-6, 6, 1001).to(torch.bfloat16)
+    want = torch.nn.functional.gelu(x.double()).to(torch.bfloat16).float().numpy()
+    got = activation("gelu")(jnp.asarray(x.float().numpy(), jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(got, np.float32)[x >= -3], want[x >= -3])
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapted", "int8"])
+def test_a_linear_layer_in_parts_is_its_output_cut(kind):
+    model = {"enter": Linear(32, 48, rngs=nnx.Rngs(0))}
+    model["enter"].bias[...] = jnp.linspace(-1, 1, 48)
+    layer = nnx.Dict(model)
+    if kind == "adapted":
+        layer = lora.attach(layer, rank=2, alpha=4, targets=["enter"], seed=0)
+        up = layer["enter"].lora_B.kernel
+        up[...] = jnp.linspace(-1, 1, up.size).reshape(up.shape)
+    if kind == "int8":
+        layer["enter"].kernel.set_value(quantised.quantise(layer["enter"].kernel[...]))
+    layer, x = layer["enter"], jnp.asarray(LARGE[..., :2].reshape(3, 5, 4), jnp.float32)
+    x = jnp.tile(x, (1, 1, 8)) / 300
+
+    def cut(x):
+        return jnp.split(layer(x), [8, 24], axis=-1)
+
+    def parts(x):
+        return list(layer.parts(x, (8, 16, 24)))
+
+    def loss(of, x):
+        return sum((i + 1) * jnp.sin(y).sum() for i, y in enumerate(of(x)))
+
+    for got, want in zip(parts(x), cut(x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    got, want = (jax.grad(functools.partial(loss, of))(x) for of in (parts, cut))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
