@@ -1,6 +1,5 @@
 """Tests for dmpo_jax/evaluation/report.py: what the page holds; its script has its own tests."""
 
-import html.parser
 import io
 import json
 import sys
@@ -12,35 +11,11 @@ from PIL import Image
 from dmpo_jax.evaluation import plots, report
 from dmpo_jax.training.run_page import PAGE
 from tests.support.made_evaluation import EVIL, write
+from tests.support.page import Page
 
 
-class Page(html.parser.HTMLParser):
-    """Tags with their attributes, and the texts between tags."""
-
-    VOID = ("meta", "img", "br", "input")
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.texts, self._open, self.data = [], [], [], None
-        self.feed(path.read_text())
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] == "script" and self.data is None:
-            self.data = json.loads(data)
-        elif self._open and self._open[-1] not in ("script", "style") and data.strip():
-            self.texts.append(" ".join(data.split()))
+def data_of(page):
+    return json.loads(page.scripts[0])
 
 
 def test_the_page_holds_all_figures_and_rows(tmp_path):
@@ -55,15 +30,15 @@ def test_the_page_holds_all_figures_and_rows(tmp_path):
     assert "numbers of prompts" in text
     assert "75.0%" in page.texts  # one loss, a tie, and four wins
     assert {"Animals", "Arts & Crafts", "<tuned> 1%", "0.25"} <= set(page.texts)
-    assert [row["number"] for row in page.data["rows"]] == list(range(6))
-    assert page.data["rows"][0]["prompt"] == EVIL
-    assert page.data["rows"][0]["images"] == [
+    assert [row["number"] for row in data_of(page)["rows"]] == list(range(6))
+    assert data_of(page)["rows"][0]["prompt"] == EVIL
+    assert data_of(page)["rows"][0]["images"] == [
         "images/base/00000.png",
         "images/<tuned> 1%/00000.png",
     ]
-    assert page.data["primary"] == "judge"
+    assert data_of(page)["primary"] == "judge"
     assert "http" not in path.read_text()  # nothing from elsewhere
-    for row in page.data["rows"]:
+    for row in data_of(page)["rows"]:
         for side, thumb in enumerate(row["thumbs"]):
             with Image.open(path.parent / thumb) as image:
                 assert (image.getpixel((9, 9))[1] > 50) == side  # of the model in its place
@@ -82,7 +57,7 @@ def test_the_other_question_has_other_words(tmp_path):
 def test_several_models_without_categories(tmp_path):
     page = Page(write(tmp_path, models=("base", "one", "two"), categories=()))
     assert page.texts.count("against base") == 2
-    assert [len(row["thumbs"]) for row in page.data["rows"]] == [3] * 6
+    assert [len(row["thumbs"]) for row in data_of(page)["rows"]] == [3] * 6
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
     assert "By category, in figures" not in page.texts
 
@@ -98,7 +73,7 @@ def test_it_links_to_the_page_of_the_run_beside_it(tmp_path):
 def test_a_single_file_holds_the_extremes(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "EXTREMES", 2)
     path = write(tmp_path, count=9, single_file=True)
-    rows = Page(path).data["rows"]
+    rows = data_of(Page(path))["rows"]
     assert [row["number"] for row in rows] == [0, 1, 7, 8]
     assert all(t.startswith("data:image/webp;base64,") for row in rows for t in row["thumbs"])
     assert [file.name for file in path.parent.iterdir()] == ["index.html"]

@@ -1,6 +1,5 @@
 """Tests for dmpo_jax/training/run_page.py: what the page says; its look is judged by eye."""
 
-import html.parser
 import io
 import json
 import math
@@ -17,39 +16,14 @@ from dmpo_jax.training import alarms, metrics, run_page
 from dmpo_jax.training.hooks import Hook
 from dmpo_jax.training.run_page import About, Next, RunPage, Setting
 from tests.support import watched
+from tests.support.page import Page
 
 EVIL = "<script>alert('x')</script> & \"cat\" </p>"
 ABOUT = About("a run", "dmpo on a model")
 
 
-class Page(html.parser.HTMLParser):
-    """Texts, tags, figures of curves and images of a page; complains of tags left open."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.texts, self.images, self._open, self._cells = [], [], [], [], []
-        self.rows: list[list[str]] = []
-        self.feed(path.read_text())
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.images += [dict(attrs)] if tag == "img" else []
-        self.rows += [[]] if tag == "tr" else []
-        if tag not in ("meta", "img"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if text := data.strip():
-            self.texts.append(text)
-            if {"td", "th"} & set(self._open):
-                self.rows[-1].append(text)
+class Shown(Page):
+    """The page of a run: figures of its curves, tiles, alarms."""
 
     def figures(self) -> dict[str, list[str]]:
         """{curve: first, lowest, highest, last}."""
@@ -101,13 +75,13 @@ def test_a_run_has_a_page_from_its_start_whose_figures_are_the_metrics(pairs, tm
         def __call__(self, state, update):
             deadline = time.monotonic() + 20
             while not seen and time.monotonic() < deadline:
-                page = Page(path) if path.exists() else None
+                page = Shown(path) if path.exists() else None
                 if page and page.tile("update") != "0":
                     seen.append(page)
             return {"mine": math.nan, "not_always": math.inf if update == 20 else 7.0}
 
     rows, _ = watched.run(tmp_path, pairs, steps=40, validate_every=20, page=ABOUT, hooks=[Look()])
-    meanwhile, page = seen[0], Page(path)
+    meanwhile, page = seen[0], Shown(path)
     assert "training" in meanwhile.texts
     assert 1 <= int(meanwhile.tile("update")) <= 20
     assert "complete" in page.texts
@@ -123,7 +97,7 @@ def test_a_run_has_a_page_from_its_start_whose_figures_are_the_metrics(pairs, tm
     assert "not complete" not in caplog.text
 
 
-def write_rows(folder, steps, *, resume_step=0, about=ABOUT, images=(), **kw) -> Page:
+def write_rows(folder, steps, *, resume_step=0, about=ABOUT, images=(), **kw) -> Shown:
     """Writes rows and images of these updates as training does; returns the page."""
     page = RunPage(folder, about, total=9, resume_step=resume_step, **kw)
     writer = metrics.MetricsWriter(folder, tensorboard=False, resume_step=resume_step, sinks=[page])
@@ -133,7 +107,7 @@ def write_rows(folder, steps, *, resume_step=0, about=ABOUT, images=(), **kw) ->
             for number_, image in images:
                 if number_ == step:
                     writer.image(step, "samples", image)
-    return Page(page.path)
+    return Shown(page.path)
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -226,7 +200,7 @@ def test_it_says_how_training_ended(tmp_path, error, said):
     page.open()
     page.ended(type(error), error, None)
     page.close()
-    assert said in Page(page.path).texts
+    assert said in Shown(page.path).texts
 
 
 def test_the_time_left_is_by_the_pace_of_this_process(tmp_path):
@@ -235,7 +209,7 @@ def test_the_time_left_is_by_the_pace_of_this_process(tmp_path):
     for step in (110, 120, 130):
         now[0] += 36.0
         page.write(step, {"loss": 1.0, "learning_rate": 0.1})
-    assert Page(page.path).tile("time left") == "52 min"  # 870 updates of 3.6 s
+    assert Shown(page.path).tile("time left") == "52 min"  # 870 updates of 3.6 s
 
 
 def test_rewriting_takes_a_small_share_of_the_time(tmp_path, monkeypatch):
@@ -273,7 +247,7 @@ def test_a_large_grid_has_a_small_copy(tmp_path):
     page = RunPage(tmp_path, ABOUT, total=9)
     page.image(1, "samples", Image.fromarray(np.zeros((3000, 1500, 3), np.uint8)))
     page.close()
-    (image,) = Page(page.path).images
+    (image,) = Shown(page.path).images
     content = (tmp_path / "report" / image["src"]).read_bytes()
     assert Image.open(io.BytesIO(content)).size == (512, 1024)
 
@@ -283,7 +257,7 @@ def test_many_grids_are_folded_away(tmp_path):
     for step in range(0, 90, 10):
         page.image(step, "samples", picture())
     page.close()
-    shown = Page(page.path)
+    shown = Shown(page.path)
     assert [image["src"] for image in shown.images] == [
         f"samples/{step}.webp" for step in (0, 40, 50, 60, 70, 80, 10, 20, 30)
     ]
