@@ -101,7 +101,9 @@ def test_every_point_of_every_space_is_legal_and_has_a_branch():
     for name, space in SPACES.items():
         assert set(space.first) == set(space.ladders)
         for task in TASKS:
-            for trial in trials._points(task, name).values():
+            points = trials._points(task, name).values()
+            # The rate is no hyperparameter: one point of each of the others.
+            for trial in {str(point.hyperparameters): point for point in points}.values():
                 OBJECTIVES[name].check(**trial.hyperparameters)
                 assert bench.branch_of(trial) in bench.BRANCHES
 

@@ -158,16 +158,13 @@ def test_large_tables_are_cut(kind, tmp_path):
 def test_row_groups_are_kept_together(tmp_path):
     data = image(0)
     row = {"prompt": "a", "chosen": data, "rejected": data}
-    rows = [{**row, "prompt": str(i)} for i in range(4321)]
-    for size, edges in (
-        (300, [0, 900, 1800, 2700, 3600, 4321]),
-        (4321, [0, 1080, 2160, 3240, 4321]),
-    ):
+    rows = [{**row, "prompt": str(i)} for i in range(2161)]
+    for size, edges in ((300, [0, 900, 1800, 2161]), (2161, [0, 1080, 2161])):
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet", row_group_size=size)
         source = sources.open_source(f"table:{tmp_path}/t.parquet")
         pairs = [pair for unit in source.units() for pair in source.read(unit)]
-        assert [pair.prompt for pair in pairs] == [str(i) for i in range(4321)]
-        assert [pair.id for pair in pairs] == [f"t.parquet:{i}" for i in range(4321)]
+        assert [pair.prompt for pair in pairs] == [str(i) for i in range(2161)]
+        assert [pair.id for pair in pairs] == [f"t.parquet:{i}" for i in range(2161)]
         assert [unit.start for unit in source.units()] == edges[:-1]
 
 
