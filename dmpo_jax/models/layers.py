@@ -20,32 +20,42 @@ from dmpo_jax.models.convolution import convolution
 from dmpo_jax.models.quantised import Quantised
 from dmpo_jax.parallel.placement import gathered, looked_up, platform, split_over_tensor
 
+
+def _gelu(x: Array) -> Array:
+    """Exact GELU, as PyTorch's default; jax.nn.gelu approximates by default.
+
+    By erf: by erfc, as jax.nn.gelu(approximate=False), XLA's GPU compiler makes kernels of its own.
+    """
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
+
+
+_gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "relu": jax.nn.relu,
     "mish": jax.nn.mish,
-    "gelu": lambda x: _gelu(x),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu-approximate": functools.partial(jax.nn.gelu, approximate=True),  # diffusers' name of it
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "gelu-approximate": _gelu_tanh,  # diffusers' name of it
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
 
-def _gelu(x: Array) -> Array:
-    """Exact GELU, as PyTorch's default: by erf, in float32, rounded once.
-
-    By erfc in bfloat16, as jax.nn.gelu, XLA's GPU compiler makes kernels of their own of it.
-    """
-    wide = x.astype(jnp.float32)
-    return (wide * (0.5 + 0.5 * jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
-
-
 def activation(name: str):
-    """Returns the activation function that config.json names; ValueError lists those supported."""
+    """Returns the activation function that config.json names; ValueError lists those supported.
+
+    It computes in float32 at least and rounds once, as PyTorch does: step by step in bfloat16, two
+    in five values of SiLU would be another number.
+    """
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported: use one of {sorted(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    function = ACTIVATIONS[name]
+
+    def rounded_once(x: Array) -> Array:
+        return function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+    return rounded_once
 
 
 class Linear(nnx.Linear):

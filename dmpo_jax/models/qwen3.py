@@ -8,7 +8,6 @@ Letters: N prompts, S tokens, D width, A heads, H a head's width.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,7 +18,7 @@ from dmpo_jax.models import clip, rope
 from dmpo_jax.models.attention import attention
 from dmpo_jax.models.clip import TextOutput
 from dmpo_jax.models.component_config import ModelConfig, Only
-from dmpo_jax.models.layers import Embed, Linear, RMSNorm
+from dmpo_jax.models.layers import Embed, Linear, RMSNorm, activation
 
 KEYS = {
     "attention_bias": Only(False),
@@ -80,7 +79,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear(inner, width, **kw)
 
     def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N S D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(activation("silu")(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nnx.Module):

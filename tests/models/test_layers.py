@@ -62,11 +62,21 @@ def test_gelu(name, approximate):
     np.testing.assert_allclose(activation(name)(jnp.asarray(x)), want, atol=1e-6)
 
 
-def test_gelu_in_bfloat16_is_rounded_once():
-    x = torch.linspace(-6, 6, 1001).to(torch.bfloat16)
-    want = torch.nn.functional.gelu(x.double()).to(torch.bfloat16).float().numpy()
-    got = activation("gelu")(jnp.asarray(x.float().numpy(), jnp.bfloat16))
-    np.testing.assert_array_equal(np.asarray(got, np.float32)[x >= -3], want[x >= -3])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("silu", torch.nn.functional.silu),
+        ("mish", torch.nn.functional.mish),
+        ("gelu", torch.nn.functional.gelu),
+        ("gelu_tanh", functools.partial(torch.nn.functional.gelu, approximate="tanh")),
+    ],
+)
+def test_activations_in_bfloat16_are_rounded_once(name, theirs):
+    x = torch.linspace(-2, 6, 1001).to(torch.bfloat16)  # below, tails of GELU cancel
+    want = theirs(x.double()).to(torch.bfloat16).float().numpy()
+    got = jax.jit(activation(name))(jnp.asarray(x.float().numpy(), jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 
 
 @pytest.mark.parametrize("kind", ["plain", "adapted", "int8"])
