@@ -38,7 +38,7 @@ LEFT_OUT = {
     "digits": r"config=(configs/)?digits",  # whole jobs of minutes, as tests/toy has them
     "pod": r"launch/tpu/train\.sh",  # tests/launch checks the script
     "two machines": r"SHARED/",  # tests/launch runs two processes
-    "one file": r"--single_file",  # of a full model
+    "one file": r"--single_file|--scorer=hpsv2:FILE",  # of a full model
     "source images": r"instruct_pix2pix",  # other pairs than this page's
     "the hub's data": r"hf:ORG",  # tests/data fetches from a stand-in
     "the hub": r"--push=(?!.*--push_dry_run)",  # tests/export sends to a stand-in
@@ -64,7 +64,6 @@ FILLED = {
     "/kaggle": "kaggle",
     "=FILE.safetensors": "=LORA_WORKDIR/lora/pytorch_lora_weights.safetensors",
     ",OTHER.safetensors": ",LORA_WORKDIR/lora/pytorch_lora_weights.safetensors",
-    "hpsv2:FILE.pt": "hpsv2:HPS.pt",
     "prompts=FILE": "prompts=prompts.txt",
     "=WORKDIR --lora_keys": "=LORA_WORKDIR --lora_keys",
     "--step=1000": "--step=2",
@@ -77,7 +76,7 @@ FILLED = {
     "PartiPrompts.tsv": "prompts.txt",
 }
 MADE = {  # before any page's commands
-    "encoded": f"dmpo-jax encode --source=table:pairs.csv --out=encoded --model={SDXL}",
+    "encoded": f"dmpo-jax encode --source=table:pairs.csv --flip --out=encoded --model={SDXL}",
     "WORKDIR": f"dmpo-jax train --config=sdxl_dmpo --workdir=WORKDIR --config.model.folder={SDXL} "
     "--config.data.encoded=encoded",
     "LORA_WORKDIR": "dmpo-jax train --config=sdxl_dmpo:lora --workdir=LORA_WORKDIR "
@@ -127,8 +126,6 @@ def write_hub(cache: pathlib.Path) -> None:
 
 def write_given(folder: pathlib.Path) -> None:
     """The reader's own files: pairs in the forms that pages name, prompts, reward models."""
-    import torch
-
     rng = np.random.default_rng(0)
     for place in (folder, folder / "kaggle" / "input" / "pairs"):
         (place / "img").mkdir(parents=True)
@@ -147,9 +144,7 @@ def write_given(folder: pathlib.Path) -> None:
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS[:4]) + "\n")
     for i, name in enumerate(("PICKSCORE_FOLDER", "CLIP_FOLDER")):
         reward_folders.write_clip(folder / name, seed=i)
-    model = reward_folders.clip_model(seed=2)
-    state = reward_folders.write_open_clip(folder / "HPSV21_FOLDER", model)
-    torch.save({"state_dict": state}, folder / "HPS.pt")
+    reward_folders.write_open_clip(folder / "HPSV21_FOLDER", reward_folders.clip_model(seed=2))
 
 
 class Reader:
