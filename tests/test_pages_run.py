@@ -59,7 +59,6 @@ SMALLER = {
 }
 # What a reader fills in.
 FILLED = {
-    "published.py:sdxl_dmpo --workdir=gs://BUCKET/run": "published.py:sdxl_dmpo --workdir=run2",
     "gs://BUCKET": "bucket",
     "/kaggle": "kaggle",
     "=FILE.safetensors": "=LORA_WORKDIR/lora/pytorch_lora_weights.safetensors",
