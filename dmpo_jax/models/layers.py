@@ -88,7 +88,7 @@ class Linear(nnx.Linear):
             bias = self.bias[...].astype(dtype).reshape((1,) * (rows.ndim - 1) + (-1,))
             found = [y + b for y, b in zip(found, _cut(bias, widths), strict=True)]
         if hasattr(self, "lora_A"):
-            added = self.lora_B.parts(_scaled_down(self, rows), widths)
+            added = _up(self).parts(_scaled_down(self, rows), widths)
             found = [y + more for y, more in zip(found, added, strict=True)]
         return tuple(y.reshape(*x.shape[:-1], -1) for y in found)
 
@@ -100,6 +100,11 @@ def _scaled_down(layer: Any, x: Array) -> Array:
     policy's and the reference's forwards and not in the other, and beta amplifies that.
     """
     return layer.lora_scale * layer.lora_A(x)
+
+
+def _up(layer: Any) -> Any:
+    """Returns the layer's adapter's B."""
+    return layer.lora_B
 
 
 def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
@@ -133,7 +138,7 @@ class Conv(nnx.Conv):
         y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
-        return y + self.lora_B(_scaled_down(self, x)) if hasattr(self, "lora_A") else y
+        return y + _up(self)(_scaled_down(self, x)) if hasattr(self, "lora_A") else y
 
 
 def _applied(layer: Any, operation: Callable[[Array, Array], Any], x: Array) -> Any:
