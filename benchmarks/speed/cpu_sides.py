@@ -52,7 +52,8 @@ def write_reference(folder: str, size: Size) -> None:
 class Ours:
     """Our `jit_train_step`, timed with everything that a real run does."""
 
-    def __init__(self, folder: str, size: Size):
+    def __init__(self, folder: str, size: Size, moving: tuple[float, int] | None = None):
+        """moving: (decay, every) of a reference that follows the policy; None: it is fixed."""
         import jax
         import jax.numpy as jnp
         import optax
@@ -64,6 +65,7 @@ class Ours:
         from dmpo_jax.objectives import OBJECTIVES
         from dmpo_jax.parallel import meshes
         from dmpo_jax.training.build import Rate, StepSettings, build
+        from dmpo_jax.training.step import Moving
         from dmpo_jax.types import Condition, PairBatch
 
         jax.config.update("jax_enable_compilation_cache", False)
@@ -87,6 +89,7 @@ class Ours:
             batch_size=size.batch,
             rate=Rate(peak=LEARNING_RATE),
             optimizer={"weight_decay": WEIGHT_DECAY, "clip_norm": CLIP_NORM},
+            moving=Moving(*moving) if moving else None,
         )
         sgd = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.sgd(LEARNING_RATE))
         tx = None if size.optimizer == "adamw" else sgd

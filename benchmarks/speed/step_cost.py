@@ -1,4 +1,4 @@
-"""What an option adds to the digits step: the same step with it and without, in turns.
+"""Cost of an option: the digits step with it and the same step without, in turns.
 
     python benchmarks/speed/step_cost.py curves --rounds 40 --steps 4    # some minutes on 2 cores
     python benchmarks/speed/step_cost.py moving --rounds 40 --steps 4
@@ -45,22 +45,10 @@ def without_curves() -> Any:
     return mock.patch.object(step, "health", Bare)
 
 
-def with_moving() -> Any:
-    """Returns a patch under which the step's reference follows the policy."""
-    from dmpo_jax.training import build, step
-
-    settings = build.StepSettings
-
-    def moving(**kw: Any) -> Any:
-        return settings(**kw, moving=step.Moving(0.99))
-
-    return mock.patch.object(build, "StepSettings", moving)
-
-
-# name: patches of the side with the option, and of the side without.
-OPTIONS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    "curves": (contextlib.nullcontext, without_curves),
-    "moving": (with_moving, contextlib.nullcontext),
+# name: settings of the step with the option, and a patch of the step without it.
+OPTIONS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
+    "curves": ({}, without_curves),
+    "moving": ({"moving": (0.99, 1)}, contextlib.nullcontext),
 }
 
 
@@ -94,13 +82,14 @@ def main() -> None:
                     curves.take()
         return (time.perf_counter() - began) / given.steps
 
-    sides = []
+    settings, without = OPTIONS[given.option]
     with tempfile.TemporaryDirectory() as folder:
         cpu_sides.write_reference(folder, size)
-        for patch in OPTIONS[given.option]:
-            with patch():
-                sides.append(cpu_sides.Ours(folder, size))
-                sides[-1].compile()
+        sides = [cpu_sides.Ours(folder, size, **settings)]
+        sides[0].compile()
+        with without():
+            sides.append(cpu_sides.Ours(folder, size))
+            sides[1].compile()
     for side in sides:
         whole_round(side)
     pairs = []

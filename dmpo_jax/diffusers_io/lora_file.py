@@ -241,7 +241,7 @@ def _magnitude(file: epath.Path, name: str, array: np.ndarray) -> np.ndarray:
     Raises:
         UserError: they are of the layer's inputs, [1, in], as LyCORIS may write them.
     """
-    axis = 1 if name.partition("lora_magnitude_vector")[1] and array.ndim > 2 else 0
+    axis = 1 if "lora_magnitude_vector" in name and array.ndim > 2 else 0
     if array.ndim == 0 or array.shape[axis] != array.size:
         raise UserError(
             f"{file} holds {name!r} of shape {array.shape}; DoRA is read with one magnitude per "

@@ -59,11 +59,12 @@ class FeedForward(nnx.Module):
     """SwiGLU, its gate and its values in one projection."""
 
     def __init__(self, width: int, inner: int, **kw: Any):
-        self.linear_in, self.inner = Linear(width, 2 * inner, use_bias=False, **kw), inner
+        self.linear_in = Linear(width, 2 * inner, use_bias=False, **kw)
         self.linear_out = Linear(inner, width, use_bias=False, split="rows", **kw)
 
     def __call__(self, x: Tokens) -> Tokens:
-        gate, values = self.linear_in.parts(x, (self.inner, self.inner))
+        half = self.linear_in.out_features // 2
+        gate, values = self.linear_in.parts(x, (half, half))
         return self.linear_out(activation("silu")(gate) * values)
 
 

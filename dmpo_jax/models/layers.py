@@ -88,23 +88,19 @@ class Linear(nnx.Linear):
             bias = self.bias[...].astype(dtype).reshape((1,) * (rows.ndim - 1) + (-1,))
             found = [y + b for y, b in zip(found, _cut(bias, widths), strict=True)]
         if hasattr(self, "lora_A"):
-            added = _up(self).parts(_scaled_down(self, rows), widths)
+            up, down = _adapter(self, rows)
+            added = up.parts(down, widths)
             found = [y + more for y, more in zip(found, added, strict=True)]
         return tuple(y.reshape(*x.shape[:-1], -1) for y in found)
 
 
-def _scaled_down(layer: Any, x: Array) -> Array:
-    """Returns the layer's adapter's A of `x`, scaled.
+def _adapter(layer: Any, x: Array) -> tuple[Any, Array]:
+    """Returns (B of a layer's low-rank adapter, the input of B: A of `x`, scaled).
 
     The scale comes before B: a product beside the sum would be contracted into it, in one of the
     policy's and the reference's forwards and not in the other, and beta amplifies that.
     """
-    return layer.lora_scale * layer.lora_A(x)
-
-
-def _up(layer: Any) -> Any:
-    """Returns the layer's adapter's B."""
-    return layer.lora_B
+    return layer.lora_B, layer.lora_scale * layer.lora_A(x)
 
 
 def _cut(x: Array, widths: Sequence[int]) -> list[Array]:
@@ -138,7 +134,10 @@ class Conv(nnx.Conv):
         y = _features(self, "columns", y)
         if self.bias is not None:
             y = y + self.bias[...].astype(dtype).reshape(1, 1, 1, -1)
-        return y + _up(self)(_scaled_down(self, x)) if hasattr(self, "lora_A") else y
+        if hasattr(self, "lora_A"):
+            up, down = _adapter(self, x)
+            y = y + up(down)
+        return y
 
 
 def _applied(layer: Any, operation: Callable[[Array, Array], Any], x: Array) -> Any:

@@ -86,10 +86,11 @@ DEAD = frozenset({"addition_embed_type_num_heads"})
 
 class GEGLU(nnx.Module):
     def __init__(self, width: int, inner: int, **kw: Any):
-        self.proj, self.inner = Linear(width, 2 * inner, **kw), inner
+        self.proj = Linear(width, 2 * inner, **kw)
 
     def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T E"]:
-        value, gate = self.proj.parts(x, (self.inner, self.inner))
+        half = self.proj.out_features // 2
+        value, gate = self.proj.parts(x, (half, half))
         return value * activation("gelu")(gate)
 
 
