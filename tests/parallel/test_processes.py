@@ -206,9 +206,9 @@ try:
     raise ValueError("the model folder '/nccl/gloo/heartbeat' is not complete")
 except Exception as error:
     print(processes.is_lost_peer(error), flush=True)
-    if sys.argv[1] == "alone":
+    if sys.argv[1] != "gone":
         processes.barrier("process 0 has said it")
-        time.sleep(2)  # the store ends with process 0
+        time.sleep(2 * (jax.process_index() == 0))  # the store ends with process 0
     os._exit(0)
 """
 
