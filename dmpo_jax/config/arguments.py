@@ -57,7 +57,12 @@ def sampling(config: Config) -> dict[str, Any]:
 
 def drawing(config: Config) -> dict[str, Any]:
     """Arguments of `open_sampler`, the folder apart."""
-    return {**pipeline(config), **sampling(config), "vae_dtype": config.sample.vae_dtype}
+    return {
+        **pipeline(config),
+        **sampling(config),
+        "vae_dtype": config.sample.vae_dtype,
+        "attention": config.model.attention,
+    }
 
 
 def protocol(config: Config) -> dict[str, Any]:

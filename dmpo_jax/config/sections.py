@@ -14,7 +14,7 @@ from dmpo_jax.encoding.plan import CHOICES
 from dmpo_jax.evaluation.protocol import ESTIMANDS, PROTOCOLS
 from dmpo_jax.families import FAMILIES
 from dmpo_jax.models.attention import KERNELS
-from dmpo_jax.models.execution import REMAT
+from dmpo_jax.models.execution import AUTO, REMAT
 from dmpo_jax.objectives import ANCHORS, OBJECTIVES
 from dmpo_jax.objectives.safeguard import MU
 from dmpo_jax.sampling.seeds import EACH, SEEDS
@@ -187,9 +187,9 @@ class Model(Section):
         counts_with=ITSELF,
     )
     attention: str = leaf(
-        "auto",
+        AUTO,
         "auto: cudnn on GPU, splash on TPU, else plain",
-        OneOf(("auto", *KERNELS)),
+        OneOf((AUTO, *KERNELS)),
         affects=PROGRAM,
     )
     remat: str = leaf(

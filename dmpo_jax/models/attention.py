@@ -34,6 +34,9 @@ PADDED_TO = 512
 # Tokens per block of the splash kernels. Compiled for v5e and v5p, they fit 16 MB of scoped
 # VMEM. The larger the key block, the fewer partial gradients of the query are written.
 BLOCK, BLOCK_COMPUTE, BLOCK_BACKWARD = 1024, 512, 2048
+# Of a head, in the plain kernel: more are made a part of the queries at a time. The VAE of a
+# 1,024 px image has 16,384 tokens, whose 268 million scores would take 1.1 GB in float32.
+MOST_SCORES = 2**24
 # Name of the splash forward's output and log-sum-exp in `jax.checkpoint` policies:
 # `save_only_these_names(RESIDUALS)` keeps them, so the backward does not rerun the forward.
 RESIDUALS = "attention_residuals"
@@ -110,6 +113,25 @@ def takes_splash(query: Spec, key: Spec, mask: Spec | None = None) -> bool:
 def _plain(query, key, value, mask, lengths):
     # Heads before tokens: on CPU a batched product over adjacent axes is several times faster.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    parts = _parts(query.shape[2], key.shape[2]) if mask is None else 1
+    if parts == 1:
+        return jnp.swapaxes(_weighted(query, key, value, mask, lengths), 1, 2)
+    batch, heads, tokens, width = query.shape
+    cut = jnp.moveaxis(query.reshape(batch, heads, parts, tokens // parts, width), 2, 0)
+    out = jax.lax.map(lambda part: _weighted(part, key, value, None, lengths), cut)
+    return jnp.swapaxes(jnp.moveaxis(out, 0, 2).reshape(batch, heads, tokens, -1), 1, 2)
+
+
+def _parts(tokens: int, keys: int) -> int:
+    """Returns the number of equal parts of the queries whose scores are made at a time."""
+    parts = 1
+    while tokens // parts * keys > MOST_SCORES and tokens % (2 * parts) == 0:
+        parts *= 2
+    return parts
+
+
+def _weighted(query, key, value, mask, lengths):
+    """Attention with heads before tokens, `[B N T H]`."""
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=jnp.float32)
     scores = scores * query.shape[-1] ** -0.5
     lowest = jnp.finfo(scores.dtype).min
@@ -120,7 +142,7 @@ def _plain(query, key, value, mask, lengths):
         valid = jnp.arange(key.shape[2])[None] < lengths[:, None]
         scores = jnp.where(valid[:, None, None], scores, lowest)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.swapaxes(jnp.einsum("BNTS,BNSH->BNTH", weights, value), 1, 2)
+    return jnp.einsum("BNTS,BNSH->BNTH", weights, value)
 
 
 def _cudnn(platform, query, key, value, lengths=None):

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from dmpo_jax.models import attention, parameters
 from dmpo_jax.models.quantised import Holding
 
 REMAT = ("none", "block", "transformer", "offload")
+AUTO = "auto"  # of Execution.attention: the best kernel for the devices
 _INPUT = "block_input"
 Carry = TypeVar("Carry")
 
@@ -20,7 +22,7 @@ Carry = TypeVar("Carry")
 class Execution(NamedTuple):
     """Execution choices; static, so each value compiles its own program.
 
-    attention: a name in `attention.KERNELS`.
+    attention: a name in `attention.KERNELS`, or AUTO until the devices are known (`on`).
     remat: what the backward recomputes instead of keeping it from the forward.
         "none": nothing. Gathered kernels are kept too, which with "fsdp" is the complete model
         in the compute dtype on every device; the others gather again.
@@ -35,8 +37,15 @@ class Execution(NamedTuple):
     remat: str = "none"
     scan: bool = False
 
+    def on(self, mesh: Mesh) -> "Execution":
+        """Returns it with AUTO resolved for a mesh's devices."""
+        if self.attention != AUTO:
+            return self
+        return self._replace(attention=attention.best_kernel(mesh.devices.flat[0].platform))
+
 
 DEFAULT = Execution()
+BEST = Execution(attention=AUTO)
 
 
 def rematerialised(

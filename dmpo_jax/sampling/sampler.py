@@ -20,6 +20,7 @@ from dmpo_jax.diffusion import samplers
 from dmpo_jax.diffusion.noise import Factor, restore_latents
 from dmpo_jax.families.family import Embedded, Given
 from dmpo_jax.models import parameters
+from dmpo_jax.models.execution import AUTO, Execution
 from dmpo_jax.parallel import meshes, placement
 from dmpo_jax.progress import Progress
 from dmpo_jax.sampling.given import check_given, read_mask, read_source
@@ -33,12 +34,14 @@ class Sampler:
     """Samples images: call it for all at once, or iterate over its `batches`.
 
     name: of the sampler, one of `samplers.SAMPLERS`; size: height and width in pixels.
+    attention: its kernel.
     embed: prompts -> their embeddings, float32.
     """
 
     pipeline: diffusers_io.Pipeline
     name: str
     size: tuple[int, int]
+    attention: str
     batch_size: int
     negative_prompt: str | None
     guided: bool
@@ -129,6 +132,7 @@ def open_sampler(
     variant: str | None,
     dtype: Any,
     vae_dtype: Any = None,
+    attention: str = AUTO,
     loras: Sequence[diffusers_io.Lora] = (),
     **settings: Any,
 ) -> tuple[Sampler, Callable[[], parameters.Params]]:
@@ -139,7 +143,7 @@ def open_sampler(
     Args:
         vae: another VAE's folder, in place of the pipeline's own; "" is its own.
         variant: of the weight files. dtype: of the computation; vae_dtype: of the VAE's, by
-            default the same.
+            default the same. attention: of `Execution`.
         loras: files merged into the model.
         settings: of `make_sampler`.
     """
@@ -149,6 +153,7 @@ def open_sampler(
     model = diffusers_io.load_model(pipeline.folder, abstract=True, variant=variant, dtype=dtype)
     diffusers_io.check_loras(loras, model, pipeline.folder)
     devices = meshes.make_mesh(devices=jax.local_devices())
+    model.execution = Execution(attention).on(devices)
     weights = {"variant": variant, "dtype": dtype, "loras": loras}
     load = functools.partial(load_params, pipeline.folder, **weights)
     return make_sampler(pipeline, model, devices=devices, **settings), load
@@ -193,7 +198,7 @@ def make_sampler(
     """Returns a sampler, (params, prompts, seeds, describe="") -> uint8 [N, H, W, 3].
 
     Args:
-        unet: gives structure and size; its parameters are not used.
+        unet: gives structure, execution and size; its parameters are not used.
         batch_size: images at a time, rounded up to a multiple of the devices.
         negative_prompt: for prompts without their own. None is the empty prompt or, if the
             pipeline requests it as SDXL's do, embeddings of zeros.
@@ -213,7 +218,6 @@ def make_sampler(
     shares = meshes.batch_shares(devices)
     batch_size = -(-batch_size // shares) * shares
     family = pipeline.family
-    scaling, shift = family.factors(pipeline.vae)
     size, shape = _sizes(unet, pipeline, height, width)
     name = pipeline.sampling.resolve(sampler)
     settings = {"schedule": pipeline.schedule, "num_steps": steps}
@@ -225,10 +229,56 @@ def make_sampler(
     jax.eval_shape(lambda x: solve(lambda x, _: x, x, **settings), jnp.zeros((1, *shape)))
     given = family.given
     image_scale = image_guidance_scale if given and given.optional else None
+    run = make_run(
+        pipeline,
+        unet,
+        shape,
+        lambda guided, noise: solve(guided, noise, **settings),
+        guidance_scale=guidance_scale,
+        image_scale=image_scale,
+        devices=devices,
+    )
+    _, vae_params = parameters.split(pipeline.vae)
+    vae_params = jax.device_put(vae_params, meshes.replicated(devices))
+    rows = meshes.batch_sharding(devices)
+    return Sampler(
+        pipeline,
+        name,
+        size,
+        unet.execution.attention,
+        batch_size,
+        negative_prompt,
+        family.guidance(guidance_scale)[1] != 0 or image_scale not in (None, 1),
+        lambda params, *inputs: run(params, vae_params, *jax.device_put(inputs, rows)),
+        embed or functools.partial(diffusers_io.embed_prompts, pipeline),
+    )
+
+
+def make_run(
+    pipeline: diffusers_io.Pipeline,
+    unet: Any,
+    shape: tuple[int, int, int],
+    solve: Callable[..., jax.Array],
+    *,
+    guidance_scale: float,
+    image_scale: float | int | None,
+    devices: Mesh,
+) -> Callable[..., Any]:
+    """Returns the jitted program of a batch: noise, every step, the VAE's decoder.
+
+    `run(params, VAE's parameters, condition, negative, source images, masks, seeds [N])` returns
+    uint8 images [N, H, W, 3]. Needs no array of `pipeline` or `unet`.
+
+    Args:
+        shape: of an image's packed latents. solve: (guided model, noise) -> latents.
+        image_scale: of `guidance_parts`.
+    """
+    family = pipeline.family
+    given, (scaling, shift) = family.given, family.factors(pipeline.vae)
     structure, _ = parameters.split(unet)
     predict = family.make_predict(lambda params: parameters.merge(structure, params))
     predict = placement.over_rows(predict, devices)
-    vae_structure, vae_params = parameters.split(pipeline.vae)
+    vae_structure, _ = parameters.split(pipeline.vae)
 
     @jax.jit
     def run(params, vae_params, told, negative, images, masks, seeds):
@@ -241,24 +291,13 @@ def make_sampler(
             told, negative, weights=family.guidance(guidance_scale), image_scale=image_scale
         )
         guided = samplers.guide(lambda x, t, c: predict(params, x, t, c), *parts)
-        latents = solve(guided, noise, **settings)
+        latents = solve(guided, noise)
         latents = restore_latents(
             latents, scaling_factor=scaling, shift_factor=shift, pack=family.pack
         )
         return to_uint8(vae_model.decode(latents))
 
-    vae_params = jax.device_put(vae_params, meshes.replicated(devices))
-    rows = meshes.batch_sharding(devices)
-    return Sampler(
-        pipeline,
-        name,
-        size,
-        batch_size,
-        negative_prompt,
-        family.guidance(guidance_scale)[1] != 0 or image_scale not in (None, 1),
-        lambda params, *inputs: run(params, vae_params, *jax.device_put(inputs, rows)),
-        embed or functools.partial(diffusers_io.embed_prompts, pipeline),
-    )
+    return run
 
 
 def _sizes(

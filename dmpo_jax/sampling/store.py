@@ -27,7 +27,7 @@ from dmpo_jax.sampling.sampler import Sampler
 
 LOG = logging.getLogger(__name__)
 PLAN = "drawn.json"
-_NAMED = ("sampler", "vae", "variant")  # settings that are told by what they lead to
+_NAMED = ("sampler", "vae", "variant", "attention")  # settings that are told by what they lead to
 
 
 @runtime_checkable
@@ -91,6 +91,8 @@ def describe(
         "height": sampler.size[0],
         "width": sampler.size[1],
         "batch_size": sampler.batch_size,
+        # Kernels round differently. None for plain: earlier versions had no other.
+        "attention": None if sampler.attention == "plain" else sampler.attention,
     }
 
 

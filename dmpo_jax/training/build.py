@@ -22,8 +22,7 @@ from dmpo_jax.diffusion.timesteps import make_timesteps
 from dmpo_jax.errors import UserError
 from dmpo_jax.families.family import Facts, Family
 from dmpo_jax.models import lora, parameters
-from dmpo_jax.models.attention import best_kernel
-from dmpo_jax.models.execution import Execution
+from dmpo_jax.models.execution import BEST, Execution
 from dmpo_jax.models.lora import Adapters
 from dmpo_jax.models.quantised import Holding, Quantised
 from dmpo_jax.objectives.anchor import Anchor
@@ -33,8 +32,6 @@ from dmpo_jax.training import health, optim, step
 from dmpo_jax.types import PairBatch
 
 Params = dict[str, Any]
-AUTO = "auto"  # of Execution.attention: the best kernel for the mesh's devices
-BEST = Execution(attention=AUTO)
 COMPUTE, INT8 = FROZEN_DTYPES = ("compute", "int8")
 
 
@@ -230,7 +227,7 @@ def build(
             f"{family.name} model is told nothing of them: unset it"
         )
     check_splits(facts, mesh.shape["tensor"])
-    model.execution = make_execution(settings.execution, mesh)
+    model.execution = settings.execution.on(mesh)
     abstract = _is_abstract(model)
     if settings.lora is not None:
         model = settings.lora.attach(model)
@@ -332,13 +329,6 @@ def make_optimizer(settings: StepSettings) -> tuple[Callable[[Any], jax.Array], 
     """Returns (learning rate by update, optax transformation)."""
     learning_rate = optim.make_learning_rate(**dataclasses.asdict(settings.rate))
     return learning_rate, optim.make_optimizer(learning_rate, **settings.optimizer)
-
-
-def make_execution(execution: Execution, mesh: jax.sharding.Mesh) -> Execution:
-    """Returns `execution` with AUTO attention resolved for the mesh's devices."""
-    if execution.attention != AUTO:
-        return execution
-    return execution._replace(attention=best_kernel(mesh.devices.flat[0].platform))
 
 
 def make_curves(settings: StepSettings, setup: step.Setup) -> health.Curves:

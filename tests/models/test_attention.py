@@ -71,6 +71,28 @@ def test_splash_pads_tokens_that_it_cannot_cut_in_blocks(short_splash):
     within_bfloat16("splash", inputs)
 
 
+def test_many_scores_are_made_in_parts(monkeypatch):
+    """Of plain: the same output and gradients, and one part's scores in memory."""
+    inputs = tokens(batch=2, length=96, keys=40, dtype=jnp.float32)
+    lengths = jnp.asarray([40, 7])
+
+    def run(inputs):
+        wrap = functools.partial(functools.partial, lengths=lengths)
+        return both_ways("plain", inputs, wrap), both_ways("plain", inputs)
+
+    whole = run(inputs)
+    monkeypatch.setattr(module, "MOST_SCORES", 12 * 40)  # an eighth
+    for got, want in zip(run(inputs), whole, strict=True):
+        assert max(relative_errors(got, want)) <= 1e-6
+
+
+def test_the_scores_of_large_images_are_never_all_in_memory():
+    """Of a VAE at 1,024 px: 268 million an image, 1,074 MB, and their softmax."""
+    shape = jax.ShapeDtypeStruct((2, 16384, 1, 64), jnp.float32)
+    program = jax.jit(attention).lower(shape, shape, shape).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 400e6
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on a GPU")
 @pytest.mark.parametrize(("width", "keys"), [(40, None), (64, None), (64, 77), (128, 77)])
 def test_cudnn_is_plain_within_bfloat16(width, keys):

@@ -14,6 +14,7 @@ from PIL import Image
 from dmpo_jax import diffusers_io
 from dmpo_jax.config.configs import from_flat
 from dmpo_jax.data.prompt_files import Prompt
+from dmpo_jax.errors import UserError
 from dmpo_jax.families import SD_INPAINT, SDXL
 from dmpo_jax.jobs.sample import sample as jobs_sample
 from dmpo_jax.models import parameters
@@ -214,6 +215,16 @@ def write_sdxl(folder):
     for name in ("scheduler/scheduler_config.json", "model_index.json"):
         text = (folder / name).read_text()
         (folder / name).write_text(text.replace("DDIMScheduler", "EulerDiscreteScheduler"))
+
+
+def test_the_model_draws_with_the_kernel_that_is_asked():
+    """cuDNN's has no CPU, and says so where a model reaches it."""
+    how = {"vae": "", "variant": None, "dtype": "bfloat16"}
+    how |= {"steps": 1, "guidance_scale": 1.0, "batch_size": 1}
+    assert sample.open_sampler(FOLDER, **how)[0].attention == "plain"  # the CPU's best
+    sampler, load = sample.open_sampler(FOLDER, **how, attention="cudnn")
+    with pytest.raises(UserError, match="needs NVIDIA GPUs"):
+        sampler(load(), ["a handwritten one"], [0])
 
 
 def test_only_sdxl_leads_away_from_zeros_and_its_index_may_say_no(loaded, tmp_path):

@@ -99,6 +99,7 @@ def test_another_drawing_is_refused_with_what_differs(monkeypatch, prompts, tmp_
         ({"sample.steps": 3}, "steps 2 there, 3 asked"),
         ({"seed": 5}, "images '"),
         ({"sample.height": 64}, "height 32 there, 64 asked"),
+        ({"model.attention": "splash"}, "attention None there, 'splash' asked"),
     ):
         with pytest.raises(UserError, match=f"another drawing.*{message}.*choose another folder"):
             run(sample.sample, prompts, tmp_path / "out", **changes)
