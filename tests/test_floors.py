@@ -177,6 +177,7 @@ def test_few_modules_name_a_fact_of_one_model():
     assert len(found) <= 4, sorted(found)
 
 
+@pytest.mark.long
 def test_core_imports_no_other_framework():
     """Every module imported in a fresh process: PyTorch is what tests compare with."""
     code = (

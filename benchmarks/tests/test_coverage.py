@@ -21,6 +21,7 @@ def bench():
     sys.modules.pop("coverage", None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("design", "win_rate"),
     [

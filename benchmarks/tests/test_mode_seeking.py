@@ -94,6 +94,7 @@ def test_the_loss_of_a_policy_is_least_at_the_optimum(bench, reverse):
     assert max(float(jnp.abs(x).max()) for x in slope) < 1e-4
 
 
+@pytest.mark.long
 def test_the_program_writes_what_it_says_and_again_the_same(bench, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "GRID", bench.Grid(side=24.0, cells=80))
     monkeypatch.setattr(bench, "RATES", (3e-3, 1e-2))

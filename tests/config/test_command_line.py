@@ -36,6 +36,7 @@ def run(act, *flags):
     return done.returncode, done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("act", "status", "said"),
     [

@@ -153,6 +153,7 @@ def test_dropout_is_a_function_of_the_element_alone(pairs):
     assert (by_record.any(0) & ~by_record.all(0)).any()
 
 
+@pytest.mark.long
 def test_dropout_rate(pairs):
     none, some, every = (
         dropped(take(make(pairs, prompt_dropout=p), 100)) for p in (0.0, 0.25, 1.0)
@@ -175,6 +176,7 @@ def lost(batches):
     return np.stack([dropped(batches), ~images], axis=1)
 
 
+@pytest.mark.long
 def test_prompt_and_image_are_dropped_jointly(edits, pairs):
     p = 0.05
     batches = take(make(edits, prompt_dropout=2 * p), 200)

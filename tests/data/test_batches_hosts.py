@@ -75,6 +75,7 @@ MESHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_together_read_the_same_batches(pairs, mesh, processes):
@@ -92,6 +93,7 @@ def test_rows_arrive_in_their_place_on_a_permuted_mesh(pairs):
     assert_same(jax.device_get(on_mesh), next(make(pairs, range(BATCH))))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_restart_at_any_step_goes_on(pairs, processes):
     """On another number of processes too."""

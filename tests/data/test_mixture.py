@@ -55,6 +55,7 @@ def ids(batches):
     return np.concatenate([b.moments[:, 0, 0, 0, 0] for b in batches]).astype(int)
 
 
+@pytest.mark.long
 def test_pairs_come_by_weight_with_prompts_of_their_own_set(sets):
     batches = take(Mixture(sets, [1, 1, 2]), 128)
     found = ids(batches) // 100

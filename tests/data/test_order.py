@@ -98,6 +98,7 @@ def test_refuses_what_is_no_weight(weight):
         mixed(weights=(1, 1, weight))
 
 
+@pytest.mark.long
 def test_sets_come_by_weight_and_each_in_its_own_epochs():
     lengths, weights = (22, 9, 40), (2, 1, 0.5)
     chosen, seen = mixed(), collections.defaultdict(list)

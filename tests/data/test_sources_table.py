@@ -144,6 +144,7 @@ def test_parquet_may_hold_the_images(tmp_path):
     assert second[1:4] == ("b", (images[1], images[3]), 0.5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_large_tables_are_cut(kind, tmp_path):
     write_images(tmp_path, 2)
@@ -155,6 +156,7 @@ def test_large_tables_are_cut(kind, tmp_path):
     check_units(source, 1001)
 
 
+@pytest.mark.long
 def test_row_groups_are_kept_together(tmp_path):
     data = image(0)
     row = {"prompt": "a", "chosen": data, "rejected": data}

@@ -127,6 +127,7 @@ class Opened:
         monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", classmethod(counted))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_a_unit_reads_no_header_before_it(kind, known, tmp_path, monkeypatch):

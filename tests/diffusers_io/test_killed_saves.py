@@ -102,6 +102,7 @@ def kill_everywhere(monkeypatch, save, check) -> int:
 WHOLE, SHARDS = 2**30, 1000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("after", [WHOLE, SHARDS])
 @pytest.mark.parametrize("before", [WHOLE, SHARDS])
 def test_a_killed_save_never_mixes_weights(before, after, tmp_path, monkeypatch):
@@ -141,6 +142,7 @@ def make_pipeline(folder, value, index):
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
+@pytest.mark.long
 def test_a_killed_pipeline_save_never_passes_for_whole(tmp_path, monkeypatch):
     index = {"_class_name": "StableDiffusionPipeline", **PARTS}
     make_pipeline(tmp_path / "source", 2.0, index)

@@ -74,6 +74,7 @@ def rewrite(made, file, change, **more):
     return file
 
 
+@pytest.mark.long
 def test_diffusers_predicts_the_same_by_both_keys(made):
     name, source, _, folder = made
     pipeline = getattr(diffusers, torch_pipelines.PIPELINES[name][0]).from_pretrained(source)
@@ -114,6 +115,7 @@ def test_alpha_and_both_spellings_are_read(made, tmp_path):
         np.testing.assert_array_equal(got[path], half / (2 if ".lora_B." in path else 1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("option", ["model.start", "model.reference"])
 def test_a_start_in_kohya_keys_is_the_same_model(option, made):
     _, source, _, folder = made

@@ -30,6 +30,7 @@ def split_everything(axes):
     return lambda shapes: {path: rule(spec.shape) for path, spec in shapes.items()}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("axes", ["first", "last", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mesh_gets_the_same_bits_and_gives_them_back(kind, axes, tmp_path):
@@ -135,6 +136,7 @@ assert (out / "model_index.json").exists()
 """
 
 
+@pytest.mark.long
 def test_two_real_processes_load_their_slices_and_save_together(tmp_path):
     theirs = KINDS["unet"][0]()
     theirs.save_pretrained(tmp_path / "in" / "unet")

@@ -222,6 +222,7 @@ MIX = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32) / 2
 NOISE = np.random.default_rng(1).normal(size=(3, 4, 4, 4)).astype(np.float32)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LEVELS)
 def test_levels_and_trajectories_are_diffusers(name):
     steps, ours, config, mu, head, tail = LEVELS[name]

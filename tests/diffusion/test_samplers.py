@@ -189,6 +189,7 @@ def same_trajectory(sampler, schedule, settings, num_steps, seen, want, toleranc
 STIFF = ("zero_snr_v", "zero_snr_sample", "karras_zero_snr_v", "squaredcos_v")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_steps", [25, 7, 2, 1])
 @pytest.mark.parametrize(("sampler", "case"), ALL)
 def test_trajectories_equal_diffusers(sampler, case, num_steps):

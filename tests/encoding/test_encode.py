@@ -107,6 +107,7 @@ def stored(pairs):
 # --- what is encoded ------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_every_pair_is_there_once(made, whole):
     pairs = records.open_pairs(whole)
     raw = {pair.id: pair for pair in read(sources.open_source(made[0]))}
@@ -186,6 +187,7 @@ def run_processes(monkeypatch, made, out, count, **changes):
         raise errors[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])  # `whole` is of one
 def test_any_number_of_processes_writes_the_same_files(count, made, whole, tmp_path, monkeypatch):
     run_processes(monkeypatch, made, tmp_path / "out", count)
@@ -234,6 +236,7 @@ def kill_and_go_on(made, out, cache, kills, draw):
     return killed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(10, 1, marks=pytest.mark.slow)])
 def test_a_killed_encode_goes_on_to_the_same_bytes(kills, seed, made, whole, tmp_path):
     out = tmp_path / "out"
@@ -245,6 +248,7 @@ class KilledError(BaseException):
     pass
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["prompts-00001", "pairs-00002"])
 def test_what_is_done_is_not_done_again(where, made, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
@@ -266,6 +270,7 @@ def test_what_is_done_is_not_done_again(where, made, whole, tmp_path, monkeypatc
     assert_same_files(whole, out)
 
 
+@pytest.mark.long
 def test_a_shard_that_was_cut_short_is_made_again(made, whole, tmp_path):
     out = tmp_path / "out"
     encode(made, out)
@@ -275,6 +280,7 @@ def test_a_shard_that_was_cut_short_is_made_again(made, whole, tmp_path):
     assert_same_files(whole, out)
 
 
+@pytest.mark.long
 def test_another_encoding_is_refused(made, whole, tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"another encoding .*moments: 'sample' there, 'mean' asked"
@@ -290,6 +296,7 @@ def test_another_encoding_is_refused(made, whole, tmp_path, monkeypatch):
     encode(made, whole)  # the same one: nothing to do
 
 
+@pytest.mark.long
 def test_a_source_that_merely_moved_is_the_same(made, whole, tmp_path, monkeypatch):
     source, model = made
     before = files_of(whole)
@@ -380,6 +387,7 @@ def check_moments(made, pairs, moments, dtype):
     assert pairs.meta.moments_dtype == dtype
 
 
+@pytest.mark.long
 def test_moments_are_the_vaes_but_for_rounding(made, whole, mirrored, tmp_path):
     check_moments(made, records.open_pairs(whole), "sample", "bfloat16")
     check_moments(made, mirrored, "sample", "float32")
@@ -421,6 +429,7 @@ def test_what_was_not_stored_is_not_flipped(whole):
         pair.flip()
 
 
+@pytest.mark.long
 def test_source_and_mask_are_flipped_too(tmp_path):
     debug.write_tiny_pipeline(epath.Path(tmp_path / "model"), SD_INPAINT)
     rows = debug.synthetic_pairs(4, given=SD_INPAINT.given_fields)
@@ -438,6 +447,7 @@ def test_source_and_mask_are_flipped_too(tmp_path):
 # --- bad records ----------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_bad_records_are_counted_and_left_out(made, tmp_path):
     rows = make_rows(30, 5)
     rows[3]["jpg_0"] = rows[3]["jpg_0"][:80]

@@ -91,6 +91,7 @@ def assert_same(folder, other):
                 np.testing.assert_array_equal(getattr(a, name), x, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["text", "lines", "encoded"])
 def test_pairs_are_those_of_the_text_encoders_without_them(layout, made, tmp_path, monkeypatch):
     prompts = str(made / "whole")
@@ -106,6 +107,7 @@ def test_pairs_are_those_of_the_text_encoders_without_them(layout, made, tmp_pat
     assert not meta.skipped
 
 
+@pytest.mark.long
 def test_a_folder_without_text_encoders_encodes_and_trains(made, tmp_path, monkeypatch):
     prompts = embed(made, tmp_path / "prompts")
     monkeypatch.setattr(components, "load_text_encoder", refuse)
@@ -115,6 +117,7 @@ def test_a_folder_without_text_encoders_encodes_and_trains(made, tmp_path, monke
     assert (tmp_path / "run" / "export" / "model_index.json").exists()
 
 
+@pytest.mark.long
 def test_pairs_of_prompts_without_embedding_are_skipped_and_counted(made, tmp_path, caplog):
     texts = [p.text for p in contents(made / "whole")[0]]
     gone = texts[3]
@@ -133,6 +136,7 @@ def test_pairs_of_prompts_without_embedding_are_skipped_and_counted(made, tmp_pa
         encode.encode(configure(made, data__prompts=few), out=tmp_path / "few_out")
 
 
+@pytest.mark.long
 def test_other_embeddings_are_another_encoding(made, tmp_path):
     first = embed(made, tmp_path / "first")
     encode.encode(configure(made, data__prompts=first), out=tmp_path / "out")

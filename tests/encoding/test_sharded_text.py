@@ -54,6 +54,7 @@ def bare(request, tmp_path_factory):
     return loaded._replace(family=shortened(request.param))
 
 
+@pytest.mark.long
 def test_eight_devices_embed_as_one_does_and_hold_a_share_each(bare, monkeypatch):
     one = diffusers_io.with_text(bare)
     monkeypatch.setattr(meshes, "SHARDED_FROM", 128)  # these arrays are tiny
@@ -78,6 +79,7 @@ def test_eight_devices_embed_as_one_does_and_hold_a_share_each(bare, monkeypatch
     np.testing.assert_allclose(got.context, wanted[1].context, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.long
 def test_encode_holds_text_encoders_only_while_it_embeds(tmp_path, monkeypatch, caplog):
     """Sharded, and not at all where the prompts are there already."""
     monkeypatch.setattr(meshes, "SHARDED_FROM", 128)

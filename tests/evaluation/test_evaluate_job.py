@@ -99,6 +99,7 @@ def run(base, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_killed_at_any_point_it_ends_with_the_same_bytes(
     run, monkeypatch, prompts, other, judges, tmp_path
 ):
@@ -160,6 +161,7 @@ def test_the_result_compares_by_prompt_and_category(run, prompts, other, judges,
     assert {"weights", "encoders", "sampler", "scheduler"} <= set(protocol["models"]["base"])
 
 
+@pytest.mark.long
 def test_images_of_others_several_models_and_given_scores(run, prompts, other, judges, tmp_path):
     """Folders of images beside a pipeline; scores of another program join ours."""
     batches = run.batches
@@ -201,6 +203,7 @@ def set_nan(found, i):
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("gives", "message"),
     [

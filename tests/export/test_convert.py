@@ -65,6 +65,7 @@ def relative(a: dict, b: dict) -> float:
     return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[1]))
 
 
+@pytest.mark.long
 def test_a_lora_run_leaves_the_base_and_writes_both_forms(made, lora_run):
     workdir, before = lora_run
     assert digests(made[0]) == before
@@ -84,6 +85,7 @@ def test_a_lora_run_leaves_the_base_and_writes_both_forms(made, lora_run):
     assert all(".lora_" in name for name in saved)
 
 
+@pytest.mark.long
 def test_adapters_and_merged_are_the_same_model_in_pytorch(lora_run, tmp_path):
     workdir, _ = lora_run
     convert(workdir=workdir, out=tmp_path / "lora", verify=True)
@@ -94,6 +96,7 @@ def test_adapters_and_merged_are_the_same_model_in_pytorch(lora_run, tmp_path):
         convert(workdir=workdir, out=tmp_path / "five", at=5)
 
 
+@pytest.mark.long
 def test_kohya_keys_are_the_same_adapters(made, lora_run, tmp_path):
     workdir, _ = lora_run
     convert(workdir=workdir, out=tmp_path / "lora", lora_keys="kohya", verify=True)
@@ -126,6 +129,7 @@ def test_policy_and_average_are_both_at_hand(lora_run, tmp_path):
     assert 0 < relative(found["policy"], found["ema"]) < 1
 
 
+@pytest.mark.long
 def test_dtype_shards_and_card(made, lora_run, tmp_path):
     workdir, _ = lora_run
     out = tmp_path / "out"
@@ -147,6 +151,7 @@ def test_dtype_shards_and_card(made, lora_run, tmp_path):
         assert words in card
 
 
+@pytest.mark.long
 def test_what_differs_is_not_verified(lora_run, tmp_path, monkeypatch):
     workdir, _ = lora_run
     from dmpo_jax.export import verify

@@ -75,6 +75,7 @@ def make_prompts(name: str, folder) -> list[Prompt]:
     return [Prompt(text, image=str(folder / "source.png")) for text in texts]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sd_edit", *SLOW])
 def test_an_exported_pipeline_draws_the_same(name, tmp_path):
     source = torch_pipelines.write(name, tmp_path / "model")

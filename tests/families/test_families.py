@@ -115,6 +115,7 @@ FAST = [
 
 
 # Of folders before 0.9, diffusers expects latents of 64; and its Euler scheduler's arrays.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The configuration file of the unet:FutureWarning")
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(("name", "train_it"), FAST + SLOW)
@@ -244,6 +245,7 @@ def vaes(tmp_path_factory):
     return theirs, diffusers_io.load_vae(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["edit", "inpaint"])
 @pytest.mark.parametrize("xl", [False, True])
 def test_image_channels_are_those_of_pytorch(kind, xl, vaes, monkeypatch):
@@ -387,6 +389,7 @@ def test_pairs_of_another_kind_are_refused():
         check_fits(family, facts, dataclasses.replace(meta, pack=2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FAMILY)
 def test_debug_pipelines_open_in_pytorch(name, tmp_path):
     family = FAMILY[name]

@@ -27,6 +27,7 @@ def load(folder):
     return pipeline
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "part", "changes", "match"),
     [
@@ -73,6 +74,7 @@ def test_a_tokenizer_that_pads_on_the_left_is_refused(folders, tmp_path):
         load(tmp_path / "model")
 
 
+@pytest.mark.long
 def test_a_distilled_model_is_warned_of_and_drawn_without_guidance(folders, tmp_path, caplog):
     assert load(folders["klein"]).family.guidance(4.0) == (4.0, -3.0)
     assert load(folders["z_image"]).family.guidance(4.0) == (5.0, -4.0)

@@ -117,6 +117,7 @@ def update(built, state, batch):
 
 
 # klein and Z-Image begin at zero in their own runs too (test_flow_transformers).
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     ["sd3", pytest.param("klein", marks=SLOW), pytest.param("z_image", marks=SLOW)],
@@ -164,6 +165,7 @@ def moved_gradient(name, **given):
 one_device = functools.cache(moved_gradient)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param("sd3", marks=SLOW), pytest.param("klein", marks=SLOW), "z_image"]
 )

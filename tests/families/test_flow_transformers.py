@@ -97,6 +97,7 @@ def drawn_by_us(folder):
     return sampler(load(), [PROMPT], [5])[0].astype(np.float64)
 
 
+@pytest.mark.long
 def test_margins_start_at_zero(trained):
     assert first_margin(trained[2]) == 0
 
@@ -116,6 +117,7 @@ def test_prompts_are_those_of_pytorch(trained):
     np.testing.assert_allclose(context, wanted, rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.long
 def test_an_export_draws_in_pytorch_what_it_draws_here(trained):
     name, model, workdir = trained
     export = workdir / "export"
@@ -132,6 +134,7 @@ def test_an_export_draws_in_pytorch_what_it_draws_here(trained):
     assert wanted.std() > 5
 
 
+@pytest.mark.long
 def test_adapters_in_bfloat16_start_at_zero_and_load_in_pytorch(trained, tmp_path):
     name, model, workdir = trained
     leaves = {

@@ -69,6 +69,7 @@ def losses(workdir):
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
 
+@pytest.mark.long
 def test_pairs_are_encoded_as_the_family_says(finished):
     pairs = records.open_pairs(finished / "encoded")
     prompt = pairs.prompts[1]
@@ -96,6 +97,7 @@ def test_it_trains_from_margins_of_zero(finished):
     assert (finished / "samples" / "6.png").exists()
 
 
+@pytest.mark.long
 def test_resumed_equals_uninterrupted(made, finished, tmp_path):
     run(make_config(made, train__steps=3), tmp_path)
     run(make_config(made), tmp_path)
@@ -146,6 +148,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.long
 def test_adapters_are_named_by_the_component_and_resume_to_the_same_numbers(made, tmp_path):
     run(make_config(made, **ADAPTERS), tmp_path / "whole")
     adapters = diffusers_io.load_lora(tmp_path / "whole" / "lora", component="transformer")
@@ -160,6 +163,7 @@ def test_adapters_are_named_by_the_component_and_resume_to_the_same_numbers(made
         np.testing.assert_array_equal(ours[path], want, err_msg=path)
 
 
+@pytest.mark.long
 def test_policy_and_average_of_a_full_run_are_both_at_hand(made, tmp_path):
     config = make_config(made, train__ema_decay=0.9, train__steps=4, log__sample_every=0)
     run(config, tmp_path / "run")

@@ -62,6 +62,7 @@ def arrays(folder):
     }
 
 
+@pytest.mark.long
 def test_pairs_are_conditioned_as_in_pytorch(made, finished):
     pairs = records.open_pairs(finished / "encoded")
     assert pairs.meta.latents == (8, 8, 16)
@@ -122,6 +123,7 @@ def draw_in_pytorch(pipeline, prompts) -> list[np.ndarray]:
 PROMPTS = [Prompt("a handwritten one"), Prompt("a handwritten two")]
 
 
+@pytest.mark.long
 def test_the_export_draws_the_same_in_pytorch(finished):
     out = finished / "export"
     ours = draw(out, diffusers_io.load_model(out), PROMPTS)

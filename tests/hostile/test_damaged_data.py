@@ -333,6 +333,7 @@ def try_source(spec, expected, bad):
     return "skips" if skipped else "harmless"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_sources(kind, tmp_path):
     outcomes = run_source(kind, SEEDS, tmp_path)

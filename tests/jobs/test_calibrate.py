@@ -46,6 +46,7 @@ def hashes(folder) -> dict[str, str]:
     }
 
 
+@pytest.mark.long
 def test_a_workdir_is_as_without(made, tmp_path, capsys):
     """Calibrating between two halves of a run writes its two files, and the run ends the same."""
     leaves = {"log__validate_every": 0, "log__tensorboard": False}

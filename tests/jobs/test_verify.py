@@ -45,6 +45,7 @@ def workdir(original, tmp_path):
     return pathlib.Path(shutil.copytree(original, tmp_path / "run"))
 
 
+@pytest.mark.long
 def test_what_a_run_wrote_is_valid_and_nothing_is_left_out(workdir):
     parts = {str(pathlib.Path(part).relative_to(workdir)) for part in verify(folder=workdir)}
     assert {"checkpoints/2", "encoded/encoded.json", "export", "pairs.parquet"} <= parts
@@ -63,6 +64,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [flip, cut])
 @pytest.mark.parametrize(
     "pattern",

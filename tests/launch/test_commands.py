@@ -101,6 +101,7 @@ def test_importing_the_package_imports_no_jax():
     assert run("-c", code).stdout == "False\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

@@ -121,6 +121,7 @@ def test_goes_through_scan_and_checkpoint(short_splash, kernel):
         assert max(relative_errors(got, want)) <= 2**-8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "names", "batch"),
     [

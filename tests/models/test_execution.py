@@ -83,6 +83,7 @@ def assert_close(got, want, bound):
         np.testing.assert_allclose(gradient[path], x, atol=bound * scale, err_msg=path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how",
     [
@@ -99,6 +100,7 @@ def test_remat_and_scan_change_nothing(how):
     assert_close(loss_and_gradient(how)[0], plain(), 2e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("shape", "how"),
     [
@@ -130,6 +132,7 @@ def test_a_sharded_model_computes_the_same(shape, how, monkeypatch):
         assert times == 1 if how.remat == "none" else 1 < times <= 2
 
 
+@pytest.mark.long
 def test_rules_are_the_layers_own():
     """`mesh.RULES` knows paths, layers know themselves: both must say the same."""
     for config in (full_size.SD15, full_size.SDXL):

@@ -77,6 +77,7 @@ def test_outputs_and_gradients_are_those_of_pytorch(changes, size, tmp_path):
     parity.check_files(tmp_path, tmp_path / "again")
 
 
+@pytest.mark.long
 def test_scan_and_remat_change_nothing():
     config = {**CONFIG, "num_layers": 2, "num_single_layers": 3}
     model = parameters.initialise(Flux2Transformer2DModel, config, 0)
@@ -146,6 +147,7 @@ def test_the_shift_is_that_of_the_pipeline():
             assert family.empirical_mu(tokens, steps) == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.long
 def test_a_sharded_model_computes_the_same(monkeypatch):
     config = {**CONFIG, "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1}
     model = parameters.initialise(Flux2Transformer2DModel, config, 0)

@@ -96,6 +96,7 @@ def test_a_target_that_fits_nothing_is_refused():
         lora.attach(model, rank=4, alpha=4.0, targets=("to_k", "o_q"), seed=0)
 
 
+@pytest.mark.long
 def test_adapters_begin_as_nothing_and_folded_is_unfolded():
     """Linear layers and convolutions of every kind: kernel 3 and 1, stride 2."""
     merge, base, adapters = make(ALL, "two")
@@ -112,6 +113,7 @@ def test_adapters_begin_as_nothing_and_folded_is_unfolded():
     assert float(jnp.linalg.norm(folded - changed) / jnp.linalg.norm(changed)) <= 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("config", "dtype", "pairs", "accumulation", "targets", "size"),
     [
@@ -138,6 +140,7 @@ def test_margins_are_exactly_zero_at_step_0(
     assert float(metrics["grad_norm"]) > 0
 
 
+@pytest.mark.long
 def test_the_step_moves_adapters_and_nothing_else():
     merge, base, adapters = make(ATTENTION)
     setup = make_setup(merge, dropout=0.5, ema_decay=0.5)
@@ -157,6 +160,7 @@ def test_the_step_moves_adapters_and_nothing_else():
     assert float(metrics["margin_abs_max"]) > 0
 
 
+@pytest.mark.long
 def test_dropout_is_of_features_and_keeps_the_mean():
     _, _, adapters = make(ALL, "two")
     adapters = moved(adapters, 1.0)

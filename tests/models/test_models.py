@@ -51,6 +51,7 @@ def unet_inputs(model, size, seed=1):
 GRADIENTS = ("small", "sd15", "sdxl")  # these are checked forward as well
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in torch_models.UNETS if n not in GRADIENTS])
 def test_unet_forward(name, tmp_path):
     theirs = torch_models.unet(name)
@@ -63,6 +64,7 @@ def test_unet_forward(name, tmp_path):
     assert relative_error(got, want) <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_unet_gradients(name, tmp_path):
     theirs = torch_models.unet(name)
@@ -94,6 +96,7 @@ def test_unet_gradients(name, tmp_path):
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", torch_models.VAES)
 def test_vae(name, tmp_path):
     theirs = torch_models.vae(name)
@@ -146,6 +149,7 @@ def test_attention_scores_are_float32_in_bfloat16():
     np.testing.assert_allclose(float(got), want, rtol=5e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", full_size.MODELS)
 def test_real_models_have_their_number_of_parameters(name):
     """Laid out abstractly, which takes seconds and no memory even for SDXL."""
@@ -164,6 +168,7 @@ def test_real_models_have_their_number_of_parameters(name):
     assert sum(spec.size for spec in parameters.shapes(model).values()) == count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_separate(param_dtype, tmp_path):
     torch_models.unet("small").save_pretrained(tmp_path)

@@ -144,6 +144,7 @@ def test_nearly_all_of_sdxl_is_int8():
     assert total / count == pytest.approx(1.01, abs=0.02)  # bytes a number
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "dtype", "execution", "options"),
     [
@@ -181,6 +182,7 @@ def on_one_device(name):
     return gradient(*make(name, compute_dtype="float32"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sd3", pytest.param("sdxl", marks=SLOW)])
 def test_an_int8_base_is_the_base_of_its_own_numbers(name):
     """Loss and gradients are those of a base of float32 kernels that int8 stands for."""
@@ -223,6 +225,7 @@ def test_devices_and_execution_change_nothing(name, given, monkeypatch):
         np.testing.assert_allclose(gradients[path], x, rtol=2e-3, atol=2e-4 * np.abs(x).max())
 
 
+@pytest.mark.long
 def test_a_full_runs_reference_alone_is_int8():
     """Its margins begin near 0, at the size that rounding the reference makes."""
     built, state, batch = make("sdxl", compute_dtype="float32", lora=False)

@@ -43,6 +43,7 @@ def given(model, size, seed=1):
     return theirs, [jnp.asarray(x) for x in ours]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", torch_models.SD3S)
 def test_predictions_and_gradients(name, tmp_path):
     theirs = torch_models.sd3(name)
@@ -101,6 +102,7 @@ def test_from_pytorch_and_back_to_the_bit(dtype, tmp_path):
     assert before == after
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "trained", "table"),
     [
@@ -209,6 +211,7 @@ def plain():
     return value_and_gradients(Execution())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "mesh"),
     [

@@ -64,6 +64,7 @@ def test_outputs_and_gradients_are_those_of_pytorch(changes, size, lengths, tmp_
     parity.check_files(tmp_path, tmp_path / "again")
 
 
+@pytest.mark.long
 def test_prompts_of_three_lengths_are_each_as_alone():
     model = parameters.initialise(ZImageTransformer2DModel, CONFIG, 0)
     structure, params = parameters.split(model)
@@ -79,6 +80,7 @@ def test_prompts_of_three_lengths_are_each_as_alone():
         np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
 
 
+@pytest.mark.long
 def test_scan_and_remat_change_nothing():
     model = parameters.initialise(ZImageTransformer2DModel, {**CONFIG, "n_refiner_layers": 2}, 0)
     structure, params = parameters.split(model)
@@ -113,6 +115,7 @@ def test_more_positions_than_the_model_has_are_refused():
         jax.eval_shape(lambda model, args: model(*args), model, inputs(40, 10, (7, 8, 9)))
 
 
+@pytest.mark.long
 def test_a_sharded_model_computes_the_same(monkeypatch):
     config = {**CONFIG, "dim": 32, "n_heads": 2, "n_layers": 1}
     model = parameters.initialise(ZImageTransformer2DModel, config, 0)

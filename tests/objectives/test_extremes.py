@@ -24,6 +24,7 @@ def pairs(scale=1.0, moved=1.0):
     return scale * (reference + moved * way), scale * reference, scale * target
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "argument"), EACH)
 def test_the_loss_is_finite_at_the_ends_of_what_is_accepted(name, argument):
     label = jnp.asarray([1.0, 0.5, 0.7, 0.9])

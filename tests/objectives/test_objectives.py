@@ -67,6 +67,7 @@ def test_every_objective_is_under_test():
         assert " tie " in words.replace("\n", " ")  # what it does with one
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ARGS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e3])

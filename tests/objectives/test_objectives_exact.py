@@ -81,6 +81,7 @@ def test_relative_error_where_float32_can_hold_it(name):
     assert held_in_all > 0.5 * count
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_gradients_are_finite_everywhere(name):
     *triple, labels = pairs(2)
@@ -96,6 +97,7 @@ def test_gradients_are_finite_everywhere(name):
             assert np.isfinite(np.asarray(grad(p, reference))).all(), args
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ROWS)
 def test_gradients_against_finite_differences(name):
     """In float64, along each image's own error and step: d loss / d log size."""

@@ -23,6 +23,7 @@ def alike(triple):
     return policy.at[:, 1].set(target[:, 1] + 1.5 * (policy - target)[:, 0]), reference, target
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [n for n in ARGS if OBJECTIVES[n].needs_rejected])
 def test_the_loss_stays_and_the_rejected_gradient_is_scaled(name, triple):
     policy, reference, target = alike(triple)

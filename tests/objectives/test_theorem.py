@@ -193,6 +193,7 @@ def test_the_optimum_is_stationary_with_any_number_of_candidates(b, tau, reverse
         np.testing.assert_allclose(found, 0, atol=1e-14)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("alpha", [0.01, 0.1])
 @pytest.mark.parametrize("gap", [-3.0, 0.2, 1.0, 4.0])
 def test_drawn_labels_lead_dmpo_elsewhere_than_probabilities_do(alpha, gap):

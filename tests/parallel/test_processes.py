@@ -213,6 +213,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("what", "lost"), [("gone", "True"), ("both", "False"), ("alone", "False")]
 )

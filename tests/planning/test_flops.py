@@ -70,6 +70,7 @@ def trace(family, model, meta, *, to: str) -> int:
         return flops.jaxpr_flops(jax.make_jaxpr(program)(adapters, frozen, latents, times, told))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -93,6 +94,7 @@ def test_a_forward_is_counted_whatever_its_execution(name, size):
     assert model.execution == before
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "klein"])
 def test_a_backward_is_twice_a_forward(name):
     """To the last FLOP, with the gradients of inputs, which a step is spared."""
@@ -104,6 +106,7 @@ def test_a_backward_is_twice_a_forward(name):
     assert counted == trace(family, model, meta, to="all")
 
 
+@pytest.mark.long
 def test_adapters():
     """The forward exactly; the backward short of what lies before the first adapter."""
     model, meta = make(SD)
@@ -118,6 +121,7 @@ def test_adapters():
     assert counted < flops.step_flops(one, needs_reference=False, needs_rejected=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "forward", "pair"),
     [

@@ -49,6 +49,7 @@ def described(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), tree)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "leaves",
     [
@@ -86,6 +87,7 @@ def test_the_batch_is_the_one_that_the_pipeline_makes(config, tmp_path):
     assert assumed.scaling_factor == model.meta.scaling_factor
 
 
+@pytest.mark.long
 def test_a_plan_and_its_cache(config, tmp_path, monkeypatch):
     """Memory, FLOPs and collectives are there; the second time nothing is compiled."""
     made = plan(config, ["cpu:8"], cache=tmp_path / "cache", out=tmp_path / "plan.json")
@@ -135,6 +137,7 @@ def test_a_missing_compiler_and_missing_devices(monkeypatch):
         open_devices("gpu:2")
 
 
+@pytest.mark.long
 def test_published_models_need_no_folder():
     """At full size, in shapes: parts a chip add up to the model's known sizes."""
     config = configs.defaults()
@@ -160,6 +163,7 @@ def test_published_models_need_no_folder():
     assert PUBLISHED["sdxl"].scaling_factor == 0.13025
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "component"), [("sd15", "sd15_unet"), ("sdxl", "sdxl_unet")])
 def test_memory_is_arithmetic_from_shapes(name, component):
     """Float32 masters, two moments and gradients, a bfloat16 reference, of PyTorch's counts."""

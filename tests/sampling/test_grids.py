@@ -78,18 +78,21 @@ def held_tables(but=()):
     return [x for x in tables if not any(x is other for other in but)]
 
 
+@pytest.mark.long
 def test_grids_of_stored_prompts_load_no_text_encoder(made, tmp_path, monkeypatch):
     monkeypatch.setattr(components, "load_text_encoder", refuse)
     run(tiny.make_config(*made, **LEAVES), tmp_path)
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["0.png", "2.png"]
 
 
+@pytest.mark.long
 def test_grids_of_stored_prompts_are_those_of_the_encoders(made, tmp_path):
     config = tiny.make_config(*made, **LEAVES)
     got, wanted = draw_both(config, *train.prepare(config, epath.Path(tmp_path)), tmp_path)
     assert got == wanted
 
 
+@pytest.mark.long
 def test_other_prompts_are_embedded_once_and_the_encoders_freed(made, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("the digit three\nthe digit nine, and a moon\n")
     config = tiny.make_config(*made, **LEAVES, sample__prompts=str(tmp_path / "prompts.txt"))

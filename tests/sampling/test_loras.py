@@ -83,6 +83,7 @@ def assert_close(got, want):
         np.testing.assert_allclose(got[path], x, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.long
 def test_files_are_merged_each_by_its_scale(files, draw):
     a, b = files / "a.safetensors", files / "b.safetensors"
     said, params = draw((f"{a}:0.5", str(b)))
@@ -95,6 +96,7 @@ def test_files_are_merged_each_by_its_scale(files, draw):
     assert_close(params, merged())
 
 
+@pytest.mark.long
 def test_files_and_scales_are_part_of_what_is_drawn(files, draw, tmp_path):
     a = files / "a.safetensors"
     draw((), "plain")

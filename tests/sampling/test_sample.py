@@ -217,6 +217,7 @@ def write_sdxl(folder):
         (folder / name).write_text(text.replace("DDIMScheduler", "EulerDiscreteScheduler"))
 
 
+@pytest.mark.long
 def test_the_model_draws_with_the_kernel_that_is_asked():
     """cuDNN's has no CPU, and says so where a model reaches it."""
     how = {"vae": "", "variant": None, "dtype": "bfloat16"}

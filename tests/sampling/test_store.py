@@ -46,6 +46,7 @@ def run(job, prompts, out, **changes):
 JOBS = {"sample": sample.sample, "collect": collect.collect}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", JOBS)
 def test_a_killed_job_ends_with_the_same_bytes_and_draws_only_what_is_missing(
     name, monkeypatch, prompts, tmp_path
@@ -91,6 +92,7 @@ def test_two_processes_draw_the_files_of_one(monkeypatch, prompts, tmp_path):
     assert contents(tmp_path / "three") == contents(tmp_path / "one")
 
 
+@pytest.mark.long
 def test_another_drawing_is_refused_with_what_differs(monkeypatch, prompts, tmp_path):
     quickly(monkeypatch)
     run(sample.sample, prompts, tmp_path / "out")

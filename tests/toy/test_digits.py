@@ -18,6 +18,7 @@ from dmpo_jax.toy import digits
 FOLDER = digits.PIPELINE
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
     ("scheduler", "guidance_scale"),
@@ -56,6 +57,7 @@ def test_images_equal_those_of_pytorch(tmp_path, scheduler, guidance_scale):
     assert np.ptp(ours) > 100  # images, not paper
 
 
+@pytest.mark.long
 def test_the_base_draws_readable_but_imperfect_digits():
     pipeline, unet = diffusers_io.load_pipeline(FOLDER), diffusers_io.load_unet(FOLDER)
     sampler = make_sampler(pipeline, unet, steps=20, guidance_scale=1.0, batch_size=80)
@@ -65,6 +67,7 @@ def test_the_base_draws_readable_but_imperfect_digits():
         assert 0.3 < make_scorer(name)(images, prompts).mean() < 0.85
 
 
+@pytest.mark.long
 def test_an_image_does_not_depend_on_its_batch():
     pipeline, unet = diffusers_io.load_pipeline(FOLDER), diffusers_io.load_unet(FOLDER)
     params = parameters.split(unet)[1]

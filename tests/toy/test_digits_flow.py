@@ -38,6 +38,7 @@ def tensors(file) -> dict[str, tuple[list[int], str]]:
 FACTORS = ("scaling_factor", "shift_factor")  # measured, so rounded as the machine rounds
 
 
+@pytest.mark.long
 def test_the_shipped_folder_is_what_the_command_writes(tmp_path):
     """All but the values of the trained model."""
     out = make_digits(out=tmp_path / "digits", family="sd3", vae=str(digits.PIPELINE))
@@ -67,6 +68,7 @@ def drawn():
     return sampler(parameters.split(model)[1], prompts, list(range(80))), prompts
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_images_equal_those_of_pytorch(drawn):
     noise = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4)) for seed in range(8)])

@@ -25,6 +25,7 @@ def last(rows, name, count=50):
     return np.mean([row[name] for row in rows if "learning_rate" in row][-count:])
 
 
+@pytest.mark.long
 def test_a_rate_that_bfloat16_loses(tmp_path, pairs):
     """1e-9, as published for SDXL, but not scaled by the batch: float32 masters move, and hardly
     a bfloat16 parameter does."""
@@ -45,6 +46,7 @@ SFT = OBJECTIVES["sft"]
 SCALED = dataclasses.replace(SFT, fn=lambda *given: 2.0**16 * SFT.fn(*given))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "settings",
     [
@@ -62,6 +64,7 @@ def test_gradients_that_are_all_clipped_far(settings, tmp_path, pairs):
     assert raised(rows) == {"clipped"}
 
 
+@pytest.mark.long
 def test_a_start_past_the_optimum(tmp_path, pairs):
     """DPO's weights, trained on to soft labels and measured against the model before it."""
     dpo = {"objective": OBJECTIVES["diffusion_dpo"], "hyperparameters": {"beta": 100.0}}
@@ -72,6 +75,7 @@ def test_a_start_past_the_optimum(tmp_path, pairs):
     assert raised(rows) == {"past_optimum"}
 
 
+@pytest.mark.long
 def test_pairs_that_are_learnt_are_no_fault(tmp_path):
     """At the optimum of alpha 0.01 p(1-p) is 0.0099: most are saturated, and most past it."""
     easy = watched.write(tmp_path / "easy", told=1.0)

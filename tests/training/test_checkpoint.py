@@ -122,6 +122,7 @@ BREAKAGES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("breakage", BREAKAGES)
 def test_one_broken_file_never_goes_unnoticed(breakage, saved, tmp_path):
     """Every file of the newest checkpoint in turn: its exact values, or those before."""
@@ -147,6 +148,7 @@ def test_one_broken_file_never_goes_unnoticed(breakage, saved, tmp_path):
     assert 3 <= fallen < len(files)  # some files hold nothing that a restore needs
 
 
+@pytest.mark.long
 def test_a_damaged_tree_of_many_arrays_is_one_error(tmp_path, capfd):
     """Each of hundreds of reads fails: all have ended when the first is reported."""
     state = {f"w{i}": jnp.full(8, i) for i in range(400)}
@@ -233,6 +235,7 @@ def test_another_identity_is_refused_key_by_key(folder):
     assert "objective.name" not in message
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "float16"])
 def test_checksum_sees_one_bit_and_an_exchange(dtype):
     x = np.array(jax.random.bernoulli(jax.random.key(0), 0.5, (6, 5))).astype(jnp.dtype(dtype))
@@ -255,6 +258,7 @@ for step in range(1, 1000):
 """
 
 
+@pytest.mark.long
 def test_a_kill_while_saving_leaves_the_one_before(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SAVE_FOREVER, tmp_path / "c"])
     try:
@@ -357,6 +361,7 @@ with Checkpoints(sys.argv[1], keep=3, identity={}, warn=said.append) as checkpoi
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("breakage", ["flip", "delete"])
 def test_two_processes_fall_back_together_when_one_cannot_read(breakage, tmp_path):
     launched.run_script(TWO_PROCESSES, tmp_path, "save")

@@ -59,6 +59,7 @@ def assert_equal(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.long
 def test_weights_and_moments_go_along_and_the_step_is_0(source, tmp_path):
     state = forked(source, tmp_path, ema_decay=0.5, moving=Moving(0.5))
     assert (int(state.step), int(state.skipped)) == (0, 0)
@@ -69,6 +70,7 @@ def test_weights_and_moments_go_along_and_the_step_is_0(source, tmp_path):
     assert len(made["identity"]) == 64
 
 
+@pytest.mark.long
 def test_moments_go_along_to_another_clipping_and_not_to_another_optimizer(source, tmp_path):
     free = {**ADAMW, "clip_norm": 0.0}
     state = forked(source, tmp_path / "a", optimizer=free)

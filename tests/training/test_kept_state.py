@@ -81,6 +81,7 @@ def rows(batch, index):
     return jax.tree.map(lambda x: x[index], batch)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_validation_noise_is_each_pairs_own(size):
     """For every batch size, down to padding, the sums over six pairs are the same."""

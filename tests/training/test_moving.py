@@ -79,6 +79,7 @@ def test_an_update_that_is_skipped_moves_nothing():
     assert_same(new.moving, state.moving)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_eight_devices_are_one(accumulation):
     """Sharded as the parameters are; accumulated pairs see one reference."""
@@ -102,6 +103,7 @@ def test_eight_devices_are_one(accumulation):
     )
 
 
+@pytest.mark.long
 def test_only_what_is_trained_is_kept_twice():
     """The frozen copy is gone; of adapters the reference is the base and the adapters' average."""
     from tests.families.test_flow_step import MODELS, make, make_batch, update
@@ -167,6 +169,7 @@ def test_the_anchors_are_their_formulas(triple):
         np.testing.assert_allclose(Anchor(kind, 1.0)(*golden, ones), want, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sft", "hinge"])
 def test_an_anchor_is_added_to_the_loss_of_each_pair(kind):
     """Its gradient too: the step's is the objective's and the anchor's."""

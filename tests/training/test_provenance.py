@@ -77,6 +77,7 @@ def go_on(made, **leaves):
     run(tiny.make_config(made.model, made.encoded, **{**SHORT, **leaves}), made.workdir)
 
 
+@pytest.mark.long
 def test_a_run_goes_on_when_its_folders_have_moved(moved):
     go_on(moved, train__steps=3)
     assert (moved.workdir / "checkpoints" / "3").is_dir()
@@ -111,6 +112,7 @@ def test_pairs_of_another_vae_are_refused(moved, tmp_path):
     prepare(model, encoded, tmp_path, data__any_encoders=True)
 
 
+@pytest.mark.long
 def test_the_vae_that_made_the_pairs_is_named(moved, tmp_path):
     other = str(shutil.copytree(moved.model, tmp_path / "other"))
     spoil_vae(other)
@@ -129,6 +131,7 @@ def test_the_vae_that_made_the_pairs_is_named(moved, tmp_path):
     assert index == diffusers_io.read_json(epath.Path(moved.model) / "model_index.json")
 
 
+@pytest.mark.long
 def test_an_encoding_is_done_only_for_the_content_that_it_was_made_from(moved, tmp_path):
     out, source = tmp_path / "encoded", epath.Path(moved.source.partition(":")[2])
     tiny.encode(moved.source, moved.model, out)

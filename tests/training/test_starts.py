@@ -112,6 +112,7 @@ BOTH = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 # --- every parameter ------------------------------------------------------------
 
 
+@pytest.mark.long
 @BOTH
 def test_a_full_run_begins_at_the_start_and_is_measured_against_it(
     dtype, made, tmp_path, exact_steps
@@ -132,6 +133,7 @@ def test_a_full_run_begins_at_the_start_and_is_measured_against_it(
     assert diffusers_io.digest_encoders(tmp_path / "export") == want
 
 
+@pytest.mark.long
 def test_a_reference_of_its_own_gives_margins_from_the_first_step(made, tmp_path, exact_steps):
     leaves = {"model__start": str(made / "sft"), "model__reference": str(made / "model")}
     ran, params = prepare(made, **leaves)
@@ -146,6 +148,7 @@ def test_a_reference_of_its_own_gives_margins_from_the_first_step(made, tmp_path
     assert margins(tmp_path / "equal")[0] == 0
 
 
+@pytest.mark.long
 @BOTH
 def test_a_reference_that_is_loaded_equals_one_that_is_copied(
     dtype, made, tmp_path, exact_steps, monkeypatch
@@ -156,6 +159,7 @@ def test_a_reference_that_is_loaded_equals_one_that_is_copied(
     assert margins(tmp_path)[0] == 0
 
 
+@pytest.mark.long
 def test_a_lora_file_is_merged_into_a_full_run(made, tmp_path, exact_steps):
     leaves = {"model__start": str(made / "lora"), "mesh__data": 1, "mesh__fsdp": 8}
     ran, params = prepare(made, **leaves)
@@ -173,6 +177,7 @@ def test_a_lora_file_is_merged_into_a_full_run(made, tmp_path, exact_steps):
 # --- adapters -------------------------------------------------------------------
 
 
+@pytest.mark.long
 @BOTH
 def test_adapters_go_on_from_a_lora_file_and_are_measured_against_it(
     dtype, made, tmp_path, exact_steps
@@ -220,6 +225,7 @@ def test_reference_adapters_are_frozen(made):
             assert np.abs(np.asarray(state.params[path]) - x).max() > 0
 
 
+@pytest.mark.long
 def test_adapters_on_another_folder_are_exported_with_it(made, tmp_path, exact_steps):
     run(configure(made, **LORA, model__start=str(made / "sft")), tmp_path)
     assert margins(tmp_path)[0] == 0
@@ -234,6 +240,7 @@ def test_adapters_on_another_folder_are_exported_with_it(made, tmp_path, exact_s
     assert "started from `sft`" in card
 
 
+@pytest.mark.long
 def test_adapters_measured_against_the_base_or_other_adapters(made, tmp_path, exact_steps):
     start = {**LORA, "model__start": str(made / "lora")}
     ran, params = prepare(made, **start, model__reference=str(made / "model"))
@@ -259,6 +266,7 @@ def test_an_objective_without_reference_holds_none(made):
 # --- identity -------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_knows_its_start_and_reference_by_content(made, tmp_path):
     sft = shutil.copytree(made / "sft", tmp_path / "sft")
     leaves = {"model__start": str(sft), "model__reference": str(made / "model")}
@@ -280,6 +288,7 @@ def test_a_run_knows_its_start_and_reference_by_content(made, tmp_path):
         run(configure(made, **leaves), tmp_path / "run")
 
 
+@pytest.mark.long
 def test_a_run_without_start_refuses_one_later(made, tmp_path):
     run(configure(made), tmp_path)
     with pytest.raises(ValueError, match=r"content\.start weights: '\w+' there, '\w+' now"):

@@ -192,6 +192,7 @@ def relative_error(got, want) -> float:
     return float(optax.tree.norm(difference) / optax.tree.norm(want))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("devices", "shape", "accumulation"),
     [
@@ -219,6 +220,7 @@ def test_gradient_does_not_depend_on_the_layout(
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.long
 def test_gradient_is_what_pmap_takes(one_device):
     """`pmap`, one pair a device, `pmean` of the gradient: the meaning that our jit keeps."""
     setup = make_setup(tx=KEEP_GRADIENT)._replace(objective=GENTLE)
@@ -292,6 +294,7 @@ def test_means_alone_are_noised_as_moments_without_variance_are():
     np.testing.assert_allclose(got.latents, want.latents, atol=1e-6)
 
 
+@pytest.mark.long
 def test_means_over_the_batch_span_devices_and_end_at_microbatches(monkeypatch):
     """diffusion_kto's z0 and the safeguard's lambda: the same on 8 devices as on one; with
     accumulation each microbatch has its own, and lambda is logged as their mean."""
@@ -325,6 +328,7 @@ def test_means_over_the_batch_span_devices_and_end_at_microbatches(monkeypatch):
         assert others[name] == pytest.approx(np.mean([a[name] for a in alone]), rel=1e-4)
 
 
+@pytest.mark.long
 def test_means_over_groups_are_the_same_on_any_layout():
     """Of 4 consecutive rows of the global batch, on 8 devices and in 2 microbatches too."""
     objective = functools.partial(
@@ -359,6 +363,7 @@ def test_means_over_groups_are_the_same_on_any_layout():
         assert metrics["loss"] == pytest.approx(np.mean([float(x[0]) for x, _ in parts]), rel=1e-4)
 
 
+@pytest.mark.long
 def test_groups_need_no_collective():
     """A group lies on one device: only the mean of the lambdas, for the log, is over devices."""
     counts = {}

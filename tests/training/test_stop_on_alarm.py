@@ -44,6 +44,7 @@ def alarms_in(caplog):
     return [words for words in found if words.startswith("alarm")]
 
 
+@pytest.mark.long
 def test_a_run_warns_and_one_that_is_to_stop_stops_once(tmp_path, caplog, capsys):
     made = tiny.write(tmp_path / "tiny", outside_family.write)
     with caplog.at_level(logging.WARNING):

@@ -143,6 +143,7 @@ def test_resumed_equals_uninterrupted(made, uninterrupted, tmp_path):
     assert curves_on_page(tmp_path)["loss"][0] == f"{lines(tmp_path)[0]['loss']:.4g}"
 
 
+@pytest.mark.long
 def test_a_moving_reference_goes_on_where_it_was(made, tmp_path):
     leaves = {"reference__decay": 0.5, "train__steps": 4, "anchor__kind": "hinge"}
     run(tiny.make_config(*made, **leaves), tmp_path / "whole")
@@ -158,6 +159,7 @@ def test_a_finished_run_is_not_run_again(made, uninterrupted):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.long
 def test_a_broken_newest_checkpoint_falls_back(made, uninterrupted, tmp_path, caplog):
     run(tiny.make_config(*made, train__steps=4), tmp_path)
     for file in (tmp_path / "checkpoints" / "4").rglob("*"):
@@ -185,6 +187,7 @@ def test_a_workdir_of_another_run_is_refused(made, uninterrupted, change):
     assert key.replace("__", ".") in str(error.value)
 
 
+@pytest.mark.long
 def test_another_mesh_or_log_interval_is_the_same_run(made, uninterrupted, tmp_path):
     run(tiny.make_config(*made, train__steps=3), tmp_path)
     other = tiny.make_config(*made, mesh__data=4, mesh__fsdp=2, log__every=3, train__steps=4)
@@ -196,6 +199,7 @@ def test_another_mesh_or_log_interval_is_the_same_run(made, uninterrupted, tmp_p
 KINDS = {"dmpo", "sft", "mapo", "diffusion_kto"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "objective",
     [pytest.param(n, marks=[] if n in KINDS else pytest.mark.slow) for n in sorted(OBJECTIVES)],
@@ -278,6 +282,7 @@ def get_config():
 """
 
 
+@pytest.mark.long
 def test_a_config_file_adds_an_objective_and_trains_with_it(made, tmp_path, monkeypatch):
     """No file of the package is changed."""
     monkeypatch.setattr(
@@ -374,6 +379,7 @@ def start(made, workdir, **leaves) -> launched.Job:
     return launched.Job(made, workdir, count=1, devices=1, **{**LONG, **leaves})
 
 
+@pytest.mark.long
 def test_sigterm_saves_and_resumes(made, tmp_path):
     workdir = tmp_path / "run"
     with start(made, workdir) as job:

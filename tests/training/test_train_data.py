@@ -50,6 +50,7 @@ def prepare(config, workdir):
     return train.prepare(config, epath.Path(workdir))[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("moments", ["sample", "mean"])
 def test_the_kind_of_moments_is_the_folders_word(model, tmp_path, moments):
     run = prepare(tiny.make_config(model, write(tmp_path, moments=moments)), tmp_path)
@@ -72,6 +73,7 @@ def test_moments_that_do_not_fit_the_unet_are_refused(model, tmp_path):
         prepare(tiny.make_config(model, encoded), tmp_path)
 
 
+@pytest.mark.long
 def test_a_mixture_trains_and_validates_on_every_folder(model, tmp_path):
     folders = [write(tmp_path / name, value=v) for name, v in (("a", 1.0), ("b=c", 2.0))]
     mix = (f"{folders[0]}=1", f"{folders[1]}=3.0")
@@ -96,6 +98,7 @@ def test_flips_are_drawn_where_asked_for(model, tmp_path):
         prepare(plain, tmp_path).batches()
 
 
+@pytest.mark.long
 def test_ties_that_were_to_be_dropped_are_refused(model, tmp_path):
     kept = write(tmp_path / "kept", ties="keep", tied_pairs=3)
     refused = tiny.make_config(model, kept, data__ties="drop")
