@@ -119,6 +119,7 @@ def test_kohya_keys_are_of_unets():
         check_keys(trained, "kohya")
 
 
+@pytest.mark.long
 def test_policy_and_average_are_both_at_hand(lora_run, tmp_path):
     workdir, _ = lora_run
     found = {}
@@ -166,6 +167,7 @@ def test_what_differs_is_not_verified(lora_run, tmp_path, monkeypatch):
         convert(workdir=workdir, out=tmp_path / "out", verify=True)
 
 
+@pytest.mark.long
 def test_refusals(made, lora_run, tmp_path):
     config = json.loads((lora_run[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "train.ema_decay": 0.0}))

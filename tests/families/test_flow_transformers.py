@@ -102,6 +102,7 @@ def test_margins_start_at_zero(trained):
     assert first_margin(trained[2]) == 0
 
 
+@pytest.mark.long
 def test_prompts_are_those_of_pytorch(trained):
     name, model, workdir = trained
     pairs = records.open_pairs(workdir / "encoded")

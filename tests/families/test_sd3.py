@@ -82,6 +82,7 @@ def test_pairs_are_conditioned_as_in_pytorch(made, finished):
             np.testing.assert_allclose(np.float32(got), want.float(), rtol=2**-8, atol=1e-4)
 
 
+@pytest.mark.long
 def test_training_moves_all_but_the_positions(made, finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
