@@ -43,7 +43,8 @@ def trace(name: str, mesh: jax.sharding.Mesh, attention: str) -> Any:
     """Traces a row's program for one device."""
     model, _, job = name.rpartition("-")
     published = PUBLISHED[model]
-    family, meta = published.family, step.of_published(published, model).meta
+    family, planned = published.family, step.of_published(published, model)
+    meta = planned.meta
     vae = parameters.abstract(
         family.vae,
         {
@@ -57,16 +58,14 @@ def trace(name: str, mesh: jax.sharding.Mesh, attention: str) -> Any:
         },
         dtype=jnp.bfloat16,
     )
-    schedule = step.of_published(published, model).noise
-    pipeline = diffusers_io.Pipeline(
-        epath.Path(), family, vae, (), (), schedule, Sampling(epath.Path(), {}, noise=family.noise)
-    )
+    sampling = Sampling(epath.Path(), {}, noise=family.noise)
+    pipeline = diffusers_io.Pipeline(epath.Path(), family, vae, (), (), planned.noise, sampling)
     whole, rows = meshes.replicated(mesh), meshes.batch_sharding(mesh)
 
-    def held(x: Any, sharding: Any, dtype: Any = None) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding)
-
-    vae_params = {path: held(x, whole) for path, x in parameters.split(vae)[1].items()}
+    vae_params = {
+        path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+        for path, x in parameters.split(vae)[1].items()
+    }
     if job == "encode":
         side = meta.latents[0] * published.factor
         pixels = jax.ShapeDtypeStruct((BATCH, 2, side, side, 3), jnp.uint8, sharding=rows)

@@ -72,7 +72,7 @@ def test_splash_pads_tokens_that_it_cannot_cut_in_blocks(short_splash):
 
 
 def test_many_scores_are_made_in_parts(monkeypatch):
-    """Of plain: the same output and gradients, and one part's scores in memory."""
+    """Of plain: the same output and gradients as with all of them at once."""
     inputs = tokens(batch=2, length=96, keys=40, dtype=jnp.float32)
     lengths = jnp.asarray([40, 7])
 
