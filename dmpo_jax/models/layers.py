@@ -195,26 +195,78 @@ class GroupNorm(nnx.GroupNorm):
         return jax.checkpoint(normalise_and_act)(x)
 
     def _normalise(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
-        ones = (1,) * (x.ndim - 2)
+        positions = tuple(range(1, x.ndim - 1))
 
-        def group_mean(values):
-            channels = values.mean(tuple(range(1, x.ndim - 1)))
+        def group_mean(channels):
             groups = channels.reshape(x.shape[0], self.num_groups, -1)
             shared = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
-            return shared.reshape(x.shape[0], *ones, -1)
+            return shared.reshape(x.shape[0], -1)
 
-        def over_rows(parameter):
-            return parameter[...].astype(jnp.float32).reshape(1, *ones, -1)
+        def everywhere(channels):
+            return channels.reshape(channels.shape[0], *(1 for _ in positions), -1)
 
-        centred = x.astype(jnp.float32)
-        centred = centred - group_mean(centred)
-        scale = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.epsilon)
-        return (centred * (scale * over_rows(self.scale)) + over_rows(self.bias)).astype(self.dtype)
+        wide = x.astype(jnp.float32)
+        mean = group_mean(wide.mean(positions))
+        # A variance has no slope along its mean. One axis of positions at a time, or XLA's GPU
+        # compiler writes what it then squares and sums.
+        squares = jnp.square(wide - everywhere(jax.lax.stop_gradient(mean))).mean(positions[-1])
+        variance = group_mean(squares.mean(positions[:-1]))
+        weight, bias = (p[...].astype(jnp.float32)[None] for p in (self.scale, self.bias))
+        scale = jax.lax.rsqrt(variance + self.epsilon) * weight
+        shift = bias - mean * scale
+        return (wide * everywhere(scale) + everywhere(shift)).astype(self.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
-    def __call__(self, x: Float[Array, "N ... C"]) -> Float[Array, "N ... C"]:
-        return jax.checkpoint(super().__call__)(x)
+    """Normalisation of the last axis, times `scale`, plus `bias`. In float32 until the result."""
+
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        ones = (1,) * (x.ndim - 1)
+        both = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
+        return _normalised(x, *both, self.epsilon, self.dtype or x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalised(x: Array, weight: Array, shift: Array, epsilon: float, dtype: Any) -> Array:
+    """Layer norm in float32; `weight` and `shift` broadcast to `x`. Backward keeps `x` alone."""
+    centred, inverse = _standardise(x, epsilon)
+    return (centred * (inverse * weight) + shift).astype(dtype)
+
+
+def _standardise(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Returns (x less its mean over the last axis, one over its deviation), in float32."""
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return centred, jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+
+
+def _normalised_forward(x, weight, shift, epsilon, dtype):
+    return _normalised(x, weight, shift, epsilon, dtype), (x, weight, shift)
+
+
+def _normalised_backward(epsilon, dtype, kept, slope):
+    x, weight, shift = kept
+    wide, slope = x.astype(jnp.float32), slope.astype(jnp.float32)
+    centred, inverse = _standardise(x, epsilon)
+    normed, scaled = centred * inverse, slope * weight
+    along = (scaled * normed).mean(-1, keepdims=True)
+    of_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
+
+    mean = wide.mean(-1, keepdims=True)
+    if platform() == "gpu":
+        # From statistics in memory; or XLA writes `normed * slope`, in float32, to sum it.
+        mean, inverse = jax.lax.optimization_barrier((mean, inverse))
+    of_weight = _summed(slope * ((wide - mean) * inverse), weight.shape)
+    return of_x.astype(x.dtype), of_weight, _summed(slope, shift.shape)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
+
+
+def _summed(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums over the axes along which an array of `shape`, of as many axes, was broadcast."""
+    axes = tuple(i for i in range(x.ndim) if x.shape[i] != shape[i])
+    return x.sum(axes, keepdims=True)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -236,13 +288,8 @@ def modulated_norm(
 ) -> Float[Array, "N T D"]:
     """Layer norm without parameters, times 1 + scale, plus shift; float32 until the result."""
 
-    def modulate(x: Array, shift: Array, scale: Array) -> Array:
-        wide, shift, scale = (y.astype(jnp.float32) for y in (x, shift, scale))
-        centred = wide - wide.mean(-1, keepdims=True)
-        inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
-        return (centred * inverse * (1 + scale[:, None]) + shift[:, None]).astype(x.dtype)
-
-    return jax.checkpoint(modulate)(x, shift, scale)
+    weight, shift = 1 + scale.astype(jnp.float32), shift.astype(jnp.float32)
+    return _normalised(x, weight[:, None], shift[:, None], epsilon, x.dtype)
 
 
 def group_norm(
