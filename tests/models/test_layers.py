@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from dmpo_jax.models import lora, quantised
+from dmpo_jax.models import layers, lora, parameters, quantised
 from dmpo_jax.models.layers import Linear, RMSNorm, activation, modulated_norm
 
 LARGE = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32) * 300
@@ -42,15 +42,83 @@ def test_rms_norm_computes_its_statistics_in_float32():
     np.testing.assert_array_equal(got, jnp.asarray(want, jnp.bfloat16))
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def compiled_for(request, monkeypatch):
+    """The layers as they are written for a platform, all run on the CPU."""
+    monkeypatch.setattr(layers, "platform", lambda: request.param)
+
+
+def _agree(ours, theirs, x, **given):
+    """Values and gradients of x and of `given`, against PyTorch's in float64."""
+    want = {k: torch.tensor(v, dtype=torch.float64, requires_grad=True) for k, v in given.items()}
+    wide = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    weights = np.cos(np.arange(x.size)).reshape(x.shape)
+    out = theirs(wide, **want)
+    (torch.tensor(weights) * out).sum().backward()
+
+    def weighted(x, given):
+        return (jnp.asarray(weights, jnp.float32) * ours(x, **given)).sum()
+
+    given = {name: jnp.asarray(value) for name, value in given.items()}
+    x = jnp.asarray(x)
+    np.testing.assert_allclose(ours(x, **given), out.detach(), rtol=1e-5, atol=1e-5)
+    of_x, of_given = jax.jit(jax.grad(weighted, (0, 1)))(x, given)
+    for got, leaf in ((of_x, wide), *((of_given[name], want[name]) for name in given)):
+        scale = leaf.grad.abs().max().item()
+        np.testing.assert_allclose(got, leaf.grad, rtol=1e-4, atol=2e-5 * scale)
+
+
+def _applied(norm):
+    """Returns the norm as a function of its parameters too."""
+    structure, _ = parameters.split(norm)
+
+    def apply(x, weight, bias):
+        return parameters.merge(structure, {"scale": weight, "bias": bias})(x)
+
+    return apply
+
+
+def _affine(width):
+    return {"weight": np.linspace(-1, 2, width, dtype=np.float32), "bias": np.ones(width, "f4")}
+
+
 @pytest.mark.parametrize("size", [300.0, 1e-3])  # at the second one epsilon counts
-def test_modulated_norm(size):
+def test_modulated_norm(size, compiled_for):
     rng = np.random.default_rng(0)
     x = (size * rng.normal(size=(2, 5, 16)) + size).astype(np.float32)
     shift, scale = rng.normal(size=(2, 2, 16)).astype(np.float32)
-    normed = torch.nn.functional.layer_norm(torch.tensor(x), (16,), eps=1e-6).numpy()
-    want = normed * (1 + scale[:, None]) + shift[:, None]
-    got = modulated_norm(*map(jnp.asarray, (x, shift, scale)), 1e-6)
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+    def theirs(x, shift, scale):
+        normed = torch.nn.functional.layer_norm(x, (16,), eps=1e-6)
+        return normed * (1 + scale[:, None]) + shift[:, None]
+
+    ours = functools.partial(modulated_norm, epsilon=1e-6)
+    _agree(ours, theirs, x, shift=shift, scale=scale)
+
+
+@pytest.mark.parametrize("shape", [(3, 16), (2, 3, 5, 16)])
+def test_layer_norm(shape, compiled_for):
+    x = 30 + np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    norm = layers.layer_norm(16, rngs=nnx.Rngs(0))
+
+    def theirs(x, **kw):
+        return torch.nn.functional.layer_norm(x, (16,), **kw)
+
+    _agree(_applied(norm), theirs, x, **_affine(16))
+
+
+@pytest.mark.parametrize("act", [None, "silu"])
+@pytest.mark.parametrize("shape", [(2, 4, 6, 16), (2, 24, 16)])
+def test_group_norm(shape, act):
+    """At mean 30, deviation 1, the mean of squares less the square of the mean would show."""
+    x = 30 + np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    norm = layers.group_norm(16, 4, 1e-5, act, rngs=nnx.Rngs(0))
+
+    def theirs(x, **kw):
+        normed = torch.nn.functional.group_norm(x.movedim(-1, 1), 4, eps=1e-5, **kw)
+        return (torch.nn.functional.silu(normed) if act else normed).movedim(1, -1)
+
+    _agree(_applied(norm), theirs, x, **_affine(16))
 
 
 @pytest.mark.parametrize(
