@@ -13,6 +13,7 @@ results/gpu_parts.json, by part, topology and label.
 import argparse
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dmpo_jax.models import layers, parameters, unet
+from dmpo_jax.models import execution, layers, parameters, unet
 from dmpo_jax.parallel import layouts, meshes
 from dmpo_jax.parallel.placement import over_rows, platform
 from dmpo_jax.planning import hlo, report, topologies
@@ -28,6 +29,11 @@ from dmpo_jax.training import optim, step
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu_parts.json"
+
+
+def kernel() -> str:
+    """Returns the kernel of attention: cuDNN's on GPUs. Splash compiles on a TPU's mesh alone."""
+    return "cudnn" if platform() == "gpu" else "plain"
 
 
 class Resnet(nnx.Module):
@@ -65,10 +71,62 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         text = jnp.broadcast_to(x[:, :77, :1], (x.shape[0], 77, 768))
-        return self.block(x, text, "cudnn" if platform() == "gpu" else "plain")
+        return self.block(x, text, kernel())
 
 
-PARTS: dict[str, Any] = {"resnet": Resnet, "feed-forward": FeedForward, "block": Block}
+class Stage(nnx.Module):
+    """The first down stage of SD1.5: two resnets with a spatial transformer each."""
+
+    shape = (8, 64, 64, 320)
+
+    def __init__(self, **kw: Any):
+        config: Any = types.SimpleNamespace(
+            norm_num_groups=32,
+            norm_eps=1e-5,
+            act_fn="silu",
+            use_linear_projection=False,
+            downsample_padding=1,
+        )
+        told: dict[str, Any] = {"attentions": 2, "context": 768, "heads": 8}
+        channels = [(320, 320)] * 2
+        self.stage = unet.Stage(
+            config, channels, 1280, **told, transformer_layers=1, downsample=True, **kw
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        time = jnp.broadcast_to(x[:, 0, 0, :1], (x.shape[0], 1280))
+        text = jnp.broadcast_to(x[:, 0, :1, :1], (x.shape[0], 77, 768))
+        return self.stage.down(x, time, text, [], execution.Execution(kernel()))
+
+
+class Blocks(nnx.Module):
+    """Ten transformer blocks of SDXL's smallest map, recomputed in the backward."""
+
+    shape = (8, 1024, 1280)
+    scan = False
+
+    def __init__(self, **kw: Any):
+        made = [unet.BasicTransformerBlock(1280, 2048, 20, **kw) for _ in range(10)]
+        self.blocks = nnx.List(made)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        text = jnp.broadcast_to(x[:, :77, :1], (x.shape[0], 77, 2048))
+        how = execution.Execution(kernel(), "transformer", self.scan)
+        return execution.apply_blocks(list(self.blocks), x, text, how)
+
+
+class Loop(Blocks):
+    scan = True
+
+
+PARTS: dict[str, Any] = {
+    "resnet": Resnet,
+    "feed-forward": FeedForward,
+    "block": Block,
+    "stage": Stage,
+    "blocks": Blocks,
+    "blocks in a loop": Loop,
+}
 
 
 def measure(name: str, topology: str) -> dict[str, Any]:

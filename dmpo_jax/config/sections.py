@@ -202,7 +202,8 @@ class Model(Section):
     )
     scan: bool = leaf(
         False,
-        "compile equal transformer blocks once, as a loop (SDXL has 70)",
+        "compile equal transformer blocks once, as a loop (SDXL has 70); on GPUs one by one "
+        "either way, which moves less memory",
         affects=PROGRAM,
     )
 

@@ -14,6 +14,7 @@ from dmpo_jax.models import attention, parameters
 from dmpo_jax.models.quantised import Holding
 
 REMAT = ("none", "block", "transformer", "offload")
+GPUS = ("gpu", "cuda", "rocm")  # names of the platform
 AUTO = "auto"  # of Execution.attention: the best kernel for the devices
 _INPUT = "block_input"
 Carry = TypeVar("Carry")
@@ -38,10 +39,14 @@ class Execution(NamedTuple):
     scan: bool = False
 
     def on(self, mesh: Mesh) -> "Execution":
-        """Returns it with AUTO resolved for a mesh's devices."""
-        if self.attention != AUTO:
-            return self
-        return self._replace(attention=attention.best_kernel(mesh.devices.flat[0].platform))
+        """Returns it for a mesh's devices: AUTO resolved, and no `scan` on GPUs.
+
+        There a loop stacks kernels and gradients in memory every step, a tenth of SDXL's memory
+        traffic, and compiles no faster.
+        """
+        platform = mesh.devices.flat[0].platform
+        chosen = attention.best_kernel(platform) if self.attention == AUTO else self.attention
+        return self._replace(attention=chosen, scan=self.scan and platform not in GPUS)
 
 
 DEFAULT = Execution()

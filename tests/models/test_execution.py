@@ -2,6 +2,8 @@
 
 import functools
 import re
+import types
+from unittest import mock
 
 import jax
 import numpy as np
@@ -146,6 +148,18 @@ def test_rules_are_the_layers_own():
                 assert meshes.split_of(f"{name}.kernel") == layer.split, name
                 found.add(layer.split)
         assert found == {"columns", "rows", "whole"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "scan", "kernel"),
+    [("gpu", False, "cudnn"), ("tpu", True, "splash"), ("cpu", True, "plain")],
+)
+def test_choices_follow_the_devices(platform, scan, kernel):
+    device = types.SimpleNamespace(platform=platform)
+    mesh = mock.Mock(spec=jax.sharding.Mesh, devices=np.array([device], object))
+    asked = Execution(execution.AUTO, "transformer", scan=True)
+    assert asked.on(mesh) == Execution(kernel, "transformer", scan)
+    assert asked._replace(attention="plain").on(mesh).attention == "plain"
 
 
 def test_config_knows_every_choice():
