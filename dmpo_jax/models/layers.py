@@ -72,8 +72,11 @@ class Linear(nnx.Linear):
         """Returns the output's features in parts of these widths, each by a product of its own.
 
         If one product's output is split, the backward puts the parts' gradients together again,
-        in memory, once for each product that reads them.
+        in memory, once for each product that reads them. Not so on TPUs for more than two parts,
+        where XLA copies each part of the kernel.
         """
+        if platform() == "tpu" and len(widths) > 2:
+            return tuple(_cut(self(x), widths))
         dtype = self.dtype or x.dtype
         # XLA's CPU backend is slow at weight gradients over two axes; on a TPU joining them
         # is a copy, where tokens lie in the lanes.

@@ -147,8 +147,10 @@ def test_activations_in_bfloat16_are_rounded_once(name, theirs):
     np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("kind", ["plain", "adapted", "int8"])
-def test_a_linear_layer_in_parts_is_its_output_cut(kind):
+def test_a_linear_layer_in_parts_is_its_output_cut(kind, platform, monkeypatch):
+    monkeypatch.setattr(layers, "platform", lambda: platform)
     model = {"enter": Linear(32, 48, rngs=nnx.Rngs(0))}
     model["enter"].bias[...] = jnp.linspace(-1, 1, 48)
     layer = nnx.Dict(model)
