@@ -23,7 +23,6 @@ from dmpo_jax.config.sections import DTYPES
 from dmpo_jax.diffusers_io import LORA_KEYS
 from dmpo_jax.errors import STOPPED, STOPPED_ANEW, UserError
 from dmpo_jax.families import PUBLISHED
-from dmpo_jax.parallel.allocator import keep_freed_memory
 from dmpo_jax.scoring import KINDS, SCORERS, STATISTICS
 from dmpo_jax.toy import digits
 
@@ -570,7 +569,6 @@ def main(name: str, argv: list[str]) -> None:
     def run(argv: list[str]) -> None:
         del argv
         log_to_console()
-        keep_freed_memory()
         config, rest = options["config"], options["rest"]
         if rest.get("workdir") == "":
             stem = pathlib.Path(options["named"]).name

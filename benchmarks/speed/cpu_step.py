@@ -1,5 +1,6 @@
 """One DMPO update on the CPU: ours against the same in PyTorch.
 
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1       # huge pages, for both sides
     python benchmarks/speed/cpu_step.py                # the digits UNet, 64 pairs, AdamW
     python benchmarks/speed/cpu_step.py --size=sd15    # SD1.5's UNet at 64 px, one pair, SGD: 13 GB
 
@@ -7,8 +8,7 @@ Both sides start from the same weights and get the same noised pairs. Their loss
 norms must agree, or no ratio is reported. Rounds alternate, so that a busy machine slows both.
 The ratio is torch / ours: above 1, ours is faster. PyTorch runs eagerly, in the faster of its
 memory formats and with the fastest implementation of its optimizer. It is spared the noising,
-the health metrics and the check for a non-finite update. Both sides keep freed memory, as our
-commands do on CPUs.
+the health metrics and the check for a non-finite update.
 
 SD1.5's 860 million parameters, their gradients and the reference are 10.3 GB in float32.
 AdamW's moments would not fit beside them in 16 GB, so both sides update by SGD, and each
@@ -30,8 +30,6 @@ from typing import Any
 import numpy as np
 from cpu_sides import Ours, Size, Torch, environment, peak_resident_mb, size_of, write_reference
 
-from dmpo_jax.parallel.allocator import keep_freed_memory
-
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 SIDES = ("ours", "torch")
 PLAIN = "contiguous,default"
@@ -42,7 +40,6 @@ def main() -> None:
     size = size_of(args.size)
     rounds, steps = args.rounds or size.rounds, args.steps or size.steps
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    keep_freed_memory()  # before JAX has threads
     import jax
 
     jax.config.update("jax_num_cpu_devices", size.devices or args.threads)
