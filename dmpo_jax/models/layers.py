@@ -214,7 +214,7 @@ class GroupNorm(nnx.GroupNorm):
         # compiler writes what it then squares and sums.
         squares = jnp.square(wide - everywhere(jax.lax.stop_gradient(mean))).mean(positions[-1])
         variance = group_mean(squares.mean(positions[:-1]))
-        weight, bias = (p[...].astype(jnp.float32)[None] for p in (self.scale, self.bias))
+        weight, bias = _affine(self, 2)
         scale = jax.lax.rsqrt(variance + self.epsilon) * weight
         shift = bias - mean * scale
         return (wide * everywhere(scale) + everywhere(shift)).astype(self.dtype)
@@ -224,9 +224,14 @@ class LayerNorm(nnx.LayerNorm):
     """Normalisation of the last axis, times `scale`, plus `bias`. In float32 until the result."""
 
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
-        ones = (1,) * (x.ndim - 1)
-        both = (p[...].astype(jnp.float32).reshape(*ones, -1) for p in (self.scale, self.bias))
-        return _normalised(x, *both, self.epsilon, self.dtype or x.dtype)
+        return _normalised(x, *_affine(self, x.ndim), self.epsilon, self.dtype or x.dtype)
+
+
+def _affine(norm: Any, axes: int) -> tuple[Array, Array]:
+    """Returns a norm's (scale, bias) in float32, along the last of so many axes."""
+    scale, bias = (p[...].astype(jnp.float32) for p in (norm.scale, norm.bias))
+    ones = (1,) * (axes - 1)
+    return scale.reshape(*ones, -1), bias.reshape(*ones, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
