@@ -14,7 +14,6 @@ from dmpo_jax.models import attention, parameters
 from dmpo_jax.models.quantised import Holding
 
 REMAT = ("none", "block", "transformer", "offload")
-GPUS = ("gpu", "cuda", "rocm")  # names of the platform
 AUTO = "auto"  # of Execution.attention: the best kernel for the devices
 _INPUT = "block_input"
 Carry = TypeVar("Carry")
@@ -46,7 +45,7 @@ class Execution(NamedTuple):
         """
         platform = mesh.devices.flat[0].platform
         chosen = attention.best_kernel(platform) if self.attention == AUTO else self.attention
-        return self._replace(attention=chosen, scan=self.scan and platform not in GPUS)
+        return self._replace(attention=chosen, scan=self.scan and platform != "gpu")
 
 
 DEFAULT = Execution()

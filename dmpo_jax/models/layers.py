@@ -210,8 +210,8 @@ class GroupNorm(nnx.GroupNorm):
 
         wide = x.astype(jnp.float32)
         mean = group_mean(wide.mean(positions))
-        # A variance has no slope along its mean. One axis of positions at a time, or XLA's GPU
-        # compiler writes what it then squares and sums.
+        # The derivative of a variance by its mean is 0. One axis of positions at a time, or XLA's
+        # GPU compiler writes to memory what it then squares and sums.
         squares = jnp.square(wide - everywhere(jax.lax.stop_gradient(mean))).mean(positions[-1])
         variance = group_mean(squares.mean(positions[:-1]))
         weight, bias = _affine(self, 2)
@@ -252,20 +252,20 @@ def _normalised_forward(x, weight, shift, epsilon, dtype):
     return _normalised(x, weight, shift, epsilon, dtype), (x, weight, shift)
 
 
-def _normalised_backward(epsilon, dtype, kept, slope):
+def _normalised_backward(epsilon, dtype, kept, gradient):
     x, weight, shift = kept
-    wide, slope = x.astype(jnp.float32), slope.astype(jnp.float32)
+    wide, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     centred, inverse = _standardise(x, epsilon)
-    normed, scaled = centred * inverse, slope * weight
+    normed, scaled = centred * inverse, gradient * weight
     along = (scaled * normed).mean(-1, keepdims=True)
     of_x = inverse * (scaled - scaled.mean(-1, keepdims=True) - normed * along)
 
     mean = wide.mean(-1, keepdims=True)
     if platform() == "gpu":
-        # From statistics in memory; or XLA writes `normed * slope`, in float32, to sum it.
+        # From statistics in memory; or XLA writes `normed * gradient`, in float32, to sum it.
         mean, inverse = jax.lax.optimization_barrier((mean, inverse))
-    of_weight = _summed(slope * ((wide - mean) * inverse), weight.shape)
-    return of_x.astype(x.dtype), of_weight, _summed(slope, shift.shape)
+    of_weight = _summed(gradient * ((wide - mean) * inverse), weight.shape)
+    return of_x.astype(x.dtype), of_weight, _summed(gradient, shift.shape)
 
 
 _normalised.defvjp(_normalised_forward, _normalised_backward)
