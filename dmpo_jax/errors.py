@@ -39,11 +39,11 @@ def printable(text: str, keep: str = "\n\t") -> str:
 
     keep: of these characters, those that stay as they are.
     """
+    return _UNPRINTABLE.sub(lambda c: c[0] if c[0] in keep else _escaped(c[0]), text)
 
-    def escape(found: re.Match[str]) -> str:
-        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
 
-    return _UNPRINTABLE.sub(escape, text)
+def _escaped(text: str) -> str:
+    return text.encode("unicode_escape").decode()
 
 
 def message_of(error: BaseException) -> str:

@@ -4,6 +4,7 @@ Attribute paths are PyTorch's names, so conversion is `layout`'s four rules. Onl
 are opened, never a pickle. A model passes through the host one tensor at a time, both ways.
 """
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -182,25 +183,29 @@ def _read(
         if name not in places:
             continue
         path = places[name]
-
-        def read(bounds: Bounds, name=name, file=file, path=path) -> np.ndarray:
-            pointwise = path in match.pointwise
-            stored = permuted(path, bounds) + (((0, 1), (0, 1)) if pointwise else ())
-            tensor = file.read(name, stored)
-            tensor = to_jax(path, tensor[:, :, 0, 0] if pointwise else tensor)
-            array = np.ascontiguousarray(tensor, wanted[path].dtype)
-            if not _is_finite(array):
-                raise UserError(
-                    f"{file.file} holds values in {name} that are not finite as {array.dtype}: "
-                    "copy the file again, or take another variant or dtype"
-                )
-            return array
-
-        array = placement.place(wanted[path].shape, shardings.get(path), read)
+        spec, pointwise = wanted[path], path in match.pointwise
+        read = functools.partial(_read_part, file, name, path, spec.dtype, pointwise)
+        array = placement.place(spec.shape, shardings.get(path), read)
         kept = array if held is None else held(path, array)
         # Transfers are asynchronous and hold their source: unbounded, all sources would be held.
         params[path] = jax.block_until_ready(kept)
     return params
+
+
+def _read_part(
+    file: tensor_files.TensorFile, name: str, path: str, dtype: Any, pointwise: bool, bounds: Bounds
+) -> np.ndarray:
+    """Reads the part of a parameter that lies within bounds of its own axes."""
+    stored = permuted(path, bounds) + (((0, 1), (0, 1)) if pointwise else ())
+    tensor = file.read(name, stored)
+    tensor = to_jax(path, tensor[:, :, 0, 0] if pointwise else tensor)
+    array = np.ascontiguousarray(tensor, dtype)
+    if not _is_finite(array):
+        raise UserError(
+            f"{file.file} holds values in {name} that are not finite as {array.dtype}: "
+            "copy the file again, or take another variant or dtype"
+        )
+    return array
 
 
 def _is_finite(array: np.ndarray) -> bool:

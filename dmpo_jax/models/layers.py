@@ -51,11 +51,7 @@ def activation(name: str):
     if name not in ACTIVATIONS:
         raise UserError(f"activation {name!r} is not supported: use one of {sorted(ACTIVATIONS)}")
     function = ACTIVATIONS[name]
-
-    def rounded_once(x: Array) -> Array:
-        return function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
-
-    return rounded_once
+    return lambda x: function(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
 class Linear(nnx.Linear):
@@ -81,11 +77,11 @@ class Linear(nnx.Linear):
         # XLA's CPU backend is slow at weight gradients over two axes; on a TPU joining them
         # is a copy, where tokens lie in the lanes.
         rows = x.reshape(-1, x.shape[-1]) if platform() == "cpu" else x
-
-        def multiply(x: Array, kernel: Array) -> list[Array]:
-            return [jnp.dot(x, part) for part in _cut(kernel, widths)]
-
-        found = _applied(self, multiply, _features(self, "rows", rows.astype(dtype)))
+        found = _applied(
+            self,
+            lambda x, kernel: [jnp.dot(x, part) for part in _cut(kernel, widths)],
+            _features(self, "rows", rows.astype(dtype)),
+        )
         found = [_features(self, "columns", y) for y in found]
         if self.bias is not None:
             bias = self.bias[...].astype(dtype).reshape((1,) * (rows.ndim - 1) + (-1,))

@@ -1,5 +1,7 @@
 """Models as (structure, parameters), the functional form of a jitted step."""
 
+import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,7 +103,12 @@ class _ConstantKeys(nnx.Rngs):
 
 def abstract(make: Callable[..., Any], config: Any, **kw: Any) -> Any:
     """Makes the model abstractly: ShapeDtypeStructs, nothing computed or compiled."""
-    return nnx.eval_shape(lambda: make(config, rngs=_ConstantKeys(), **kw))
+    return merge(*_parts(make, json.dumps(config, sort_keys=True), **kw))
+
+
+@functools.lru_cache(maxsize=64)  # a model is made for its policy, its reference and its plan
+def _parts(make: Callable[..., Any], config: str, **kw: Any) -> tuple[Any, dict[str, Any]]:
+    return split(nnx.eval_shape(lambda: make(json.loads(config), rngs=_ConstantKeys(), **kw)))
 
 
 def initialise(make: Callable[..., Any], config: dict, seed: int, **kw: Any) -> Any:

@@ -178,18 +178,18 @@ class _Reader:
     def batch(self, elements: Sequence[Element]) -> PairBatch:
         """Returns a batch of the elements, in the order given."""
         batch = self._empty(len(elements))
-
-        def fill(numbers: range) -> None:
-            for row in numbers:
-                self._fill(batch, row, elements[row])
-
-        everything, parts = range(len(elements)), min(self._num_threads, len(elements))
+        rows, parts = range(len(elements)), min(self._num_threads, len(elements))
+        fill = functools.partial(self._fill_rows, batch, elements)
         if self._pool is None:
-            fill(everything)
+            fill(rows)
         else:
-            for _ in self._pool.map(fill, [everything[part::parts] for part in range(parts)]):
+            for _ in self._pool.map(fill, [rows[part::parts] for part in range(parts)]):
                 pass  # raises the threads' errors
         return batch
+
+    def _fill_rows(self, batch: PairBatch, elements: Sequence[Element], rows: range) -> None:
+        for row in rows:
+            self._fill(batch, row, elements[row])
 
     def _fill(self, batch: PairBatch, row: int, element: Element) -> None:
         # Each record is copied and freed before the next is read. Its memory is then reused while

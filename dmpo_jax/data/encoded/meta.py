@@ -140,20 +140,18 @@ class EncodedMeta:
 
     def map_batch(self, make: Callable[[tuple[int, ...], str], Any]) -> PairBatch:
         """Returns a PairBatch of `make(shape of one pair's array, dtype)`."""
-
-        def array(spec: ArraySpec | None) -> Any:
-            return None if spec is None else make(spec.shape, spec.dtype)
-
         arrays = self.arrays
+        specs = (arrays.moments, arrays.context, arrays.pooled, arrays.image, arrays.length)
+        moments, context, pooled, image, lengths = (spec and make(*spec) for spec in specs)
         condition = Condition(
-            context=array(arrays.context),
-            pooled=array(arrays.pooled),
+            context=context,
+            pooled=pooled,
             sizes=make((2, 6), "float32") if self.told_sizes else None,
-            image=array(arrays.image),
-            lengths=array(arrays.length),
+            image=image,
+            lengths=lengths,
         )
         preference: Any = make((), "float32")
-        return PairBatch(array(arrays.moments), preference, condition)
+        return PairBatch(moments, preference, condition)
 
     def empty(self, rows: int) -> PairBatch:
         """Returns a NumPy batch of `rows` pairs, uninitialised."""

@@ -136,17 +136,17 @@ def check_text(text: Any, what: str) -> str:
 
 def _within_time(work: Callable[[], T]) -> T:
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
     # A daemon: Python would wait for any other thread before it exits.
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=_settle, args=(future, work), daemon=True).start()
     for _ in range(_SLICES):  # a process that was suspended loses one slice, not all of them
         concurrent.futures.wait([future], MAX_SECONDS / _SLICES)
         if future.done():
             return future.result()
     raise SkipError("too slow", f"not done within {MAX_SECONDS} s")
+
+
+def _settle(future: concurrent.futures.Future, work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
