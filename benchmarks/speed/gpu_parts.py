@@ -173,19 +173,22 @@ def measure(name: str, topology: str) -> dict[str, Any]:
     with jax.set_mesh(mesh), topologies.tracing_for(topology):
         program = jitted.lower(*given, x).compile()
     memory = report.measure_memory(program)
-    traffic, _ = hlo.memory_traffic(program.as_text() or "")
-    found = {"traffic": traffic, "temporaries": memory.temporaries, "arguments": memory.arguments}
+    text = hlo.Program(program.as_text() or "")
+    traffic, _ = hlo.memory_traffic(text)
+    found = {"traffic": traffic, "kernels": hlo.kernels(text)}
+    found |= {"temporaries": memory.temporaries, "arguments": memory.arguments}
     seconds = (program.cost_analysis() or {}).get("optimal_seconds")  # TPUs alone have it
     return {**found, "seconds": seconds if seconds and seconds > 0 else None}
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    head = ("part", "topology", "label", "traffic GB", "temporaries GB", "XLA's ms")
+    head = ("part", "topology", "label", "traffic GB", "temporaries GB", "kernels", "XLA's ms")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for one in results:
         gigabytes = [f"{one[key] / 1e9:.2f}" for key in ("traffic", "temporaries")]
         seconds = one.get("seconds")
         cells = [one["part"], one["topology"], one["label"], *gigabytes]
+        cells.append(str(one.get("kernels", "?")))
         cells.append(f"{1e3 * seconds:.2f}" if seconds else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -42,7 +42,7 @@ def measure(name: str, tiny: bool, dump: str) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Formats results as Markdown, one per row."""
     head = ("row", "pairs/card", "arguments GB", "temporaries GB", "of GB", "TFLOP executed")
-    head += ("memory traffic GB", "s by products", "s by traffic", "bound by", "minutes", "host GB")
+    head += ("memory traffic GB", "kernels", "s by products", "s by traffic", "bound by", "minutes", "host GB")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in results:
         cells = [one["row"] + (" (tiny)" if one["tiny"] else "")]
@@ -56,6 +56,7 @@ def table(results: list[dict[str, Any]]) -> str:
             cells += [f"{memory['limit'] / 1e9:.0f}"]
             cells += [f"{plan['flops']['chip_executed'] / 1e12:.1f}"]
             cells += [f"{plan['xla']['traffic_with_loops'] / 1e9:.0f}"]
+            cells += [f"{plan['xla'].get('kernels', '?')}"]
             cells += [f"{time['compute']:.3f}", f"{time['memory']:.3f}", plan["bound_by"]]
         cells += [f"{one['seconds'] / 60:.1f}", f"{one['peak_gb']:.1f}"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -177,6 +177,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "modelled s",
         "TFLOP/chip",
         "memory traffic GB",
+        "kernels",
         "all-gather",
         "reduce-scatter",
         "all-reduce",
@@ -190,7 +191,7 @@ def table(results: list[dict[str, Any]]) -> str:
     known = YARDSTICK_2
     cells = [known["row"], "4", "", f"{known['temporaries_gb']:.1f}", ""]
     cells += [f"{known['xla_seconds']:.3f}", "", "", f"{known['xla_traffic_gb']:.0f}"]
-    cells += [""] * 6 + [f"{known['compile_seconds'] / 60:.1f}", ""]
+    cells += [""] * 7 + [f"{known['compile_seconds'] / 60:.1f}", ""]
     lines.append("| " + " | ".join(cells) + " |")
     for one in results:
         lines.append("| " + " | ".join(cells_of(one)) + " |")
@@ -201,7 +202,7 @@ def cells_of(one: dict[str, Any]) -> list[str]:
     name = one["row"] + (" (tiny)" if one["tiny"] else "")
     costs = [f"{one['seconds'] / 60:.1f}", f"{one['peak_gb']:.1f}"]
     if "failed" in one:
-        return [name, f"failed with status {one['failed']}", *[""] * 13, *costs]
+        return [name, f"failed with status {one['failed']}", *[""] * 14, *costs]
     plan = one["plan"]
     memory, times, rows = plan["memory"], plan["time"], plan["collectives"]
 
@@ -221,6 +222,7 @@ def cells_of(one: dict[str, Any]) -> list[str]:
         "?" if not times else f"{times['low']:.3f}-{times['high']:.3f}",
         f"{plan['flops']['chip_executed'] / 1e12:.1f}",
         "?" if traffic is None else f"{traffic / 1e9:.0f}",
+        str(plan["xla"].get("kernels", "?")),
         *[runs(k) for k in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")],
         runs("collective-permute"),
         "?" if rows is None else str(sum(activations)),

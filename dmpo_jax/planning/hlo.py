@@ -1,4 +1,4 @@
-"""Collectives and memory traffic of a compiled program, from its text.
+"""Collectives, memory traffic and kernels of a compiled program, from its text.
 
 XLA's own cost analysis counts a loop's body once; here everything in a loop counts once per
 trip. The text is `compiled.as_text()`, of TPU, GPU or CPU.
@@ -24,6 +24,8 @@ _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
     "partition-id replica-id opt-barrier async-update async-done".split()
 )
+# The computations that these call are kernels each; those of any other run as one with it.
+_CALLERS = frozenset({"call", "conditional", "async-start"})
 
 
 class Instruction(NamedTuple):
@@ -115,7 +117,7 @@ class Program:
             if line.opcode in ("async-update", "async-done"):
                 continue  # its computation is counted at the start
             for called in _calls(line):
-                if line.opcode in ("fusion", "reduce", "all-reduce", "map", "scatter", "sort"):
+                if line.opcode not in _CALLERS:
                     self.fused.add(called)
                 self._follow(called, times)
 
@@ -369,6 +371,23 @@ def memory_traffic(text: str | Program) -> tuple[int, int]:
         traffic = sum(_traffic(program, lines, line) for line in lines.values())
         total, once = total + trips * traffic, once + traffic
     return total, once
+
+
+def kernels(text: str | Program) -> int:
+    """Returns how many kernels, copies and collectives a step starts on a device.
+
+    Those of a loop count once a trip. An asynchronous one counts at its start.
+    """
+    program = text if isinstance(text, Program) else Program(text)
+    return sum(
+        trips * sum(_is_kernel(line) for line in program.computations.get(name, {}).values())
+        for name, trips in program.trips.items()
+        if name not in program.fused
+    )
+
+
+def _is_kernel(line: Instruction) -> bool:
+    return not (line.opcode in _FREE | _CALLERS or line.opcode.endswith("-done"))
 
 
 def _traffic(program: Program, lines: dict[str, Instruction], line: Instruction) -> int:

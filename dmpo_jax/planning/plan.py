@@ -140,7 +140,7 @@ def describe(
         modelled = plan_report.model_time(
             chip, flops=executed / count, traffic=traffic, moved=moved
         )
-        xla = _xla(program) | {"traffic_with_loops": traffic}
+        xla = _xla(program) | {"traffic_with_loops": traffic, "kernels": hlo.kernels(text)}
     limit = None if chip is None else chip.memory
     mesh = {axis: int(size) for axis, size in grid.shape.items()}
     pairs = settings.batch_size

@@ -212,7 +212,7 @@ def test_trips(start, attributes, trips):
         extra=LOOP,
     )
     (one,) = hlo.collectives(text)
-    assert one.trips == trips
+    assert one.trips == trips == hlo.kernels(text)
 
 
 def test_traffic_of_a_slice():
@@ -228,6 +228,32 @@ def test_traffic_of_a_slice():
     kernel = 64 * 64 * 4
     assert 100 * 2 * kernel < total < 100 * 12 * kernel
     assert once < 30 * kernel
+
+
+def test_kernels():
+    """What is inside one, or moves nothing, does not count."""
+    inside = """
+%fused (x: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0} parameter(0)
+  %sine = f32[64,64]{1,0} sine(%x)
+  ROOT %cosine = f32[64,64]{1,0} cosine(%sine)
+}
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add = f32[] add(%a, %b)
+}
+"""
+    lines = (
+        "%p = f32[64,64]{1,0} parameter(0)",
+        "%f = f32[64,64]{1,0} fusion(%p), kind=kLoop, calls=%fused",
+        "%start = f32[64,64]{1,0} all-reduce-start(%f), to_apply=%sum",
+        "%done = f32[64,64]{1,0} all-reduce-done(%start)",
+        "%turned = f32[64,64]{0,1} bitcast(%done)",
+        "ROOT %copy = f32[64,64]{1,0} copy(%turned)",
+    )
+    assert hlo.kernels(module(*lines, extra=inside)) == 3
 
 
 def test_workspaces_are_no_traffic():
