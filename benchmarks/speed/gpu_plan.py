@@ -42,7 +42,8 @@ def measure(name: str, tiny: bool, dump: str) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """Formats results as Markdown, one per row."""
     head = ("row", "pairs/card", "arguments GB", "temporaries GB", "of GB", "TFLOP executed")
-    head += ("memory traffic GB", "kernels", "s by products", "s by traffic", "bound by", "minutes", "host GB")
+    head += ("memory traffic GB", "kernels", "s by products", "s by traffic", "bound by")
+    head += ("minutes", "host GB")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for one in results:
         cells = [one["row"] + (" (tiny)" if one["tiny"] else "")]

@@ -168,6 +168,24 @@ def test_real_models_have_their_number_of_parameters(name):
     assert sum(spec.size for spec in parameters.shapes(model).values()) == count
 
 
+def test_models_of_one_config_are_apart():
+    """Their shapes are found once; what is done to one does not show in the next."""
+    config = {"block_out_channels": [16, 32], "layers_per_block": 1, "norm_num_groups": 4}
+    config |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+    one = parameters.abstract(UNet2DConditionModel, config)
+    shapes = parameters.shapes(one)
+    del one.conv_in
+    one.conv_out.kernel = one.conv_out.bias
+    config["block_out_channels"] = [8, 16]
+    other = parameters.shapes(parameters.abstract(UNet2DConditionModel, config))
+    assert other["conv_in.kernel"].shape == (3, 3, 4, 8)
+    config["block_out_channels"] = [16, 32]
+    again = parameters.abstract(UNet2DConditionModel, config)
+    assert parameters.shapes(again) == shapes
+    half = parameters.abstract(UNet2DConditionModel, config, param_dtype=jnp.bfloat16)
+    assert {spec.dtype for spec in parameters.shapes(half).values()} == {jnp.dtype("bfloat16")}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_separate(param_dtype, tmp_path):
