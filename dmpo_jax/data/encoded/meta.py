@@ -142,7 +142,8 @@ class EncodedMeta:
         """Returns a PairBatch of `make(shape of one pair's array, dtype)`."""
         arrays = self.arrays
         specs = (arrays.moments, arrays.context, arrays.pooled, arrays.image, arrays.length)
-        moments, context, pooled, image, lengths = (spec and make(*spec) for spec in specs)
+        made: list[Any] = [spec and make(*spec) for spec in specs]
+        moments, context, pooled, image, lengths = made
         condition = Condition(
             context=context,
             pooled=pooled,
