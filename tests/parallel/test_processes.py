@@ -111,6 +111,7 @@ with stopping.Watchdog(1) as watchdog:
 """
 
 
+@pytest.mark.long
 def test_the_watchdog_ends_what_hangs_and_spares_what_moves():
     run = subprocess.run(
         [sys.executable, "-c", WATCHED],
@@ -179,6 +180,7 @@ processes.barrier("which process 1 never comes to")
 """
 
 
+@pytest.mark.long
 def test_all_end_with_the_words_and_status_of_the_first_that_fails():
     first, _ = launched.run_script(FAIL, statuses=[1, 1])
     assert "process 1 has failed, so this one ends: the disk of process 1 is full" in first.errors
