@@ -103,7 +103,7 @@ class _ConstantKeys(nnx.Rngs):
 
 def abstract(make: Callable[..., Any], config: Any, **kw: Any) -> Any:
     """Makes the model abstractly: ShapeDtypeStructs, nothing computed or compiled."""
-    return merge(*_parts(make, json.dumps(config, sort_keys=True), **kw))
+    return merge(*_parts(make, json.dumps(config, default=dict), **kw))
 
 
 @functools.lru_cache(maxsize=64)  # a model is made for its policy, its reference and its plan

@@ -24,7 +24,8 @@ _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast while conditional call after-all iota "
     "partition-id replica-id opt-barrier async-update async-done".split()
 )
-# The computations that these call are kernels each; those of any other run as one with it.
+# These run each instruction of the computation that they call as a kernel of its own. Any other
+# instruction is one kernel together with what it calls.
 _CALLERS = frozenset({"call", "conditional", "async-start"})
 
 
@@ -387,7 +388,8 @@ def kernels(text: str | Program) -> int:
 
 
 def _is_kernel(line: Instruction) -> bool:
-    return not (line.opcode in _FREE | _CALLERS or line.opcode.endswith("-done"))
+    moves_nothing = line.opcode in _FREE or line.opcode in _CALLERS
+    return not moves_nothing and not line.opcode.endswith("-done")
 
 
 def _traffic(program: Program, lines: dict[str, Instruction], line: Instruction) -> int:

@@ -339,7 +339,8 @@ def _roofline(plan: Mapping[str, Any]) -> str:
     return (
         f"bound by {words[plan['bound_by']]}: {executed / 1e12:.1f} TFLOP {time['compute']:.3f} s, "
         f"{traffic / GB:.0f} GB of memory traffic {time['memory']:.3f} s, "
-        f"collectives {time['interconnect']:.3f} s; {plan['xla']['kernels']:,} kernels a step"
+        f"collectives {time['interconnect']:.3f} s; "
+        f"{plan['xla']['kernels']:,} kernels started a step"
     )
 
 

@@ -174,6 +174,8 @@ def test_models_of_one_config_are_apart():
     config |= {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
     one = parameters.abstract(UNet2DConditionModel, config)
     shapes = parameters.shapes(one)
+    # A model's own config, a mapping that is no dict, describes it too.
+    assert parameters.shapes(parameters.abstract(UNet2DConditionModel, one.config)) == shapes
     del one.conv_in
     one.conv_out.kernel = one.conv_out.bias
     config["block_out_channels"] = [8, 16]

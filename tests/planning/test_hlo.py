@@ -231,7 +231,7 @@ def test_traffic_of_a_slice():
 
 
 def test_kernels():
-    """What is inside one, or moves nothing, does not count."""
+    """Instructions inside a kernel, and those that move nothing, do not count."""
     inside = """
 %fused (x: f32[64,64]) -> f32[64,64] {
   %x = f32[64,64]{1,0} parameter(0)
